@@ -1,0 +1,284 @@
+"""The values that cross a boundary: between server and client, between processes, between rooms of this package.
+
+All are frozen and keyword-only, hold plain Python and NumPy, and never torch: this module imports in milliseconds.
+Legend: L MoE layers, E routed experts a layer, H hidden size. An expert is named by its `ExpertKey`, never by a
+position in some list.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+FloatArray = npt.NDArray[np.float64]
+
+AbsentMode = Literal["mean", "drop", "reroute"]
+TaskKind = Literal["profile", "train", "evaluate"]
+Status = Literal["ok", "late", "failed", "rejected", "dropped"]
+
+
+class ExpertKey(NamedTuple):
+    """One routed expert: its MoE layer (0..L-1, counting only MoE layers) and its number in that layer (0..E-1)."""
+
+    layer: int
+    expert: int
+
+
+class Role(IntEnum):
+    """What an expert is to one client in one round."""
+
+    ABSENT = 0
+    """Not on the device; `ExpertPlan.absent` says what stands in for it."""
+    FROZEN = 1
+    """Takes part in the forward pass only, as a read-only copy shared by the clients of a node."""
+    TRAIN = 2
+    """A private copy that may receive gradients."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """The MoE shape of a model: all that planning needs to know about it, without loading it."""
+
+    layers: int
+    """L, number of MoE layers."""
+    experts: int
+    """E, routed experts in each layer."""
+    top_k: int
+    """Experts each token is routed to."""
+    hidden: int
+    """H, hidden size."""
+    expert_bytes: int
+    """Bytes of one expert's weights as they are trained and sent (fp32)."""
+    shared_bytes: int
+    """Bytes of routers and of the shared parameters that train, as sent (fp32)."""
+    frozen_bytes: int
+    """Bytes of everything that never trains and never travels."""
+
+    @property
+    def total_experts(self) -> int:
+        """L * E."""
+        return self.layers * self.experts
+
+    def keys(self) -> Iterator[ExpertKey]:
+        """Every expert in (layer, expert) order."""
+        return (ExpertKey(layer, expert) for layer in range(self.layers) for expert in range(self.experts))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertPlan:
+    """What one client holds, trains and is given for the experts it does not hold, in one round."""
+
+    roles: tuple[tuple[Role, ...], ...]
+    """Role of every expert, [L][E]."""
+    absent: AbsentMode = "mean"
+    """What stands in for an ABSENT expert: its mean output, nothing, or the token's next present expert."""
+    batch_budget: int | None = None
+    """K_c of eq. 15: at most so many experts get gradients in one batch, over all layers. None: every TRAIN expert."""
+
+    def with_role(self, *roles: Role) -> tuple[ExpertKey, ...]:
+        """Experts that have one of `roles`, in (layer, expert) order."""
+        return tuple(
+            ExpertKey(layer, expert)
+            for layer, row in enumerate(self.roles)
+            for expert, role in enumerate(row)
+            if role in roles
+        )
+
+    @property
+    def trainable(self) -> tuple[ExpertKey, ...]:
+        """Experts that may train."""
+        return self.with_role(Role.TRAIN)
+
+    @property
+    def present(self) -> tuple[ExpertKey, ...]:
+        """Experts whose weights the client needs."""
+        return self.with_role(Role.TRAIN, Role.FROZEN)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoutingProfile:
+    """How one client's tokens use the experts. All arrays are [L, E] float64; gate values are softmax over all E."""
+
+    usage: FloatArray
+    """u_c(e), mean gate value (eq. 16, and eq. 3 over the profiled tokens)."""
+    specific: FloatArray
+    """max (or a high quantile) of the gate value over tokens (eq. 4)."""
+    kl: FloatArray
+    """Contribution of the expert to the mutual information between token and expert (eq. 11)."""
+    routed: FloatArray
+    """Tokens whose top-k contained the expert."""
+    tokens: int
+    """Tokens profiled, padding excluded."""
+
+    def importance(self, lam: float) -> FloatArray:
+        """s(e) = lam * usage + (1 - lam) * specific (eq. 5)."""
+        return lam * self.usage + (1.0 - lam) * self.specific
+
+    def ib_score(self, lam: float, beta: float) -> FloatArray:
+        """I(e) = s(e) - beta * KL(e) (eq. 14)."""
+        return self.importance(lam) - beta * self.kl
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientInfo:
+    """What the server knows of a client when it plans a round."""
+
+    client: int
+    tier: str
+    resident_experts: int
+    """Experts the memory budget holds, over all layers (at least one a layer)."""
+    batch_experts: int
+    """K_c: experts the compute budget trains in one batch, over all layers."""
+    samples: int
+    """|D_c|, training examples (0 before the client has reported)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientTask:
+    """One piece of work for one client: a pure function of this value, the published weights and the client's data."""
+
+    kind: TaskKind
+    round: int
+    client: int
+    seed: int
+    """Run seed; every generator derives from (seed, purpose, round, client)."""
+    plan: ExpertPlan
+    version: int
+    """Version of the published weights the task starts from."""
+    split: Literal["train", "own_test", "global_test"] = "train"
+    """Which examples an "evaluate" task reads."""
+    part: tuple[int, int] = (0, 1)
+    """(index, count): the slice of the split that this task evaluates."""
+    personal: int | None = None
+    """Client whose private weights are laid over the global ones, if the strategy keeps any."""
+    weight: float = 1.0
+    """Predicted relative cost, for placing the longest first."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskWeights:
+    """The weights of one task, as read-only NumPy views: `shared` and `experts` as named by the layout."""
+
+    shared: Mapping[str, Array]
+    """Routers and trainable shared parameters by full parameter name."""
+    experts: Mapping[ExpertKey, Mapping[str, Array]]
+    """Tensors of every present expert by tensor name."""
+    means: Array | None = None
+    """Mean output of every expert over the tokens routed to it, [L, E, H]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientMetrics:
+    """The small half of a client's answer; travels as JSON."""
+
+    client: int
+    round: int
+    kind: TaskKind
+    samples: int
+    """Training examples of the client (train, profile), or examples evaluated."""
+    tokens: int
+    """Tokens that passed through the model, padding excluded."""
+    loss: float
+    """Mean loss per example."""
+    correct: int = 0
+    """Correctly classified examples."""
+    examples: int = 0
+    """Examples behind `loss` and `correct`."""
+    trained: Mapping[str, int] = field(default_factory=dict)
+    """"layer.expert" -> optimizer steps in which the expert received a gradient."""
+    before: Mapping[str, str] = field(default_factory=dict)
+    """"layer.expert" -> checksum of each TRAIN expert before the first step."""
+    after: Mapping[str, str] = field(default_factory=dict)
+    """The same after the last step."""
+    seconds: float = 0.0
+    """Wall seconds of the task in its process."""
+    step_seconds: float = 0.0
+    """Wall seconds of the optimizer steps alone."""
+    peak_mib: float = 0.0
+    """Peak unique memory of the process in MiB (0 where it cannot be measured)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskResult:
+    """How a task ended. `payload` fetches the safetensors bytes of the update, at most once."""
+
+    task: ClientTask
+    status: Status
+    metrics: ClientMetrics | None = None
+    payload: Callable[[], bytes] | None = None
+    reason: str = ""
+    """Why it is not "ok", in one line."""
+    attempts: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientUpdate:
+    """A parsed and validated update: only what was trained, as writable fp32 arrays."""
+
+    client: int
+    samples: int
+    experts: Mapping[ExpertKey, Mapping[str, Array]]
+    """New value of each expert that took an optimizer step."""
+    shared: Mapping[str, Array]
+    """New values of routers and shared parameters."""
+    trained: Mapping[ExpertKey, int]
+    """Optimizer steps per trained expert."""
+    profile: RoutingProfile | None
+    means: Mapping[ExpertKey, tuple[Array, int]]
+    """Mean output [H] of held experts over the tokens routed to them, and how many tokens that were."""
+    payload_bytes: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientRecord:
+    """One line of `events.jsonl`: what one client did in one round."""
+
+    round: int
+    client: int
+    tier: str
+    status: Status
+    reason: str = ""
+    attempts: int = 1
+    samples: int = 0
+    loss: float | None = None
+    resident: int = 0
+    """Experts held."""
+    trained: int = 0
+    """Experts that took at least one optimizer step."""
+    bytes_up: int = 0
+    bytes_down: int = 0
+    seconds: float = 0.0
+    step_seconds: float = 0.0
+    peak_mib: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundReport:
+    """One round as it is tracked: a line of `metrics.jsonl`, a step in W&B, a row on the screen."""
+
+    round: int
+    loss: float | None
+    """Mean training loss of the round's clients."""
+    accuracy: float | None
+    """Accuracy of the global model on the global test split (None where not evaluated)."""
+    test_loss: float | None
+    own_accuracy: float | None
+    """Mean over clients of the accuracy on their own test split, holding only their resident experts."""
+    clients: tuple[ClientRecord, ...]
+    selected: tuple[tuple[int, ...], ...]
+    """How many clients trained each expert, [L][E]."""
+    usage: tuple[tuple[float, ...], ...]
+    """Mean gate value of each expert over the cohort's tokens, [L][E]."""
+    bytes_up: int
+    bytes_down: int
+    seconds: float
+    phases: Mapping[str, float]
+    """Seconds spent in plan, publish, train, reduce, evaluate, checkpoint."""
+    agreement: float | None = None
+    """Mean Jensen-Shannon divergence of the clients' usage to their mean (nats; 0 = all route alike)."""
+    participation: float | None = None
+    """Mean over clients of |S_c| / |S_global| (eq. 18); logged, never used."""
