@@ -35,6 +35,11 @@ class Placement(Section):
     scope: Literal["global", "per_layer"] = "global"
     """Whether the budget is spent over all layers together (at least one expert a layer) or equally in each."""
 
+    @property
+    def deployed(self) -> Literal["mean", "drop", "reroute"]:
+        """What stands in for an absent expert when a client uses the model holding only its budget."""
+        return "mean" if self.resident == "all" or self.unselected == "frozen" else self.unselected
+
 
 class HFedMoE(Placement):
     """HFedMoE (arXiv 2601.00583): information-bottleneck selection and sparsity-aware aggregation."""

@@ -1,0 +1,170 @@
+"""Reduction: weighted means, folded one client at a time in client order, expert by expert.
+
+A rule says how much an update weighs; the `Reducer` does the arithmetic in float64, so that equal contributions give
+back exactly what was sent and the fold needs memory for one model, whatever the cohort. Experts nobody contributes to
+keep their bytes. The three rules - for experts, routers and shared parameters - are independent.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from hfedmoe_ray.federation.executor import Weights
+from hfedmoe_ray.types import Array, ClientUpdate, ExpertKey, ExpertPlan, FloatArray
+
+
+class ExpertRule(Protocol):
+    """How much an update weighs in the mean of one expert; 0 leaves it out."""
+
+    def __call__(self, update: ClientUpdate, plan: ExpertPlan, key: ExpertKey) -> float:
+        """Returns the weight of `update` in expert `key`."""
+
+
+RouterRule = Callable[[ClientUpdate, ExpertPlan, int], FloatArray]
+"""(update, plan, L) -> weight of the update in each layer's router, [L]."""
+SharedRule = Callable[[ClientUpdate], float]
+"""update -> its weight in the mean of shared parameters."""
+
+
+def examples(update: ClientUpdate) -> float:
+    """|D_c|: FedAvg's weight."""
+    return float(update.samples)
+
+
+def examples_per_layer(update: ClientUpdate, plan: ExpertPlan, layers: int) -> FloatArray:
+    """|D_c| for the router of every layer."""
+    del plan
+    return np.full(layers, float(update.samples))
+
+
+class TrainedExperts:
+    """|D_c| for every expert the client really trained: FedAvg restricted to what has moved."""
+
+    def __call__(self, update: ClientUpdate, plan: ExpertPlan, key: ExpertKey) -> float:
+        """See `ExpertRule`."""
+        del plan
+        return float(update.samples) if update.trained.get(key, 0) > 0 else 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparsityAware:
+    """HFedMoE's participation S_c and the weights that follow from it (eq. 16-20 of arXiv 2601.00583).
+
+    A client takes part in an expert if its usage reaches the threshold and it trained the expert (ours), or by usage
+    alone (`literal`, the paper): then an expert whose gradient was masked throughout drags the mean to its old value.
+    """
+
+    threshold: float
+    """Least usage u_c(e), absolute (tau / E)."""
+    lam: float
+    literal: bool = False
+
+    def participates(self, update: ClientUpdate, plan: ExpertPlan) -> Array:
+        """S_c as a bool [L, E] array; only experts the client may train can be in it."""
+        profile = update.profile
+        if profile is None:
+            raise ValueError(f"client {update.client} sent no routing profile; sparsity-aware aggregation needs one")
+        result = np.zeros(profile.usage.shape, dtype=bool)
+        for key in plan.trainable:
+            used = profile.usage[key] >= self.threshold
+            result[key] = used and (self.literal or update.trained.get(key, 0) > 0)
+        return result
+
+    def __call__(self, update: ClientUpdate, plan: ExpertPlan, key: ExpertKey) -> float:
+        """Weight |D_c| 1[e in S_c] of eq. 17."""
+        return float(update.samples) if self.participates(update, plan)[key] else 0.0
+
+    def router_weights(self, update: ClientUpdate, plan: ExpertPlan, layers: int) -> FloatArray:
+        """Sum over S_c of p_c(e) = u_c(e) s_c(e) (eq. 19, numerator of eq. 20), read per layer (ours), [L]."""
+        del layers
+        participates = self.participates(update, plan)
+        assert update.profile is not None
+        weight: FloatArray = np.where(participates, update.profile.usage * update.profile.importance(self.lam), 0.0)
+        return weight.sum(axis=1)
+
+
+@dataclass
+class _Mean:
+    """A weighted mean being folded."""
+
+    total: Array | None = None
+    weight: float = 0.0
+
+    def add(self, value: Array, weight: float) -> None:
+        if weight <= 0.0:
+            return
+        scaled = value.astype(np.float64) * weight
+        self.total = scaled if self.total is None else self.total + scaled
+        self.weight += weight
+
+    def result(self, old: Array, divisor: float | None = None) -> Array:
+        """The mean, or the sum over `divisor`; the old array itself if nothing was added."""
+        if self.total is None:
+            return old
+        return (self.total / (self.weight if divisor is None else divisor)).astype(old.dtype)
+
+
+@dataclass
+class Reducer:
+    """Folds a round's updates into new weights. Call `add` in client order, then `result`."""
+
+    old: Weights
+    router_layers: Mapping[str, int]
+    """Router parameter name -> its MoE layer; all other shared names are plain shared parameters."""
+    experts_shape: tuple[int, int]
+    expert_rule: ExpertRule
+    router_rule: RouterRule
+    shared_rule: SharedRule
+    literal_router: bool = False
+    _experts: dict[tuple[ExpertKey, str], _Mean] = field(default_factory=dict)
+    _shared: dict[str, _Mean] = field(default_factory=dict)
+    _means: dict[ExpertKey, _Mean] = field(default_factory=dict)
+    _participants: set[ExpertKey] = field(default_factory=set)
+
+    def add(self, update: ClientUpdate, plan: ExpertPlan) -> None:
+        """Folds one update."""
+        for key in plan.trainable:
+            weight = self.expert_rule(update, plan, key)
+            if weight > 0.0:
+                self._participants.add(key)
+                # An expert that takes part without having moved was not sent: its value is the published one.
+                tensors = update.experts.get(key, self.old.experts[key])
+                for name, value in tensors.items():
+                    self._experts.setdefault((key, name), _Mean()).add(value, weight)
+        router = self.router_rule(update, plan, self.experts_shape[0])
+        plain = self.shared_rule(update)
+        for name, value in update.shared.items():
+            layer = self.router_layers.get(name)
+            weight = plain if layer is None else float(router[layer])
+            self._shared.setdefault(name, _Mean()).add(value, weight)
+        for key, (mean, tokens) in update.means.items():
+            self._means.setdefault(key, _Mean()).add(mean, float(tokens))
+
+    def result(self) -> Weights:
+        """The next version of the weights; arrays that did not change are the same objects as before."""
+        experts = {
+            key: {
+                name: self._experts[key, name].result(value) if (key, name) in self._experts else value
+                for name, value in tensors.items()
+            }
+            for key, tensors in self.old.experts.items()
+        }
+        shared = {
+            name: self._shared[name].result(value, self._literal_divisor(name)) if name in self._shared else value
+            for name, value in self.old.shared.items()
+        }
+        means = self.old.means
+        if self._means and means is not None:
+            means = means.copy()
+            for key, mean in self._means.items():
+                means[key] = mean.result(means[key])
+        return Weights(version=self.old.version + 1, shared=shared, experts=experts, means=means)
+
+    def _literal_divisor(self, name: str) -> float | None:
+        """|S_global| of eq. 20 for a router when weights are used as printed, else None (normalise)."""
+        layer = self.router_layers.get(name)
+        if layer is None or not self.literal_router:
+            return None
+        return float(sum(key.layer == layer for key in self._participants)) or None

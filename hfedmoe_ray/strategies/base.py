@@ -1,0 +1,60 @@
+"""What a method is: a policy that makes plans, a rule for each batch, and rules that weight what comes back."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from hfedmoe_ray.strategies.aggregation import (
+    ExpertRule,
+    RouterRule,
+    SharedRule,
+    TrainedExperts,
+    examples,
+    examples_per_layer,
+)
+from hfedmoe_ray.strategies.scores import uniform_plan
+from hfedmoe_ray.types import ClientInfo, ExpertKey, ExpertPlan, ModelShape, Role, RoutingProfile
+
+Profiles = Mapping[int, RoutingProfile]
+
+
+class Strategy(ABC):
+    """A federated method. Stateless between calls: what it needs comes in, so a killed server loses nothing.
+
+    The three rules of reduction are independent attributes; the defaults are FedAvg's.
+    """
+
+    needs_profile = False
+    """Whether a client must be profiled (one forward-only pass) before its first round."""
+    federated = True
+    """Whether updates are averaged; if not, every client keeps its own."""
+    expert_rule: ExpertRule = TrainedExperts()
+    router_rule: RouterRule = staticmethod(examples_per_layer)
+    shared_rule: SharedRule = staticmethod(examples)
+    literal_router = False
+    """Sum router weights as printed in the paper instead of normalising them."""
+
+    def __init__(self, shape: ModelShape, seed: int) -> None:
+        """Keeps the shape of the model and the run seed, from which every draw derives."""
+        self.shape = (shape.layers, shape.experts)
+        self.seed = seed
+
+    @abstractmethod
+    def plan(self, round: int, clients: Sequence[ClientInfo], profiles: Profiles) -> dict[int, ExpertPlan]:
+        """Decides what every client of the cohort holds and may train in this round."""
+
+    def select(self, batch: RoutingProfile, plan: ExpertPlan, rng: np.random.Generator) -> frozenset[ExpertKey]:
+        """Decides, on the client, which experts get gradients from one batch. Default: every trainable one."""
+        del batch, rng
+        return frozenset(plan.trainable)
+
+    def deploy(self, round: int, clients: Sequence[ClientInfo], profiles: Profiles) -> dict[int, ExpertPlan]:
+        """What each client holds when it uses the model after this round. Default: everything."""
+        del round, profiles
+        return {client.client: uniform_plan(self.shape, Role.FROZEN) for client in clients}
+
+    def blend(self, measured: RoutingProfile, plan: ExpertPlan, cohort: RoutingProfile) -> RoutingProfile:
+        """The profile the server keeps of a client after a round. Default: as measured."""
+        del plan, cohort
+        return measured

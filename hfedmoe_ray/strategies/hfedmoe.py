@@ -1,0 +1,84 @@
+"""HFedMoE (arXiv 2601.00583): importance, information-bottleneck selection, sparsity-aware aggregation.
+
+Two levels of selection: which experts a client keeps for a round (by its memory; ours) and which of them get
+gradients from a batch (by its compute; eq. 15). `resident: all` is the paper's setting: no round level.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from hfedmoe_ray.config import schema
+from hfedmoe_ray.seeds import generator
+from hfedmoe_ray.strategies.aggregation import SparsityAware
+from hfedmoe_ray.strategies.base import Profiles, Strategy
+from hfedmoe_ray.strategies.scores import explore, mask, resident_plan, top_experts, uniform_plan
+from hfedmoe_ray.types import ClientInfo, ExpertKey, ExpertPlan, FloatArray, ModelShape, Role, RoutingProfile
+
+
+class HFedMoE(Strategy):
+    """The method of the paper, with the decisions of the README where the paper is silent."""
+
+    needs_profile = True
+
+    def __init__(self, config: schema.HFedMoE, shape: ModelShape, seed: int) -> None:
+        """Takes the method's hyper-parameters."""
+        super().__init__(shape, seed)
+        self.config = config
+        rule = SparsityAware(
+            threshold=config.tau / shape.experts, lam=config.lam, literal=config.participation == "usage"
+        )
+        self.expert_rule = rule
+        self.router_rule = rule.router_weights
+        self.literal_router = config.gate_weights == "literal"
+
+    def score(self, profile: RoutingProfile) -> FloatArray:
+        """I(e) of eq. 14, or the importance of eq. 5, [L, E]."""
+        beta = self.config.beta if self.config.rank_by == "ib" else 0.0
+        return profile.ib_score(self.config.lam, beta)
+
+    def plan(self, round: int, clients: Sequence[ClientInfo], profiles: Profiles) -> dict[int, ExpertPlan]:
+        """Residents by score within each client's memory budget, a share of them drawn at random."""
+        if self.config.resident == "all":
+            return {c.client: uniform_plan(self.shape, Role.TRAIN, c.batch_experts) for c in clients}
+        plans = {}
+        for client in clients:
+            score = self.score(profiles[client.client])
+            chosen = self._residents(score, client)
+            chosen = explore(chosen, score, self.config.explore, generator(self.seed, "explore", round, client.client))
+            plans[client.client] = resident_plan(self.shape, chosen, self.config.unselected, client.batch_experts)
+        return plans
+
+    def select(self, batch: RoutingProfile, plan: ExpertPlan, rng: np.random.Generator) -> frozenset[ExpertKey]:
+        """Eq. 15 on one batch: the K_c best of the routed experts that the client may train."""
+        del rng
+        allowed = mask(self.shape, plan.trainable) & (batch.routed > 0)
+        budget = plan.batch_budget if plan.batch_budget is not None else allowed.size
+        return top_experts(self.score(batch), allowed, budget, self.config.scope)
+
+    def deploy(self, round: int, clients: Sequence[ClientInfo], profiles: Profiles) -> dict[int, ExpertPlan]:
+        """The best residents by score, without exploration."""
+        del round
+        residents = {c.client: self._residents(self.score(profiles[c.client]), c) for c in clients}
+        return {client: resident_plan(self.shape, r, self.config.deployed, None) for client, r in residents.items()}
+
+    def blend(self, measured: RoutingProfile, plan: ExpertPlan, cohort: RoutingProfile) -> RoutingProfile:
+        """Moves the entries of experts the client did not hold towards the cohort's mean (ours).
+
+        A client sees an expert it does not hold only through a router that was trained without it.
+        """
+        held = mask(self.shape, plan.present)
+
+        def mixed(own: FloatArray, mean: FloatArray) -> FloatArray:
+            return np.where(held, own, (1.0 - self.config.decay) * own + self.config.decay * mean)
+
+        return RoutingProfile(
+            usage=mixed(measured.usage, cohort.usage),
+            specific=mixed(measured.specific, cohort.specific),
+            kl=mixed(measured.kl, cohort.kl),
+            routed=measured.routed,
+            tokens=measured.tokens,
+        )
+
+    def _residents(self, score: FloatArray, client: ClientInfo) -> frozenset[ExpertKey]:
+        return top_experts(score, np.ones(self.shape, dtype=bool), client.resident_experts, self.config.scope)

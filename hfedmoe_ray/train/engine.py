@@ -1,0 +1,75 @@
+"""The DeepSpeed engine of one client. The only module that imports deepspeed.
+
+A client is one rank of its own world: it joins a process group that lives in its own memory, so no TCP port is opened
+and any number of clients start on one machine at once. The engine is built for the round's trainable parameters and
+thrown away after it (0.05 s); nothing of one client's optimizer reaches the next.
+"""
+
+import logging
+import os
+from collections.abc import Iterable, Sequence
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from hfedmoe_ray.config.schema import LocalTraining
+from hfedmoe_ray.train.deepspeed_config import deepspeed_config
+
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
+
+import deepspeed  # after DS_ACCELERATOR is set: it is read on import
+import deepspeed.ops
+
+logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+# This op is compiled when the first engine is built, for up to a minute, and serves ranks that share a machine;
+# a client has one rank.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def _join_own_world() -> None:
+    """Makes this process the only rank of an in-memory process group, once."""
+    if torch.distributed.is_initialized():
+        return
+    world = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    for name, value in world.items():
+        os.environ.setdefault(name, value)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+
+
+class Engine:
+    """Trains a fixed set of parameters; from each batch only those named to `step` receive a gradient."""
+
+    def __init__(self, module: nn.Module, parameters: Sequence[nn.Parameter], local: LocalTraining) -> None:
+        """Builds a DeepSpeed engine around `module` whose optimizer holds exactly `parameters`."""
+        _join_own_world()
+        self._parameters = tuple(parameters)
+        optimizer = torch.optim.AdamW(self._parameters, lr=local.learning_rate, weight_decay=local.weight_decay)
+        self._engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=deepspeed_config(local))
+        # Reduction between ranks would give every masked parameter a gradient of zeros, which AdamW turns into a
+        # step by momentum and weight decay. There is one rank: nothing to reduce.
+        self._engine.enable_backward_allreduce = False
+
+    def __enter__(self) -> Self:
+        """Leaves the engine ready."""
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Releases the engine, its optimizer state and the gradients."""
+        self._engine.destroy()
+        for parameter in self._parameters:
+            parameter.grad = None
+
+    def step(self, loss: Tensor, active: Iterable[nn.Parameter]) -> None:
+        """One backward pass and optimizer step in which only `active` parameters move.
+
+        The others keep their exact bytes and their optimizer state: without a gradient AdamW skips a parameter,
+        momentum and weight decay included.
+        """
+        self._engine.backward(loss)
+        keep = {id(parameter) for parameter in active}
+        for parameter in self._parameters:
+            if id(parameter) not in keep:
+                parameter.grad = None
+        self._engine.step()
