@@ -1,0 +1,70 @@
+"""Labels as files hold them (names, numbers, true/false) to class numbers 0..C-1 and back to names."""
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from hfedmoe_ray.errors import DataError
+
+IntArray = npt.NDArray[np.int64]
+
+
+def label_names(values: Sequence[object], where: str) -> tuple[str, ...]:
+    """Returns the distinct labels of a column: in numeric order if all are whole numbers, else alphabetically.
+
+    Raises:
+        DataError: a row has no label or one that is no class, or all rows have the same.
+    """
+    names = set(_names(values, where))
+    ordered = sorted(names, key=int) if all(map(_is_number, names)) else sorted(names)
+    if len(ordered) < 2:
+        raise DataError(
+            f"{where}: every row has the label {ordered[0]!r}, so there is nothing to tell apart. Point data.label at "
+            "a column with at least two labels, or list all of them in data.labels."
+        )
+    return tuple(ordered)
+
+
+def encode_labels(values: Sequence[object], names: Sequence[str], where: str) -> IntArray:
+    """Returns each row's class number: its label's place in `names`.
+
+    A label that is a number means a place in `names`, unless the names are numbers themselves (as in "1", "2", "3").
+
+    Raises:
+        DataError: `names` repeats one, a row has no label, or one that `names` lacks.
+    """
+    numbers = {name: number for number, name in enumerate(names)}
+    if len(numbers) < len(names) or len(names) < 2:
+        raise DataError(f"data.labels lists {', '.join(names)}. List at least two labels, each of them once.")
+    if not any(map(_is_number, names)):
+        numbers |= {str(number): number for number in range(len(names))}
+    codes = np.empty(len(values), dtype=np.int64)
+    for row, name in enumerate(_names(values, where)):
+        if name not in numbers:
+            shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
+            raise DataError(
+                f"{where}, row {row + 1}: the label {name!r} is not among the {len(names)} known ones ({shown}). "
+                "Correct the row, or list all labels in data.labels."
+            )
+        codes[row] = numbers[name]
+    return codes
+
+
+def _names(values: Sequence[object], where: str) -> Iterable[str]:
+    for row, value in enumerate(values, start=1):
+        if isinstance(value, bool):
+            yield str(value).lower()
+        elif isinstance(value, int) or (isinstance(value, float) and value.is_integer()):
+            yield str(int(value))
+        elif isinstance(value, str) and value.strip():
+            yield value.strip()
+        else:
+            raise DataError(
+                f"{where}, row {row}: {value!r} is not a label. Every row needs a class name or a whole number; "
+                "point data.label at the right column, or remove the row."
+            )
+
+
+def _is_number(name: str) -> bool:
+    return name.removeprefix("-").isdecimal()
