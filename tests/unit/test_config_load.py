@@ -45,6 +45,7 @@ def test_dump_reads_back_equal(tmp_path: Path):
     assert load_experiment(tmp_path / "config.yaml") == experiment
 
 
+@settings(deadline=None, max_examples=60)
 @given(
     st.lists(st.one_of(st.sampled_from(["1e-4", "off", "007", "1:30", "~", "2024-01-01", ".5", "<<", "="]), st.text()))
 )

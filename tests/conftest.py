@@ -1,0 +1,51 @@
+"""What every test may rely on: no network, one cache of prepared models, further datasets where there are any."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+def pytest_configure() -> None:
+    # Read by huggingface_hub when it is imported, which collecting the tests already does.
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips tests marked `gpu` where there is none; torch is only imported if some test is so marked."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if not marked:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """$HFEDMOE_CACHE of all tests and their subprocesses, new in each session: models are prepared once, by this code.
+
+    Set $HFEDMOE_CACHE to keep prepared models between sessions while working on something else.
+    """
+    path = Path(os.environ.get("HFEDMOE_CACHE") or tmp_path_factory.mktemp("cache"))
+    os.environ["HFEDMOE_CACHE"] = str(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Directory of further datasets ($HFEDMOE_DATA, or shared/data beside the checkout); skips where there is none."""
+    path = Path(os.environ.get("HFEDMOE_DATA") or REPOSITORY.parent / "shared" / "data")
+    if not path.is_dir():
+        pytest.skip("no further datasets here: set HFEDMOE_DATA to their directory")
+    return path
+
+
+@pytest.fixture(scope="session")
+def quickstart() -> Path:
+    """The configuration everything starts with."""
+    return REPOSITORY / "configs" / "quickstart.yaml"
