@@ -172,6 +172,28 @@ class TaskWeights:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PersonalWeights:
+    """What one client keeps to itself."""
+
+    shared: Mapping[str, Array]
+    experts: Mapping[ExpertKey, Mapping[str, Array]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """One version of the global model as it is published: what trains, never the frozen base."""
+
+    version: int
+    shared: Mapping[str, Array]
+    """Routers and trainable shared parameters, by full parameter name."""
+    experts: Mapping[ExpertKey, Mapping[str, Array]]
+    means: Array | None = None
+    """Mean output of every expert over the tokens routed to it, [L, E, H]."""
+    personal: Mapping[int, PersonalWeights] | None = None
+    """Private weights of clients, laid over the global ones when a task asks for them (`ClientTask.personal`)."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ClientMetrics:
     """The small half of a client's answer; travels as JSON."""
 
@@ -199,7 +221,7 @@ class ClientMetrics:
     step_seconds: float = 0.0
     """Wall seconds of the optimizer steps alone."""
     peak_mib: float = 0.0
-    """Peak unique memory of the process in MiB (0 where it cannot be measured)."""
+    """Unique memory of the process in MiB while weights, gradients and optimizer state are alive (training only)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,35 +1,12 @@
 """What the round loop asks of whoever runs the clients: one process, or a cluster."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
-from hfedmoe_ray.types import Array, ClientTask, ExpertKey, TaskResult
+from hfedmoe_ray.types import ClientTask, TaskResult, Weights
 
 Notify = Callable[[str, Mapping[str, Any]], None]
 """Told (event name, fields) as things happen: task_started, task_finished, task_retried, slot_lost, ..."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Weights:
-    """One version of the global model as it is published: what trains, never the frozen base."""
-
-    version: int
-    shared: Mapping[str, Array]
-    """Routers and trainable shared parameters, by full parameter name."""
-    experts: Mapping[ExpertKey, Mapping[str, Array]]
-    means: Array | None = None
-    """Mean output of every expert over the tokens routed to it, [L, E, H]."""
-    personal: Mapping[int, "PersonalWeights"] | None = None
-    """Private weights of clients, laid over the global ones when a task asks for them (`ClientTask.personal`)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PersonalWeights:
-    """What one client keeps to itself."""
-
-    shared: Mapping[str, Array]
-    experts: Mapping[ExpertKey, Mapping[str, Array]]
 
 
 class Executor(Protocol):

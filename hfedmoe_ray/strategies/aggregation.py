@@ -6,13 +6,12 @@ keep their bytes. The three rules - for experts, routers and shared parameters -
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
 
-from hfedmoe_ray.federation.executor import Weights
-from hfedmoe_ray.types import Array, ClientUpdate, ExpertKey, ExpertPlan, FloatArray
+from hfedmoe_ray.types import Array, ClientUpdate, ExpertKey, ExpertPlan, FloatArray, Weights
 
 
 class ExpertRule(Protocol):
@@ -106,6 +105,28 @@ class _Mean:
         return (self.total / (self.weight if divisor is None else divisor)).astype(old.dtype)
 
 
+class MeanOutputs:
+    """Folds the mean outputs that stand in for absent experts, weighted by the tokens behind them (ours)."""
+
+    def __init__(self) -> None:
+        """Starts empty."""
+        self._means: dict[ExpertKey, _Mean] = {}
+
+    def add(self, update: ClientUpdate) -> None:
+        """Folds what one client measured on the experts it held."""
+        for key, (mean, tokens) in update.means.items():
+            self._means.setdefault(key, _Mean()).add(mean, float(tokens))
+
+    def result(self, old: Array | None) -> Array | None:
+        """The new [L, E, H] means; experts nobody measured keep theirs."""
+        if old is None or not self._means:
+            return old
+        means = old.copy()
+        for key, mean in self._means.items():
+            means[key] = mean.result(means[key])
+        return means
+
+
 @dataclass
 class Reducer:
     """Folds a round's updates into new weights. Call `add` in client order, then `result`."""
@@ -113,34 +134,40 @@ class Reducer:
     old: Weights
     router_layers: Mapping[str, int]
     """Router parameter name -> its MoE layer; all other shared names are plain shared parameters."""
-    experts_shape: tuple[int, int]
+    layers: int
+    """L."""
     expert_rule: ExpertRule
     router_rule: RouterRule
     shared_rule: SharedRule
     literal_router: bool = False
     _experts: dict[tuple[ExpertKey, str], _Mean] = field(default_factory=dict)
     _shared: dict[str, _Mean] = field(default_factory=dict)
-    _means: dict[ExpertKey, _Mean] = field(default_factory=dict)
     _participants: set[ExpertKey] = field(default_factory=set)
 
-    def add(self, update: ClientUpdate, plan: ExpertPlan) -> None:
-        """Folds one update."""
+    @property
+    def participants(self) -> frozenset[ExpertKey]:
+        """S_global: experts that somebody took part in, so far."""
+        return frozenset(self._participants)
+
+    def add(self, update: ClientUpdate, plan: ExpertPlan) -> frozenset[ExpertKey]:
+        """Folds one update; returns the experts it took part in, S_c."""
+        mine = set()
         for key in plan.trainable:
             weight = self.expert_rule(update, plan, key)
             if weight > 0.0:
-                self._participants.add(key)
+                mine.add(key)
                 # An expert that takes part without having moved was not sent: its value is the published one.
                 tensors = update.experts.get(key, self.old.experts[key])
                 for name, value in tensors.items():
                     self._experts.setdefault((key, name), _Mean()).add(value, weight)
-        router = self.router_rule(update, plan, self.experts_shape[0])
+        router = self.router_rule(update, plan, self.layers)
         plain = self.shared_rule(update)
         for name, value in update.shared.items():
             layer = self.router_layers.get(name)
             weight = plain if layer is None else float(router[layer])
             self._shared.setdefault(name, _Mean()).add(value, weight)
-        for key, (mean, tokens) in update.means.items():
-            self._means.setdefault(key, _Mean()).add(mean, float(tokens))
+        self._participants |= mine
+        return frozenset(mine)
 
     def result(self) -> Weights:
         """The next version of the weights; arrays that did not change are the same objects as before."""
@@ -155,12 +182,7 @@ class Reducer:
             name: self._shared[name].result(value, self._literal_divisor(name)) if name in self._shared else value
             for name, value in self.old.shared.items()
         }
-        means = self.old.means
-        if self._means and means is not None:
-            means = means.copy()
-            for key, mean in self._means.items():
-                means[key] = mean.result(means[key])
-        return Weights(version=self.old.version + 1, shared=shared, experts=experts, means=means)
+        return replace(self.old, version=self.old.version + 1, shared=shared, experts=experts)
 
     def _literal_divisor(self, name: str) -> float | None:
         """|S_global| of eq. 20 for a router when weights are used as printed, else None (normalise)."""

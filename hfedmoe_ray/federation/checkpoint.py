@@ -1,0 +1,179 @@
+"""Saving the server's state after every round, so that a killed run continues where it was, to the last bit.
+
+A checkpoint is a directory written under another name, flushed to disk, then renamed; the file LATEST is replaced
+last. Whatever instant the machine dies at, LATEST names a complete checkpoint.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from hfedmoe_ray.context import RunContext
+from hfedmoe_ray.errors import CheckpointError
+from hfedmoe_ray.federation.state import FederationState
+from hfedmoe_ray.types import Array, ExpertKey, PersonalWeights, RoutingProfile, Weights
+from hfedmoe_ray.wire import PROFILE_FIELDS, expert_key, expert_name
+
+_SCALARS = ("round", "bytes_up", "bytes_down", "seconds", "peak_client_mib")
+
+
+def run_identity(context: RunContext) -> str:
+    """Returns a hash of all that decides a run's weights. How long it runs, where, and who watches does not."""
+    fields = context.experiment.model_dump(
+        mode="json", exclude={"name", "rounds", "backend", "actors", "output", "evaluate", "runtime", "tracking"}
+    )
+    parts = [json.dumps(fields, sort_keys=True), context.model.sha256, context.data.sha256]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def save_checkpoint(directory: Path, state: FederationState, identity: str, keep: int) -> Path:
+    """Writes `directory/round-NNNN` and points LATEST at it; all but the newest `keep` are removed.
+
+    Args:
+        directory: The run's checkpoint directory.
+        state: What to save.
+        identity: Hash of everything that must not change between saving and resuming.
+        keep: Checkpoints to keep.
+    """
+    name = f"round-{state.round:04d}"
+    partial = directory / f".{name}.{os.getpid()}"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    save_file(_tensors(state), partial / "state.safetensors")
+    fields = {
+        "identity": identity,
+        "version": state.weights.version,
+        "samples": {str(client): count for client, count in state.samples.items()},
+        "profile_tokens": {str(client): profile.tokens for client, profile in state.profiles.items()},
+        "accuracies": state.accuracies,
+        "own_accuracies": {str(client): value for client, value in state.own_accuracies.items()},
+        "statuses": dict(state.statuses),
+        **{scalar: getattr(state, scalar) for scalar in _SCALARS},
+    }
+    (partial / "state.json").write_text(json.dumps(fields, indent=1))
+    for file in partial.iterdir():
+        _flush(file)
+    final = directory / name
+    # A round is saved again only when a run was resumed from an older checkpoint; the older copy gives way.
+    shutil.rmtree(final, ignore_errors=True)
+    partial.rename(final)
+    _flush(directory)
+    latest = directory / f".LATEST.{os.getpid()}"
+    latest.write_text(name + "\n")
+    _flush(latest)
+    latest.replace(directory / "LATEST")
+    _flush(directory)
+    for old in sorted(directory.glob("round-*"))[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def load_checkpoint(directory: Path, identity: str) -> FederationState:
+    """Reads the checkpoint that LATEST names.
+
+    Raises:
+        CheckpointError: There is none, it is damaged, or it belongs to another experiment.
+    """
+    latest = directory / "LATEST"
+    if not latest.exists():
+        raise CheckpointError(
+            f"{directory} holds no finished checkpoint, so there is nothing to resume: the run stopped before its "
+            "first round ended. Start it again with `hfedmoe run`."
+        )
+    path = directory / latest.read_text().strip()
+    try:
+        fields = json.loads((path / "state.json").read_text())
+        tensors = load_file(path / "state.safetensors")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(
+            f"checkpoint {path} is damaged ({error}). Write the name of an older round-* directory into {latest}, "
+            "or start the run again."
+        ) from error
+    if fields["identity"] != identity:
+        raise CheckpointError(
+            f"checkpoint {path} was written by another experiment (configuration, model or data differ), and "
+            "continuing it would mix the two. Resume with the run's own config.yaml, or use another name."
+        )
+    return _state(fields, tensors)
+
+
+def _tensors(state: FederationState) -> dict[str, Array]:
+    weights = state.weights
+    tensors = _named("global", weights.shared, weights.experts)
+    if weights.means is not None:
+        tensors["means"] = weights.means
+    for client, own in (weights.personal or {}).items():
+        tensors |= _named(f"client-{client}", own.shared, own.experts)
+    for client, profile in state.profiles.items():
+        tensors |= {f"profile/{client}/{name}": getattr(profile, name) for name in PROFILE_FIELDS}
+    return {name: np.ascontiguousarray(value) for name, value in tensors.items()}
+
+
+def _named(
+    owner: str, shared: Mapping[str, Array], experts: Mapping[ExpertKey, Mapping[str, Array]]
+) -> dict[str, Array]:
+    tensors = {f"{owner}/shared/{name}": value for name, value in shared.items()}
+    for key, named in experts.items():
+        tensors |= {f"{owner}/expert/{expert_name(key)}/{name}": value for name, value in named.items()}
+    return tensors
+
+
+def _state(fields: Mapping[str, Any], tensors: Mapping[str, Array]) -> FederationState:
+    shared: dict[str, dict[str, Array]] = {}
+    experts: dict[str, dict[ExpertKey, dict[str, Array]]] = {}
+    profiles: dict[int, dict[str, Array]] = {}
+    means = None
+    for path, value in tensors.items():
+        match path.split("/"):
+            case ["means"]:
+                means = value
+            case ["profile", client, name]:
+                profiles.setdefault(int(client), {})[name] = value
+            case [owner, "shared", name]:
+                shared.setdefault(owner, {})[name] = value
+            case [owner, "expert", key, name]:
+                experts.setdefault(owner, {}).setdefault(expert_key(key), {})[name] = value
+    personal = {
+        int(owner.removeprefix("client-")): PersonalWeights(
+            shared=shared.get(owner, {}), experts=experts.get(owner, {})
+        )
+        for owner in sorted(shared.keys() | experts.keys())
+        if owner != "global"
+    }
+    weights = Weights(
+        version=fields["version"],
+        shared=shared["global"],
+        experts=dict(sorted(experts["global"].items())),
+        means=means,
+        personal=personal or None,
+    )
+    return FederationState(
+        weights=weights,
+        profiles={
+            client: RoutingProfile(**named, tokens=fields["profile_tokens"][str(client)])
+            for client, named in sorted(profiles.items())
+        },
+        samples={int(client): count for client, count in fields["samples"].items()},
+        accuracies=[(int(round), float(accuracy)) for round, accuracy in fields["accuracies"]],
+        own_accuracies={int(client): value for client, value in fields["own_accuracies"].items()},
+        statuses=Counter(fields["statuses"]),
+        **{scalar: fields[scalar] for scalar in _SCALARS},
+    )
+
+
+def _flush(path: Path) -> None:
+    """Forces a file or directory entry to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

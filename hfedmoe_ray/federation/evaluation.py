@@ -1,0 +1,113 @@
+"""Measuring a round's model: the global one on the global test split, and each client's on its own."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from hfedmoe_ray.config.schema import Experiment
+from hfedmoe_ray.errors import TrainingError
+from hfedmoe_ray.strategies.base import Strategy
+from hfedmoe_ray.strategies.scores import uniform_plan
+from hfedmoe_ray.types import ClientMetrics, ClientTask, ExpertPlan, Role, TaskResult, Weights
+
+_PARTS = 8
+"""Slices of the global test split: a fixed number, so that results do not depend on how many slots there are."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What a round's evaluation found; None where it was not due."""
+
+    accuracy: float | None = None
+    loss: float | None = None
+    own: Mapping[int, float] = field(default_factory=dict)
+    """Accuracy of each client on its own test split."""
+
+    @property
+    def own_accuracy(self) -> float | None:
+        """Mean over clients."""
+        return sum(self.own.values()) / len(self.own) if self.own else None
+
+
+def evaluation_tasks(experiment: Experiment, round: int, strategy: Strategy, weights: Weights) -> list[ClientTask]:
+    """Returns tasks that together evaluate the whole model on the global test split, each example once.
+
+    Without federation there is no global model: each client's own model takes an equal slice, which estimates the
+    mean accuracy of the clients' models at the cost of one evaluation (before any training all are the same model).
+    """
+    personal = weights.personal or {}
+    owners: list[int | None] = sorted(personal) if personal else [None] * _PARTS
+    plan = uniform_plan(strategy.shape, Role.FROZEN)
+    return [
+        ClientTask(
+            kind="evaluate",
+            round=round,
+            client=index % experiment.clients.count if owner is None else owner,
+            seed=experiment.seed,
+            plan=plan,
+            version=weights.version,
+            split="global_test",
+            part=(index, len(owners)),
+            personal=owner,
+            weight=float(len(plan.present)),
+        )
+        for index, owner in enumerate(owners)
+    ]
+
+
+def own_tasks(
+    experiment: Experiment, round: int, strategy: Strategy, weights: Weights, plans: Mapping[int, ExpertPlan]
+) -> list[ClientTask]:
+    """Returns a task per client that evaluates what it holds when it uses the model, on its own test split."""
+    personal = weights.personal or {}
+    return [
+        ClientTask(
+            kind="evaluate",
+            round=round,
+            client=client,
+            seed=experiment.seed,
+            plan=_for_inference(plan),
+            version=weights.version,
+            split="own_test",
+            personal=client if client in personal else None,
+            weight=float(len(plan.present)),
+        )
+        for client, plan in plans.items()
+        if strategy.federated or client in personal
+    ]
+
+
+def _for_inference(plan: ExpertPlan) -> ExpertPlan:
+    """The same experts held, none of them a private copy."""
+    roles = tuple(tuple(min(role, Role.FROZEN) for role in row) for row in plan.roles)
+    return ExpertPlan(roles=roles, absent=plan.absent)
+
+
+def summarise(results: Iterable[TaskResult]) -> Evaluation:
+    """Adds up evaluation results, in the order of their tasks.
+
+    Raises:
+        TrainingError: A slice of the global test split is missing: an accuracy over the rest would mislead.
+    """
+    slices: dict[int, ClientMetrics] = {}
+    own: dict[int, float] = {}
+    for result in results:
+        task, metrics = result.task, result.metrics
+        if task.split == "global_test":
+            if metrics is None or result.status != "ok":
+                raise TrainingError(
+                    f"round {task.round}: evaluation of slice {task.part[0] + 1}/{task.part[1]} of the global test "
+                    f"split is {result.status} ({result.reason}). The round is trained but could not be measured; "
+                    "mend the cause and `hfedmoe resume`."
+                )
+            slices[task.part[0]] = metrics
+        elif metrics is not None and metrics.examples:
+            own[task.client] = metrics.correct / metrics.examples
+    examples = sum(metrics.examples for metrics in slices.values())
+    if not examples:
+        return Evaluation(own=dict(sorted(own.items())))
+    total_loss = sum(slices[part].loss * slices[part].examples for part in sorted(slices) if slices[part].examples)
+    return Evaluation(
+        accuracy=sum(metrics.correct for metrics in slices.values()) / examples,
+        loss=total_loss / examples,
+        own=dict(sorted(own.items())),
+    )

@@ -1,0 +1,179 @@
+"""Turning what happened in a round into what people are told: records, reports, facts, summary. Pure functions."""
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+
+from hfedmoe_ray import budget
+from hfedmoe_ray.config.schema import Tier
+from hfedmoe_ray.context import RunContext
+from hfedmoe_ray.federation.evaluation import Evaluation
+from hfedmoe_ray.federation.state import FederationState, model_sha256
+from hfedmoe_ray.types import (
+    Array,
+    ClientInfo,
+    ClientRecord,
+    ClientUpdate,
+    ExpertPlan,
+    FloatArray,
+    RoundReport,
+    RoutingProfile,
+    TaskResult,
+    Weights,
+)
+
+_PACKAGES = ("torch", "ray", "deepspeed", "transformers", "peft", "datasets", "wandb", "numpy")
+_STATUSES = ("ok", "late", "failed", "rejected", "dropped")
+
+
+def published_bytes(weights: Weights, plan: ExpertPlan) -> int:
+    """Returns the bytes a client fetches for a plan: shared arrays, present experts, mean outputs if it needs them."""
+    arrays: list[Array] = [*weights.shared.values()]
+    for key in plan.present:
+        arrays += weights.experts[key].values()
+    total = sum(array.nbytes for array in arrays)
+    needs_means = plan.absent == "mean" and len(plan.present) < len(weights.experts)
+    return total + (weights.means.nbytes if needs_means and weights.means is not None else 0)
+
+
+def client_record(result: TaskResult, tier: str, update: ClientUpdate | None, weights: Weights) -> ClientRecord:
+    """Returns how one client fared in a round."""
+    metrics = result.metrics
+    return ClientRecord(
+        round=result.task.round,
+        client=result.task.client,
+        tier=tier,
+        status=result.status,
+        reason=result.reason,
+        attempts=result.attempts,
+        samples=metrics.samples if metrics else 0,
+        loss=metrics.loss if metrics and math.isfinite(metrics.loss) else None,
+        resident=len(result.task.plan.present),
+        trained=len(update.trained) if update else 0,
+        bytes_up=update.payload_bytes if update else 0,
+        bytes_down=published_bytes(weights, result.task.plan),
+        seconds=metrics.seconds if metrics else 0.0,
+        step_seconds=metrics.step_seconds if metrics else 0.0,
+        peak_mib=metrics.peak_mib if metrics else 0.0,
+    )
+
+
+def mean_profile(profiles: Sequence[RoutingProfile]) -> RoutingProfile | None:
+    """Returns the token-weighted mean of profiles (None for none): what the cohort routes like."""
+    tokens = sum(profile.tokens for profile in profiles)
+    if not tokens:
+        return None
+
+    def mean(field: str) -> FloatArray:
+        total: FloatArray = sum(getattr(profile, field) * (profile.tokens / tokens) for profile in profiles)
+        return total
+
+    return RoutingProfile(
+        usage=mean("usage"), specific=mean("specific"), kl=mean("kl"), routed=mean("routed"), tokens=tokens
+    )
+
+
+def agreement(profiles: Sequence[RoutingProfile]) -> float | None:
+    """Mean Jensen-Shannon divergence between each client's usage and the cohort's, over layers, in nats (ours)."""
+    if not profiles:
+        return None
+    usage = np.stack([profile.usage for profile in profiles])  # [C, L, E], each row a distribution over experts
+    divergence = _entropy(usage.mean(axis=0)) - _entropy(usage).mean(axis=0)  # [L]
+    return float(max(divergence.mean(), 0.0))
+
+
+def _entropy(usage: FloatArray) -> FloatArray:
+    share = usage / usage.sum(axis=-1, keepdims=True)
+    logs = np.log(share, out=np.zeros_like(share), where=share > 0)
+    entropy: FloatArray = -(share * logs).sum(axis=-1)
+    return entropy
+
+
+def round_report(
+    round: int,
+    records: Sequence[ClientRecord],
+    updates: Mapping[int, ClientUpdate],
+    evaluation: Evaluation,
+    *,
+    shape: tuple[int, int],
+    seconds: float,
+    phases: Mapping[str, float],
+    participation: float | None,
+) -> RoundReport:
+    """Returns the report of a round from its parts."""
+    selected = Counter(key for update in updates.values() for key in update.trained)
+    profiles = [update.profile for update in updates.values() if update.profile is not None]
+    cohort = mean_profile(profiles)
+    usage = cohort.usage if cohort else np.zeros(shape)
+    losses = [record.loss for record in records if record.status == "ok" and record.loss is not None]
+    return RoundReport(
+        round=round,
+        loss=sum(losses) / len(losses) if losses else None,
+        accuracy=evaluation.accuracy,
+        test_loss=evaluation.loss,
+        own_accuracy=evaluation.own_accuracy,
+        clients=tuple(records),
+        selected=tuple(tuple(selected[layer, expert] for expert in range(shape[1])) for layer in range(shape[0])),
+        usage=tuple(tuple(float(value) for value in row) for row in usage),
+        bytes_up=sum(record.bytes_up for record in records),
+        bytes_down=sum(record.bytes_down for record in records),
+        seconds=seconds,
+        phases=dict(phases),
+        agreement=agreement(profiles),
+        participation=participation,
+    )
+
+
+def run_facts(
+    context: RunContext, tiers: Sequence[Tier], clients: Sequence[ClientInfo], resumed_from: int | None
+) -> dict[str, Any]:
+    """Returns what is known before the first round: who takes part with what, the partition, the model's shape."""
+    rows = []
+    for tier, client in zip(tiers, clients, strict=True):
+        spec = budget.resources(tier, gpus_available=False)
+        asked = {"num_cpus": spec.num_cpus, "num_gpus": spec.num_gpus, "memory_gib": tier.memory_gib}
+        rows.append({**asdict(client), "resources": asked})
+    return {
+        "clients": rows,
+        "partition": context.data.counts,
+        "labels": context.data.label_names,
+        "shape": asdict(context.model.shape),
+        "model_sha256": context.model.sha256,
+        "data_sha256": context.data.sha256,
+        "versions": {package: version(package) for package in _PACKAGES},
+        "resumed_from": resumed_from,
+    }
+
+
+def run_summary(context: RunContext, state: FederationState, status: str) -> dict[str, Any]:
+    """Returns the keys of summary.json."""
+    experiment = context.experiment
+    target = experiment.evaluate.target
+    reached = [round for round, accuracy in state.accuracies if target is not None and accuracy >= target]
+    values = [accuracy for _, accuracy in state.accuracies]
+    own = state.own_accuracies
+    return {
+        "name": experiment.name,
+        "status": status,
+        "strategy": experiment.strategy.name,
+        "seed": experiment.seed,
+        "rounds": max(state.round, 0),
+        "accuracy": values[-1] if values else None,
+        "initial_accuracy": values[0] if values else None,
+        "best_accuracy": max(values, default=None),
+        "own_accuracy": sum(own.values()) / len(own) if own else None,
+        "own_accuracy_by_client": {str(client): value for client, value in sorted(own.items())},
+        "target": target,
+        "rounds_to_target": reached[0] if reached else None,
+        "wall_seconds": state.seconds,
+        "bytes_up": state.bytes_up,
+        "bytes_down": state.bytes_down,
+        "peak_client_mib": state.peak_client_mib,
+        "model_sha256": model_sha256(state.weights, context.model.sha256),
+        "clients": {name: state.statuses[name] for name in _STATUSES},
+    }

@@ -1,0 +1,360 @@
+"""The round loop: plan, train, reduce, prove, evaluate, checkpoint, report.
+
+Reads like the algorithm: `Federation.train_round` is one round. Where clients run is the executor's business, what
+they hold the strategy's, and who is told the tracker's.
+"""
+
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from typing import Any
+
+from hfedmoe_ray import budget
+from hfedmoe_ray.context import RunContext
+from hfedmoe_ray.errors import TrainingError
+from hfedmoe_ray.federation import reporting
+from hfedmoe_ray.federation.checkpoint import load_checkpoint, run_identity, save_checkpoint
+from hfedmoe_ray.federation.cohort import select_cohort
+from hfedmoe_ray.federation.evaluation import Evaluation, evaluation_tasks, own_tasks, summarise
+from hfedmoe_ray.federation.executor import Executor
+from hfedmoe_ray.federation.state import FederationState
+from hfedmoe_ray.federation.validation import Rejected, accept
+from hfedmoe_ray.moe.prepare import initial_weights, router_layers
+from hfedmoe_ray.strategies import build_strategy
+from hfedmoe_ray.strategies.aggregation import MeanOutputs, Reducer
+from hfedmoe_ray.strategies.scores import uniform_plan
+from hfedmoe_ray.tracking.tracker import Tracker
+from hfedmoe_ray.types import (
+    ClientInfo,
+    ClientRecord,
+    ClientTask,
+    ClientUpdate,
+    ExpertPlan,
+    PersonalWeights,
+    Role,
+    TaskKind,
+    TaskResult,
+)
+
+_SAME_ERROR = 3
+"""So many clients failing with the same error in one round mean that the fault is not the clients'."""
+
+
+def run_experiment(
+    context: RunContext,
+    executor: Executor,
+    tracker: Tracker,
+    *,
+    resume: bool = False,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> dict[str, Any]:
+    """Runs an experiment, or what is left of it.
+
+    Args:
+        context: The prepared run.
+        executor: Runs the clients.
+        tracker: Is told what happens.
+        resume: Continue from the run's last checkpoint.
+        should_stop: Asked between rounds; True ends the run after a checkpoint, to be resumed.
+
+    Returns:
+        The summary (the keys of summary.json), with status "finished" or "stopped".
+
+    Raises:
+        HFedMoEError: The run cannot go on; the tracker has been given a summary with status "failed" and the error.
+    """
+    federation = Federation(context, executor, tracker, resume=resume)
+    tracker.start(context.experiment.model_dump(mode="json"), federation.facts())
+    try:
+        finished = federation.run(should_stop)
+    except BaseException as error:
+        tracker.finish(federation.summary("failed") | {"error": str(error) or type(error).__name__})
+        raise
+    summary = federation.summary("finished" if finished else "stopped")
+    tracker.finish(summary)
+    return summary
+
+
+class Federation:
+    """A server: the state of the global model and the steps of a round."""
+
+    def __init__(self, context: RunContext, executor: Executor, tracker: Tracker, *, resume: bool) -> None:
+        """Starts from the prepared model, or from the last checkpoint."""
+        self.context = context
+        self.experiment = context.experiment
+        self.executor = executor
+        self.tracker = tracker
+        self.strategy = build_strategy(self.experiment.strategy, context.model.shape, self.experiment.seed)
+        self.router_layers = router_layers(context.model)
+        self.tiers = budget.tier_of(self.experiment.clients)
+        self.checkpoints = context.run_dir / "checkpoints"
+        self.identity = run_identity(context)
+        self.phases: defaultdict[str, float] = defaultdict(float)
+        if resume:
+            self.state = load_checkpoint(self.checkpoints, self.identity)
+        else:
+            self.state = FederationState(weights=initial_weights(context.model, self.experiment.model.trainable))
+        self.resumed_from = self.state.round if resume else None
+
+    def run(self, should_stop: Callable[[], bool]) -> bool:
+        """Runs the remaining rounds; returns whether all are done."""
+        self.executor.publish(self.state.weights)
+        if self.state.round < 0:
+            self.profile_round()
+        while self.state.round < self.experiment.rounds:
+            if should_stop():
+                return False
+            self.train_round(self.state.round + 1)
+        return True
+
+    # ------------------------------------------------------------------------------------------------ the rounds
+
+    def profile_round(self) -> None:
+        """Round 0: routing profiles of the first cohort, and the accuracy before any training."""
+        started = self._begin(0)
+        with self._phase("profile"):
+            records = self.profile(0, select_cohort(self.experiment.clients, self.experiment.seed, 1))
+        self._end(0, started, records, {}, None)
+
+    def train_round(self, round: int) -> None:
+        """One round of federated training."""
+        started = self._begin(round)
+        cohort = select_cohort(self.experiment.clients, self.experiment.seed, round)
+        with self._phase("profile"):
+            unprofiled = [r for r in self.profile(round, cohort) if r.status != "ok"]
+        clients = [self.client_info(c) for c in cohort if c not in {record.client for record in unprofiled}]
+        with self._phase("plan"):
+            plans = self.strategy.plan(round, clients, self.state.profiles)
+        with self._phase("train"):
+            results = self.collect([self.task("train", round, client, plan) for client, plan in plans.items()])
+        with self._phase("reduce"):
+            records, updates, participation = self.reduce(results, plans)
+        with self._phase("publish"):
+            self.executor.publish(self.state.weights)
+        self._end(round, started, unprofiled + records, updates, participation)
+
+    def profile(self, round: int, cohort: Sequence[int]) -> list[ClientRecord]:
+        """Profiles those of a cohort that have no profile yet, in one forward-only pass over a sample of their data.
+
+        Returns a record per client profiled; where it is not "ok" the client cannot take part in this round.
+        """
+        if not self.strategy.needs_profile:
+            return []
+        plan = uniform_plan(self.strategy.shape, Role.FROZEN)
+        newcomers = [client for client in cohort if client not in self.state.profiles]
+        results = self.collect([self.task("profile", round, client, plan) for client in newcomers])
+        records: list[ClientRecord] = []
+        means = MeanOutputs()
+        for update in self._accepted(results, dict.fromkeys(newcomers, plan), records):
+            assert update.profile is not None
+            self.state.profiles[update.client] = update.profile
+            self.state.samples[update.client] = update.samples
+            means.add(update)
+        if newcomers:
+            self.state.weights = replace(self.state.weights, means=means.result(self.state.weights.means))
+            self.executor.publish(self.state.weights)
+        return records
+
+    def collect(self, tasks: Sequence[ClientTask]) -> list[TaskResult]:
+        """Runs tasks until a quorum of them is in; returns one result per task, in client order.
+
+        Raises:
+            TrainingError: Below quorum after the configured attempts, or the same error on several clients.
+        """
+        results: dict[int, TaskResult] = {}
+        tracebacks: dict[int, str] = {}
+
+        def notify(name: str, fields: Mapping[str, Any]) -> None:
+            if "traceback" in fields:
+                tracebacks[fields["client"]] = fields["traceback"]
+            self.tracker.event(name, fields)
+
+        for _ in range(self.experiment.runtime.round_attempts):
+            missing = [task for task in tasks if task.client not in results or results[task.client].status != "ok"]
+            for result in self.executor.run(missing, notify):
+                results[result.task.client] = result
+            _raise_common_failure(results.values(), tracebacks)
+            if self._quorum(result.status == "ok" for result in results.values()):
+                return [results[client] for client in sorted(results)]
+            self.tracker.event("below_quorum", {"round": tasks[0].round})
+        raise TrainingError(_below_quorum([(c, r.status, r.reason) for c, r in sorted(results.items())]))
+
+    def reduce(
+        self, results: Sequence[TaskResult], plans: Mapping[int, ExpertPlan]
+    ) -> tuple[list[ClientRecord], dict[int, ClientUpdate], float | None]:
+        """Folds a round's updates, in client order, into the next weights and the clients' profiles.
+
+        Returns:
+            A record per client, the accepted updates without their tensors, and the mean of |S_c| / |S_global|
+            (eq. 18; None if nothing was averaged).
+        """
+        state, strategy = self.state, self.strategy
+        reducer = Reducer(
+            old=state.weights,
+            router_layers=self.router_layers,
+            layers=strategy.shape[0],
+            expert_rule=strategy.expert_rule,
+            router_rule=strategy.router_rule,
+            shared_rule=strategy.shared_rule,
+            literal_router=strategy.literal_router,
+        )
+        means = MeanOutputs()
+        private = dict(state.weights.personal or {})
+        records: list[ClientRecord] = []
+        updates: dict[int, ClientUpdate] = {}
+        taken: list[int] = []
+        for update in self._accepted(results, plans, records):
+            client = update.client
+            if strategy.federated:
+                taken.append(len(reducer.add(update, plans[client])))
+                means.add(update)
+            else:
+                before = private[client].experts if client in private else {}
+                private[client] = PersonalWeights(shared=update.shared, experts={**before, **update.experts})
+            state.samples[client] = update.samples
+            # The tensors are folded; keeping them would make memory grow with the cohort.
+            updates[client] = replace(update, experts={}, shared={}, means={})
+        if not self._quorum(record.status == "ok" for record in records):
+            raise TrainingError(_below_quorum([(r.client, r.status, r.reason) for r in records]))
+        weights = reducer.result()
+        state.weights = replace(weights, means=means.result(weights.means), personal=private or None)
+        cohort = reporting.mean_profile([u.profile for u in updates.values() if u.profile is not None])
+        for client, update in updates.items():
+            if update.profile is not None and cohort is not None:
+                state.profiles[client] = strategy.blend(update.profile, plans[client], cohort)
+        everyone = len(reducer.participants)
+        return records, updates, sum(taken) / (everyone * len(taken)) if everyone else None
+
+    def evaluate(self, round: int) -> Evaluation:
+        """Accuracy of the global model, and of clients holding only what their budget allows, where due."""
+        when = self.experiment.evaluate
+        last = round == self.experiment.rounds
+        tasks: list[ClientTask] = []
+        if last or round % when.every == 0:
+            tasks += evaluation_tasks(self.experiment, round, self.strategy, self.state.weights)
+        if when.own == "always" or (when.own == "final" and last):
+            clients = [self.client_info(client) for client in range(self.experiment.clients.count)]
+            known = [c for c in clients if not self.strategy.needs_profile or c.client in self.state.profiles]
+            plans = self.strategy.deploy(round, known, self.state.profiles)
+            tasks += own_tasks(self.experiment, round, self.strategy, self.state.weights, plans)
+        return summarise(self.executor.run(tasks, self.tracker.event))
+
+    # --------------------------------------------------------------------------------------------------- details
+
+    def client_info(self, client: int) -> ClientInfo:
+        """What the strategy may know of a client."""
+        tier = self.tiers[client]
+        resident, batch = budget.expert_counts(tier, self.context.model.shape)
+        return ClientInfo(
+            client=client,
+            tier=tier.name,
+            resident_experts=resident,
+            batch_experts=batch,
+            samples=self.state.samples.get(client, sum(self.context.data.counts[client])),
+        )
+
+    def task(self, kind: TaskKind, round: int, client: int, plan: ExpertPlan) -> ClientTask:
+        """One client's task of a round."""
+        return ClientTask(
+            kind=kind,
+            round=round,
+            client=client,
+            seed=self.experiment.seed,
+            plan=plan,
+            version=self.state.weights.version,
+            personal=client if client in (self.state.weights.personal or {}) else None,
+            weight=float(len(plan.present)),
+        )
+
+    def facts(self) -> dict[str, Any]:
+        """What is known before the first round."""
+        clients = [self.client_info(client) for client in range(self.experiment.clients.count)]
+        return reporting.run_facts(self.context, self.tiers, clients, self.resumed_from)
+
+    def summary(self, status: str) -> dict[str, Any]:
+        """The keys of summary.json."""
+        return reporting.run_summary(self.context, self.state, status)
+
+    def _accepted(
+        self, results: Iterable[TaskResult], plans: Mapping[int, ExpertPlan], records: list[ClientRecord]
+    ) -> Iterator[ClientUpdate]:
+        """Yields the updates that may be used, one payload in memory at a time, and records how each client fared."""
+        for result in results:
+            client, update = result.task.client, None
+            if result.status == "ok":
+                try:
+                    update = accept(result, plans[client], self.state.weights)
+                except Rejected as rejection:
+                    result = replace(result, status="rejected", reason=str(rejection))
+            records.append(reporting.client_record(result, self.tiers[client].name, update, self.state.weights))
+            if update is not None:
+                yield update
+
+    def _quorum(self, arrived: Iterable[bool]) -> bool:
+        answers = list(arrived)
+        return sum(answers) >= self.experiment.runtime.quorum * len(answers)
+
+    def _begin(self, round: int) -> float:
+        self.phases = defaultdict(float)
+        self.tracker.event("round_started", {"round": round, "cohort": self.experiment.clients.cohort})
+        return time.perf_counter()
+
+    def _end(
+        self,
+        round: int,
+        started: float,
+        records: Sequence[ClientRecord],
+        updates: Mapping[int, ClientUpdate],
+        participation: float | None,
+    ) -> None:
+        """Evaluates, saves and reports a round."""
+        with self._phase("evaluate"):
+            evaluation = self.evaluate(round)
+        self.state.record(round, records, evaluation, time.perf_counter() - started)
+        with self._phase("checkpoint"):
+            save_checkpoint(self.checkpoints, self.state, self.identity, self.experiment.runtime.keep_checkpoints)
+        for record in records:
+            self.tracker.event("client", asdict(record))
+        self.tracker.round(
+            reporting.round_report(
+                round,
+                records,
+                updates,
+                evaluation,
+                shape=self.strategy.shape,
+                seconds=time.perf_counter() - started,
+                phases=self.phases,
+                participation=participation,
+            )
+        )
+
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.phases[name] += time.perf_counter() - started
+
+
+def _raise_common_failure(results: Iterable[TaskResult], tracebacks: Mapping[int, str]) -> None:
+    """Raises if several clients failed with the same error: then it is not the clients that are at fault."""
+    failed = [result for result in results if result.status == "failed"]
+    for reason, count in Counter(result.reason for result in failed).most_common(1):
+        if count >= _SAME_ERROR:
+            client = next(result.task.client for result in failed if result.reason == reason)
+            trace = tracebacks.get(client, "")
+            raise TrainingError(f"{count} clients failed with the same error: {reason}\n{trace}".rstrip())
+
+
+def _below_quorum(outcomes: Sequence[tuple[int, str, str]]) -> str:
+    lines = "\n".join(
+        f"  client {client}: {status}{f' ({reason})' if reason else ''}" for client, status, reason in outcomes
+    )
+    arrived = sum(status == "ok" for _, status, _ in outcomes)
+    return (
+        f"only {arrived} of {len(outcomes)} clients delivered a usable update, below `runtime.quorum`. The last "
+        f"checkpoint is complete: mend the cause and `hfedmoe resume`, or lower the quorum.\n{lines}"
+    )

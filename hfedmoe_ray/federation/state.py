@@ -1,0 +1,57 @@
+"""All that a server knows between two rounds: one value, saved whole and restored whole."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from hfedmoe_ray.federation.evaluation import Evaluation
+from hfedmoe_ray.types import ClientRecord, RoutingProfile, Weights
+from hfedmoe_ray.wire import checksum, expert_name
+
+
+@dataclass
+class FederationState:
+    """The server's state after `round` rounds (0: profiled, nothing trained yet; -1: nothing done)."""
+
+    weights: Weights
+    round: int = -1
+    profiles: dict[int, RoutingProfile] = field(default_factory=dict)
+    samples: dict[int, int] = field(default_factory=dict)
+    """|D_c| as clients reported it."""
+    accuracies: list[tuple[int, float]] = field(default_factory=list)
+    """(round, accuracy) of every evaluation of the global model."""
+    own_accuracies: dict[int, float] = field(default_factory=dict)
+    """Latest accuracy of each client on its own test split."""
+    statuses: Counter[str] = field(default_factory=Counter)
+    """Client results by status, over all rounds."""
+    bytes_up: int = 0
+    bytes_down: int = 0
+    seconds: float = 0.0
+    peak_client_mib: float = 0.0
+
+    def record(self, round: int, records: Iterable[ClientRecord], evaluation: Evaluation, seconds: float) -> None:
+        """Closes a round: counts what its clients did and keeps what was measured."""
+        self.round = round
+        self.seconds += seconds
+        for record in records:
+            self.statuses[record.status] += 1
+            self.bytes_up += record.bytes_up
+            self.bytes_down += record.bytes_down
+            self.peak_client_mib = max(self.peak_client_mib, record.peak_mib)
+        if evaluation.accuracy is not None:
+            self.accuracies.append((round, evaluation.accuracy))
+        self.own_accuracies |= evaluation.own
+
+
+def model_sha256(weights: Weights, base_sha256: str) -> str:
+    """Hash of the whole model: the frozen base, the shared parameters, every expert, and private weights if any."""
+    digest = hashlib.sha256(base_sha256.encode())
+    digest.update(checksum(weights.shared).encode())
+    for key in sorted(weights.experts):
+        digest.update(f"{expert_name(key)}:{checksum(weights.experts[key])}".encode())
+    for client, own in sorted((weights.personal or {}).items()):
+        digest.update(f"client {client}:{checksum(own.shared)}".encode())
+        for key in sorted(own.experts):
+            digest.update(f"{expert_name(key)}:{checksum(own.experts[key])}".encode())
+    return digest.hexdigest()

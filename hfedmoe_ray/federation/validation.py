@@ -1,0 +1,127 @@
+"""What an update must satisfy before it is averaged, and the proof that it trained what it claims.
+
+`check_update` rejects what a faulty or hostile client may send; such a client is left out and the round goes on.
+`check_canary` finds faults of the framework itself - an expert that was to train and did not, or moved without being
+told to - and those stop the run: experts that silently never train are this field's commonest bug.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from hfedmoe_ray.errors import TrainingError
+from hfedmoe_ray.types import Array, ClientMetrics, ClientUpdate, ExpertPlan, TaskResult, Weights
+from hfedmoe_ray.wire import PROFILE_FIELDS, checksum, expert_key, expert_name, unpack_update
+
+
+class Rejected(Exception):
+    """An update that must not be averaged; the message is the reason, in one line."""
+
+
+def accept(result: TaskResult, plan: ExpertPlan, weights: Weights) -> ClientUpdate:
+    """Fetches, parses and checks the update of a task that ended well.
+
+    Raises:
+        Rejected: It must not be used.
+        TrainingError: It was not trained as planned (see `check_canary`).
+    """
+    metrics = result.metrics
+    if metrics is None or result.payload is None:
+        raise Rejected("delivered no update")
+    if (metrics.client, metrics.round, metrics.kind) != (result.task.client, result.task.round, result.task.kind):
+        raise Rejected(f"answers for client {metrics.client}, round {metrics.round}, {metrics.kind}")
+    try:
+        update = unpack_update(result.payload(), metrics)
+    except ValueError as error:
+        raise Rejected(f"cannot be read: {error}") from error
+    check_update(update, plan, weights, trains=result.task.kind == "train")
+    if result.task.kind == "train":
+        check_canary(update, metrics, plan, weights)
+    return update
+
+
+def check_update(update: ClientUpdate, plan: ExpertPlan, weights: Weights, *, trains: bool) -> None:
+    """Checks that an update holds assigned experts only, in the right shapes, and finite numbers.
+
+    Args:
+        update: The parsed update.
+        plan: What the client was given to do.
+        weights: The weights it started from.
+        trains: Whether shared parameters belong into it.
+
+    Raises:
+        Rejected: With the first reason found.
+    """
+    assigned = set(plan.trainable)
+    if update.samples <= 0:
+        raise Rejected(f"claims {update.samples} training examples")
+    for key, steps in update.trained.items():
+        if key not in assigned:
+            raise Rejected(f"claims to have trained expert {expert_name(key)}, which it was not assigned")
+        if steps <= 0:
+            raise Rejected(f"claims {steps} steps for expert {expert_name(key)}")
+    if set(update.experts) != set(update.trained):
+        raise Rejected("the experts sent are not the experts it says it trained")
+    for key, tensors in update.experts.items():
+        _check_tensors(tensors, weights.experts[key], f"expert {expert_name(key)}")
+    _check_tensors(update.shared, weights.shared if trains else {}, "shared parameters")
+    present = set(plan.present)
+    for key, (mean, _) in update.means.items():
+        if key not in present:
+            raise Rejected(f"sends the mean output of expert {expert_name(key)}, which it does not hold")
+        if weights.means is None or mean.shape != weights.means[key].shape or not np.isfinite(mean).all():
+            raise Rejected(f"the mean output of expert {expert_name(key)} has a wrong shape or is not finite")
+    if update.profile is None:
+        raise Rejected("holds no routing profile")
+    shape = (len(plan.roles), len(plan.roles[0]))
+    for name in PROFILE_FIELDS:
+        value = getattr(update.profile, name)
+        if value.shape != shape or not np.isfinite(value).all():
+            raise Rejected(f"the routing profile's {name} has a wrong shape or is not finite")
+
+
+def _check_tensors(sent: Mapping[str, Array], expected: Mapping[str, Array], what: str) -> None:
+    if set(sent) != set(expected):
+        wrong = sorted(set(sent) ^ set(expected))
+        raise Rejected(f"{what}: unexpected or missing {', '.join(wrong[:3])}")
+    for name, value in sent.items():
+        if value.shape != expected[name].shape or value.dtype != expected[name].dtype:
+            raise Rejected(
+                f"{what}: {name} is {value.dtype} {list(value.shape)}, "
+                f"expected {expected[name].dtype} {list(expected[name].shape)}"
+            )
+        if not np.isfinite(value).all():
+            raise Rejected(f"{what}: {name} holds NaN or infinity")
+
+
+def check_canary(update: ClientUpdate, metrics: ClientMetrics, plan: ExpertPlan, weights: Weights) -> None:
+    """Proves what was trained, from checksums before and after.
+
+    Every trainable expert must have started from the published bytes; one that took a step must have changed and
+    been sent as it stood; one that took none must be unchanged.
+
+    Raises:
+        TrainingError: If any of this does not hold.
+    """
+    assigned = {expert_name(key) for key in plan.trainable}
+    if set(metrics.before) != assigned or set(metrics.after) != assigned:
+        raise TrainingError(_told(metrics, "did not report a checksum for each of its trainable experts"))
+    for name in sorted(assigned):
+        key = expert_key(name)
+        started, ended = metrics.before[name], metrics.after[name]
+        if started != checksum(weights.experts[key]):
+            raise TrainingError(_told(metrics, f"started expert {name} from other weights than those published"))
+        if key in update.experts:
+            if started == ended:
+                raise TrainingError(_told(metrics, f"took {update.trained[key]} steps on expert {name}, unchanged"))
+            if checksum(update.experts[key]) != ended:
+                raise TrainingError(_told(metrics, f"sent expert {name} other than it stood after training"))
+        elif started != ended:
+            raise TrainingError(_told(metrics, f"changed expert {name} without a step on it"))
+
+
+def _told(metrics: ClientMetrics, fact: str) -> str:
+    return (
+        f"round {metrics.round}: client {metrics.client} {fact}. The round would average weights that were not "
+        "trained as planned, so the run stops; this is a fault in the framework or in a custom strategy or layout."
+    )

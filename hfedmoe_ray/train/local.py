@@ -1,0 +1,254 @@
+"""The work of one client, as a pure function of (task, published weights, the client's own data).
+
+Both backends run this same class, in one process or in many; one thread computes, because the number of threads
+decides the last bits of a matrix product.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+
+import numpy as np
+import psutil
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from hfedmoe_ray.config.schema import HFedMoE
+from hfedmoe_ray.context import RunContext
+from hfedmoe_ray.data.dataset import Batch, FederatedDataset, Split
+from hfedmoe_ray.moe.routing import ProfileAccumulator, batch_statistics
+from hfedmoe_ray.moe.subset import SparseModel
+from hfedmoe_ray.seeds import derive_seed, generator
+from hfedmoe_ray.strategies import build_strategy
+from hfedmoe_ray.train.engine import Engine
+from hfedmoe_ray.train.prefix import PrefixStates, prefix_states
+from hfedmoe_ray.types import Array, ClientMetrics, ClientTask, ExpertKey, TaskWeights
+from hfedmoe_ray.wire import checksum, dump_metrics, expert_name, pack_update
+
+ShouldStop = Callable[[], bool]
+
+
+class Stopped(Exception):
+    """The task was asked to stop between two steps; it leaves nothing behind."""
+
+
+@dataclass(frozen=True)
+class _Examples:
+    """A split with the cached states of its examples, if there are any."""
+
+    split: Split
+    states: PrefixStates | None
+
+
+class ClientWorker:
+    """Serves one client after another. Keeps the frozen base model between tasks and nothing of any client."""
+
+    def __init__(self, context: RunContext) -> None:
+        """Loads the frozen base and opens the data."""
+        self._context = context
+        self._experiment = context.experiment
+        self._local = context.experiment.local
+        with _one_thread():
+            self._model = SparseModel(context.model.path)
+            self._data = FederatedDataset(context.data, context.experiment.data)
+        self._strategy = build_strategy(self._experiment.strategy, context.model.shape, self._experiment.seed)
+        self._specific = self._experiment.strategy.specific if isinstance(self._experiment.strategy, HFedMoE) else "max"
+
+    def execute(self, task: ClientTask, weights: TaskWeights, should_stop: ShouldStop) -> tuple[bytes, bytes]:
+        """Runs one task.
+
+        Args:
+            task: What to do.
+            weights: The published weights the plan needs; read-only arrays that are never written.
+            should_stop: Polled between steps.
+
+        Returns:
+            The payload (safetensors; empty for an evaluation) and the metrics (JSON of `ClientMetrics`).
+
+        Raises:
+            Stopped: `should_stop` turned true.
+        """
+        started = time.perf_counter()
+        # Models with dropout draw from torch's generator: forked, so that neither callers nor tasks share it.
+        with _one_thread(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive_seed(task.seed, "torch", task.round, task.client))
+            self._model.bind(task.plan, weights, self._experiment.model.trainable)
+            examples = self._examples(task)
+            match task.kind:
+                case "profile":
+                    payload, metrics = self._profile(task, examples, should_stop)
+                case "train":
+                    payload, metrics = self._train(task, examples, should_stop)
+                case "evaluate":
+                    payload, metrics = self._evaluate(task, examples, should_stop)
+        seconds = time.perf_counter() - started
+        return payload, dump_metrics(replace(metrics, seconds=seconds))
+
+    # ------------------------------------------------------------------------------------------ the three tasks
+
+    def _profile(self, task: ClientTask, examples: _Examples, should_stop: ShouldStop) -> tuple[bytes, ClientMetrics]:
+        """Forward passes over a sample of the client's data: its routing profile and the experts' mean outputs."""
+        split = examples.split
+        order = generator(task.seed, "profile", task.client).permutation(len(split))[: self._local.profile_examples]
+        profile = ProfileAccumulator(self._model.shape, self._specific)
+        loss = 0.0
+        self._model.module.eval()
+        with torch.inference_mode():
+            for start in range(0, len(order), self._local.batch_size):
+                self._poll(should_stop)
+                batch, logits = self._forward(examples, order[start : start + self._local.batch_size])
+                loss += float(cross_entropy(logits.float(), self._labels(batch), reduction="sum"))
+                profile.add(self._model.tape)
+        measured = profile.profile()
+        metrics = ClientMetrics(
+            client=task.client,
+            round=task.round,
+            kind="profile",
+            samples=len(split),
+            tokens=measured.tokens,
+            loss=loss / len(order),
+            examples=len(order),
+        )
+        return pack_update({}, {}, measured, profile.means()), metrics
+
+    def _train(self, task: ClientTask, examples: _Examples, should_stop: ShouldStop) -> tuple[bytes, ClientMetrics]:
+        """Local steps: forward, choose the batch's experts, give only them a gradient (eq. 15)."""
+        model, split = self._model, examples.split
+        experts = model.expert_parameters
+        before = {expert_name(key): checksum(model.read_expert(key)) for key in task.plan.trainable}
+        trained = dict.fromkeys(task.plan.trainable, 0)
+        profile = ProfileAccumulator(model.shape, self._specific)
+        rng = generator(task.seed, "select", task.round, task.client)
+        shared = list(model.shared_parameters.values())
+        parameters = shared + [p for key in task.plan.trainable for p in experts[key].values()]
+        loss_sum, seen, step_seconds = 0.0, 0, 0.0
+        model.module.train()
+        with Engine(model.module, parameters, self._local) as engine:
+            for indices in self._batches(task, len(split)):
+                self._poll(should_stop)
+                started = time.perf_counter()
+                batch, logits = self._forward(examples, indices)
+                loss = cross_entropy(logits.float(), self._labels(batch))
+                routing = batch_statistics(model.tape, self._specific)
+                chosen = self._strategy.select(routing, task.plan, rng)
+                engine.step(loss, [*shared, *(p for key in chosen for p in experts[key].values())])
+                profile.add(model.tape)
+                for key in chosen:
+                    trained[key] += int(routing.routed[key] > 0)
+                loss_sum += float(loss.detach()) * len(indices)
+                seen += len(indices)
+                step_seconds += time.perf_counter() - started
+            # Weights, gradients and optimizer moments are all alive here.
+            peak_mib = _unique_mib()
+        measured = profile.profile()
+        moved: dict[ExpertKey, dict[str, Array]] = {
+            key: model.read_expert(key) for key, steps in trained.items() if steps
+        }
+        metrics = ClientMetrics(
+            client=task.client,
+            round=task.round,
+            kind="train",
+            samples=len(split),
+            tokens=measured.tokens,
+            loss=loss_sum / seen,
+            examples=seen,
+            trained={expert_name(key): steps for key, steps in trained.items() if steps},
+            before=before,
+            after={expert_name(key): checksum(model.read_expert(key)) for key in task.plan.trainable},
+            step_seconds=step_seconds,
+            peak_mib=peak_mib,
+        )
+        return pack_update(moved, model.read_shared(), measured, profile.means()), metrics
+
+    def _evaluate(self, task: ClientTask, examples: _Examples, should_stop: ShouldStop) -> tuple[bytes, ClientMetrics]:
+        """Loss and accuracy of the bound model on a split."""
+        split = examples.split
+        loss, correct, tokens = 0.0, 0, 0
+        size = self._experiment.evaluate.batch_size
+        self._model.module.eval()
+        with torch.inference_mode():
+            for start in range(0, len(split), size):
+                self._poll(should_stop)
+                batch, logits = self._forward(examples, np.arange(start, min(start + size, len(split))))
+                labels = self._labels(batch)
+                loss += float(cross_entropy(logits.float(), labels, reduction="sum"))
+                correct += int((logits.argmax(dim=-1) == labels).sum())
+                tokens += int(batch.attention_mask.sum())
+        metrics = ClientMetrics(
+            client=task.client,
+            round=task.round,
+            kind="evaluate",
+            samples=len(split),
+            tokens=tokens,
+            loss=loss / max(len(split), 1),
+            correct=correct,
+            examples=len(split),
+        )
+        return b"", metrics
+
+    # ------------------------------------------------------------------------------------------------- the parts
+
+    def _examples(self, task: ClientTask) -> _Examples:
+        match task.split:
+            case "train":
+                split = self._data.train(task.client)
+            case "own_test":
+                split = self._data.own_test(task.client)
+            case "global_test":
+                split = self._data.global_test()
+        split = split.part(*task.part)
+        cached = (
+            self._local.cache == "auto" and self._model.supports_prefix and self._experiment.model.trainable != "full"
+        )
+        if not cached or len(split) == 0:
+            return _Examples(split, None)
+        self._model.module.eval()
+        return _Examples(split, prefix_states(self._model, self._context.model.sha256, split))
+
+    def _batches(self, task: ClientTask, count: int) -> Iterator[Array]:
+        """Yields the round's batches: passes over the client's examples, each in a fresh order."""
+        rng = generator(task.seed, "batches", task.round, task.client)
+        size = min(self._local.batch_size, count)
+        order = rng.permutation(count)
+        for _ in range(self._local.steps):
+            if len(order) < size:
+                order = np.concatenate([order, rng.permutation(count)])
+            yield order[:size]
+            order = order[size:]
+
+    def _forward(self, examples: _Examples, indices: Array) -> tuple[Batch, Tensor]:
+        """Returns the batch and its logits, [B, C]."""
+        batch = examples.split.batch(indices)
+        device = self._model.device
+        mask = torch.from_numpy(batch.attention_mask).to(device)
+        ids = torch.from_numpy(batch.input_ids).to(device)
+        hidden = None if examples.states is None else examples.states.batch(indices, mask.shape[1], device)
+        bf16 = self._local.precision == "bf16"
+        with torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext():
+            return batch, self._model.forward(ids, mask, hidden)
+
+    def _labels(self, batch: Batch) -> Tensor:
+        return torch.from_numpy(batch.labels).to(self._model.device)
+
+    @staticmethod
+    def _poll(should_stop: ShouldStop) -> None:
+        if should_stop():
+            raise Stopped
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Runs a block on one intra-op thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _unique_mib() -> float:
+    """Memory in MiB that this process shares with no other."""
+    return float(psutil.Process().memory_full_info().uss) / 2**20
