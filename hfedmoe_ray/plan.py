@@ -1,0 +1,233 @@
+"""What an experiment will ask for, before anything is started: each client's resources, experts, memory and traffic.
+
+Predictions follow from the model's shape and the budgets by the formulas below (ours). They are checked against each
+tier's `memory_gib`, and the actors are placed on the machine exactly as a run would place them.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil
+from pathlib import Path
+
+import psutil
+
+from hfedmoe_ray import budget
+from hfedmoe_ray.config.schema import Experiment, Placement, Tier
+from hfedmoe_ray.errors import CapacityError
+from hfedmoe_ray.packing import GIB, NodeCapacity, ResourceSpec
+from hfedmoe_ray.types import ModelShape
+
+PROCESS_BYTES = 320 * 2**20
+"""Private memory of an actor that has imported torch, transformers and DeepSpeed and holds no model (measured)."""
+TRAINED_COPIES = 4
+"""Weights, gradients and AdamW's two moments, all fp32."""
+BYTES = 4
+"""Of an fp32 number."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forecast:
+    """What each client of one tier is predicted to need."""
+
+    tier: str
+    clients: tuple[int, ...]
+    asked: ResourceSpec
+    """What Ray is asked for, per client."""
+    resident: int
+    """Experts held whose weights may train, over all layers."""
+    present: int
+    """Experts held at all: residents, and frozen copies of the others where the strategy wants them."""
+    batch: int
+    """Experts that get gradients in one batch, at most."""
+    memory_bytes: int
+    """Peak private memory of a client's process while it trains."""
+    bytes_down: int
+    """What a client fetches in a round it takes part in."""
+    bytes_up: int
+    """What it sends back, at most: every resident trained."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """An experiment on some nodes."""
+
+    tiers: tuple[Forecast, ...]
+    nodes: tuple[NodeCapacity, ...]
+    slots: tuple[budget.SlotSpec, ...]
+    """Client actors alive at once; none with `backend: local`."""
+    round_down: float
+    """Bytes fetched by an average cohort in a round."""
+    round_up: float
+    """Bytes it sends back, at most."""
+
+
+def plan_experiment(experiment: Experiment, shape: ModelShape, nodes: Sequence[NodeCapacity]) -> Plan:
+    """Predicts what every client needs, and places the client actors on the nodes.
+
+    Raises:
+        CapacityError: a tier is predicted to need more than its `memory_gib`, or the actors do not fit the nodes.
+    """
+    forecasts = forecast(experiment, shape, gpus_available=any(node.gpus for node in nodes))
+    check_memory(experiment, shape, forecasts)
+    share = experiment.clients.cohort / experiment.clients.count
+    return Plan(
+        tiers=forecasts,
+        nodes=tuple(nodes),
+        slots=_place(experiment, forecasts, nodes),
+        round_down=share * sum(one.bytes_down * len(one.clients) for one in forecasts),
+        round_up=share * sum(one.bytes_up * len(one.clients) for one in forecasts),
+    )
+
+
+def forecast(experiment: Experiment, shape: ModelShape, *, gpus_available: bool) -> tuple[Forecast, ...]:
+    """Predicts what the clients of every tier that has any need, in the order of the configuration."""
+    tier_of_client = budget.tier_of(experiment.clients)
+    forecasts = []
+    for tier in experiment.clients.tiers:
+        clients = tuple(client for client, other in enumerate(tier_of_client) if other.name == tier.name)
+        resident, present, batch = _experts(experiment, tier, shape)
+        if clients:
+            forecasts.append(
+                Forecast(
+                    tier=tier.name,
+                    clients=clients,
+                    asked=budget.resources(tier, gpus_available),
+                    resident=resident,
+                    present=present,
+                    batch=batch,
+                    memory_bytes=predict_memory(experiment, shape, resident, present),
+                    bytes_down=shape.shared_bytes + present * shape.expert_bytes + _means_bytes(shape, present),
+                    bytes_up=shape.shared_bytes + resident * shape.expert_bytes + _profile_bytes(shape, present),
+                )
+            )
+    return tuple(forecasts)
+
+
+def predict_memory(experiment: Experiment, shape: ModelShape, resident: int, present: int) -> int:
+    """Returns the predicted peak private memory of a client's process in bytes.
+
+    The process itself, the frozen base and the frozen experts once, everything that trains `TRAINED_COPIES` times, and
+    the activations of one batch in the MoE layers, where gradients need them.
+    """
+    trained = shape.shared_bytes + resident * shape.expert_bytes
+    frozen = shape.frozen_bytes + (present - resident) * shape.expert_bytes
+    return PROCESS_BYTES + frozen + TRAINED_COPIES * trained + _activation_bytes(experiment, shape)
+
+
+def check_memory(experiment: Experiment, shape: ModelShape, forecasts: Sequence[Forecast]) -> None:
+    """Compares predictions with the tiers' `memory_gib`.
+
+    Raises:
+        CapacityError: names the clients that are predicted to need more, and what to change.
+    """
+    position = {tier.name: number for number, tier in enumerate(experiment.clients.tiers)}
+    advice = [
+        _memory_advice(experiment, shape, one, position[one.tier])
+        for one in forecasts
+        if one.memory_bytes > experiment.clients.tiers[position[one.tier]].memory_gib * GIB
+    ]
+    if advice:
+        raise CapacityError(" ".join(advice))
+
+
+def this_machine(cpus: float | None = None, gpus: int | None = None, memory_gib: float | None = None) -> NodeCapacity:
+    """Returns what this machine offers, or would offer with other figures."""
+    return NodeCapacity(
+        node="this",
+        name="this machine",
+        cpus=cpus if cpus is not None else float(os.cpu_count() or 1),
+        gpus=gpus if gpus is not None else _visible_gpus(),
+        memory_bytes=int(memory_gib * GIB) if memory_gib is not None else psutil.virtual_memory().total,
+    )
+
+
+# ------------------------------------------------------------------------------------------------------ predictions
+
+
+def _experts(experiment: Experiment, tier: Tier, shape: ModelShape) -> tuple[int, int, int]:
+    """(resident, present, batch) of a client of the tier, under the strategy's rules."""
+    strategy, everything = experiment.strategy, shape.total_experts
+    if not isinstance(strategy, Placement):
+        return everything, everything, everything
+    resident, batch = budget.expert_counts(tier, shape)
+    if strategy.resident == "all":
+        return everything, everything, batch
+    return resident, everything if strategy.unselected == "frozen" else resident, batch
+
+
+def _activation_bytes(experiment: Experiment, shape: ModelShape) -> int:
+    """Activations that the backward pass of one batch needs: an estimate from a transformer block's main tensors.
+
+    Per token and MoE layer about 20 vectors of H (attention, norms, residuals), and for each of its top-k experts the
+    input and output (H) and two vectors of the expert's inner size F, where an expert is about 2 H F numbers.
+    """
+    inner = shape.expert_bytes / BYTES / (2 * shape.hidden)
+    per_token = 20 * shape.hidden + shape.top_k * 2 * (shape.hidden + inner)
+    tokens = experiment.local.batch_size * experiment.data.max_length
+    return int(tokens * shape.layers * per_token * BYTES)
+
+
+def _means_bytes(shape: ModelShape, present: int) -> int:
+    """Mean outputs [L, E, H] stand in for absent experts."""
+    return shape.total_experts * shape.hidden * BYTES if present < shape.total_experts else 0
+
+
+def _profile_bytes(shape: ModelShape, present: int) -> int:
+    """The routing profile (four float64 of [L, E]) and the mean output of every expert held."""
+    return 4 * 8 * shape.total_experts + present * shape.hidden * BYTES
+
+
+# ------------------------------------------------------------------------------------------------------------ fit
+
+
+def _place(
+    experiment: Experiment, forecasts: Sequence[Forecast], nodes: Sequence[NodeCapacity]
+) -> tuple[budget.SlotSpec, ...]:
+    if experiment.backend == "local":
+        return ()
+    if experiment.actors == "dedicated":
+        asked = {client: (one.tier, one.asked) for one in forecasts for client in one.clients}
+        return budget.plan_dedicated([asked[client] for client in sorted(asked)], nodes)
+    demands = budget.tier_demands(experiment.clients, any(node.gpus for node in nodes))
+    return budget.plan_slots(demands, nodes, experiment.runtime.slots)
+
+
+def _memory_advice(experiment: Experiment, shape: ModelShape, one: Forecast, position: int) -> str:
+    """Who needs too much, and the two changes that would mend it."""
+    tier = experiment.clients.tiers[position]
+    key = f"clients.tiers.{position}"
+    text = (
+        f"{_clients(one.clients)} of tier {one.tier} would need {one.memory_bytes / GIB:.2f} GiB each to train "
+        f"{one.resident} experts, but {key}.memory_gib is {tier.memory_gib:g}. Raise it to "
+        f"{ceil(one.memory_bytes / GIB * 20) / 20:g}"
+    )
+    if not isinstance(experiment.strategy, Placement):
+        return f"{text}, or use a strategy with a budget: {experiment.strategy.name} trains every expert."
+    if experiment.strategy.resident == "all":
+        return f"{text}, or set strategy.resident to budget, so that a client holds only {key}.experts."
+    fitting = [
+        fewer
+        for fewer in range(shape.layers, one.resident)
+        if predict_memory(experiment, shape, fewer, one.present if one.present > one.resident else fewer)
+        <= tier.memory_gib * GIB
+    ]
+    if not fitting:
+        return f"{text}; with fewer experts it would not fit either, since most of it does not depend on them."
+    share = ceil(max(fitting) / shape.total_experts * 1e4) / 1e4  # rounded up: a share is read as so many whole experts
+    return f"{text}, or lower {key}.experts from {tier.experts:g} to {share:g}."
+
+
+def _clients(numbers: Sequence[int]) -> str:
+    """Names a few clients, and how many they are."""
+    if len(numbers) == 1:
+        return f"Client {numbers[0]}"
+    listed = ", ".join(map(str, numbers[:8]))
+    return f"Clients {listed}" + (f", … ({len(numbers)} in all)" if len(numbers) > 8 else "")
+
+
+def _visible_gpus() -> int:
+    """NVIDIA GPUs of this machine that CUDA may use, without loading CUDA."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    installed = len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
+    return installed if visible is None else min(installed, len([one for one in visible.split(",") if one.strip()]))
