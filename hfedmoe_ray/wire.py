@@ -51,7 +51,7 @@ def pack_update(
     tensors |= {f"mean.{expert_name(key)}": mean for key, mean in means.items()}
     if profile is not None:
         tensors |= {f"profile.{name}": getattr(profile, name) for name in PROFILE_FIELDS}
-        tensors["profile.tokens"] = np.array(profile.tokens, dtype=np.int64)
+        tensors["profile.tokens"] = np.array([profile.tokens], dtype=np.int64)
     return save({name: np.ascontiguousarray(value) for name, value in tensors.items()})
 
 
@@ -103,7 +103,10 @@ def _profile(fields: Mapping[str, Array]) -> RoutingProfile | None:
     expected = {*PROFILE_FIELDS, "tokens"}
     if set(fields) != expected:
         raise ValueError(f"the routing profile has {sorted(fields)}, not {sorted(expected)}")
-    return RoutingProfile(**{name: fields[name] for name in PROFILE_FIELDS}, tokens=int(fields["tokens"]))
+    tokens = fields["tokens"]
+    if tokens.shape != (1,) or tokens.dtype != np.int64:
+        raise ValueError("the routing profile's token count is not one integer")
+    return RoutingProfile(**{name: fields[name] for name in PROFILE_FIELDS}, tokens=int(tokens[0]))
 
 
 def dump_metrics(metrics: ClientMetrics) -> bytes:
