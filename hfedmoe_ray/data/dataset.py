@@ -1,0 +1,154 @@
+"""What a worker reads: one client's own examples, or the global test split, as NumPy arrays mapped from disk.
+
+Legend: N examples of a split, S stored length, B examples of a batch, S' longest text of the batch.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from hfedmoe_ray.config.schema import Data
+from hfedmoe_ray.context import PreparedData
+from hfedmoe_ray.data import store
+from hfedmoe_ray.data.labels import IntArray
+from hfedmoe_ray.data.partition import split_own_test
+from hfedmoe_ray.data.sources import load_client_file
+from hfedmoe_ray.data.tokenize import TokenArray, load_tokenizer, tokenize
+from hfedmoe_ray.errors import DataError
+from hfedmoe_ray.seeds import generator
+from hfedmoe_ray.types import Array
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Examples as a model takes them, trimmed to the longest text among them."""
+
+    input_ids: IntArray
+    """Token ids [B, S'], padded on the right."""
+    attention_mask: IntArray
+    """1 where there is a token of the text, 0 where there is padding [B, S']."""
+    labels: IntArray
+    """Class numbers [B]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """Tokenised examples in a fixed order; the arrays are read-only where they are mapped from disk."""
+
+    input_ids: TokenArray
+    """Token ids [N, S], padded on the right."""
+    lengths: TokenArray
+    """Tokens of each text [N], at least 1."""
+    labels: IntArray
+    """Class numbers [N]."""
+    key: str
+    """Names exactly these examples, in every process and run: for caches of what is computed from them."""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batch(self, indices: Sequence[int] | npt.NDArray[np.integer[Any]]) -> Batch:
+        """Returns the examples at these positions (at least one), in this order, trimmed to the longest of them."""
+        rows = np.asarray(indices)
+        lengths = self.lengths[rows]
+        longest = int(lengths.max())
+        return Batch(
+            input_ids=self.input_ids[rows, :longest].astype(np.int64),
+            attention_mask=(np.arange(longest) < lengths[:, None]).astype(np.int64),
+            labels=self.labels[rows],
+        )
+
+    def part(self, index: int, count: int) -> "Split":
+        """Returns slice `index` of `count`: contiguous, in sizes that differ by at most one; all of them are the split.
+
+        Raises:
+            ValueError: `index` is not in 0..count-1.
+        """
+        if not 0 <= index < count:
+            raise ValueError(f"there is no part {index} of {count}")
+        return self._rows(len(self) * index // count, len(self) * (index + 1) // count, f"{self.key}/{index}of{count}")
+
+    def _rows(self, start: int, end: int, key: str) -> "Split":
+        rows = slice(start, end)
+        return Split(input_ids=self.input_ids[rows], lengths=self.lengths[rows], labels=self.labels[rows], key=key)
+
+
+class FederatedDataset:
+    """The data of all clients as one worker sees it.
+
+    Opening it maps files and reads nothing. Where clients read their own files, a client's file is read, tokenised and
+    split when it is first asked for, on the node where this object lives, and kept in memory alone: it is written
+    nowhere.
+    """
+
+    def __init__(self, prepared: PreparedData, data: Data) -> None:
+        """Opens prepared data.
+
+        Args:
+            prepared: What `prepare_data` returned, on any node that has (or shares) its directory.
+            data: The `data` section of the configuration it was prepared with.
+
+        Raises:
+            DataError: the directory is missing on this node, or holds something else.
+        """
+        meta = store.read_meta(prepared.path)
+        if meta is None or meta.sha256 != prepared.sha256:
+            problem = "is missing on this node" if meta is None else "is not the one this run was prepared with"
+            raise DataError(
+                f"The prepared data {prepared.path} {problem}. Put the cache on storage that all nodes share (set "
+                "HFEDMOE_CACHE to it), or copy the directory to every node."
+            )
+        self._path = prepared.path
+        self._meta = meta
+        self._data = data
+        self._bounds: IntArray = store.open_array(self._path, "bounds")
+        self._dealt = self._open("train")
+        self._own_files: dict[int, tuple[Split, Split]] = {}
+
+    def train(self, client: int) -> Split:
+        """Returns the training examples of a client."""
+        return self._of_client(client)[0]
+
+    def own_test(self, client: int) -> Split:
+        """Returns the examples that a client keeps to test on (none if `own_test` is 0)."""
+        return self._of_client(client)[1]
+
+    def global_test(self) -> Split:
+        """Returns the global test split (empty where clients read their own files and `data.test` is not given)."""
+        return self._open("test")
+
+    def _open(self, split: str) -> Split:
+        return Split(
+            input_ids=store.open_array(self._path, f"{split}.input_ids"),
+            lengths=store.open_array(self._path, f"{split}.lengths"),
+            labels=store.open_array(self._path, f"{split}.labels"),
+            key=f"{self._meta.sha256[:16]}/{split}",
+        )
+
+    def _of_client(self, client: int) -> tuple[Split, Split]:
+        if not 0 <= client < len(self._bounds):
+            raise ValueError(f"there is no client {client}: the data was prepared for {len(self._bounds)}")
+        if self._data.partition.how == "files":
+            if client not in self._own_files:
+                self._own_files[client] = self._read_own_file(client)
+            return self._own_files[client]
+        start, own_test, end = map(int, self._bounds[client])
+        key = f"{self._meta.sha256[:16]}/{client}"
+        return self._dealt._rows(start, own_test, f"{key}/train"), self._dealt._rows(own_test, end, f"{key}/own_test")
+
+    def _read_own_file(self, client: int) -> tuple[Split, Split]:
+        texts, labels = load_client_file(self._data, client)
+        tokenizer = load_tokenizer(self._path / store.TOKENIZER)
+        input_ids, lengths = tokenize(tokenizer, texts, self._meta.max_length)
+        rows_of = split_own_test(labels, self._data.own_test, generator(self._meta.seed, "own-test", client))
+        facts = {"data": self._meta.sha256, "client": client, "own_test": self._data.own_test}
+        arrays: dict[str, Array] = {"input_ids": input_ids, "lengths": lengths, "labels": labels}
+        key = f"{store.content_hash(arrays, facts)[:16]}/{client}"
+        train, own_test = (
+            Split(input_ids=input_ids[rows], lengths=lengths[rows], labels=labels[rows], key=f"{key}/{name}")
+            for rows, name in zip(rows_of, ("train", "own_test"), strict=True)
+        )
+        return train, own_test

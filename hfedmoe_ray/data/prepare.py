@@ -1,0 +1,123 @@
+"""Once per run, on the server: draw, deal, tokenise and store the data that every worker then maps into memory.
+
+The result is cached under a key of everything that determines it: texts and labels, the partition, draws and seed, and
+the tokenizer. A second run with the same data starts without tokenising, or even loading the tokenizer.
+"""
+
+import hashlib
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+
+from hfedmoe_ray.config.schema import Data
+from hfedmoe_ray.context import PreparedData
+from hfedmoe_ray.data import store
+from hfedmoe_ray.data.labels import IntArray
+from hfedmoe_ray.data.partition import deal, split_own_test
+from hfedmoe_ray.data.sources import RawDataset, draw_subset
+from hfedmoe_ray.data.tokenize import load_tokenizer, pad_id, tokenize, tokenizer_hash
+from hfedmoe_ray.seeds import generator
+from hfedmoe_ray.types import Array
+
+
+def prepare_data(
+    data: Data, raw: RawDataset, *, tokenizer_dir: Path, clients: int, seed: int, cache: Path
+) -> PreparedData:
+    """Draws, deals, tokenises and stores a dataset as `<cache>/data/<key>/` (see `store`), unless it is there already.
+
+    Where clients read their own files, only the global test split and the tokenizer are stored: a client's texts are
+    read and tokenised on its own node (see `dataset`) and all counts are zero.
+
+    Args:
+        data: The `data` section of the configuration.
+        raw: What `sources.load_raw` read for it.
+        tokenizer_dir: Directory that `AutoTokenizer` can load.
+        clients: Number of clients, C.
+        seed: Run seed: of the draws, the partition and the clients' own test splits.
+        cache: Directory for prepared data; created as needed.
+
+    Raises:
+        DataError: the examples cannot be dealt as the partition asks.
+        ModelError: there is no tokenizer in `tokenizer_dir`.
+    """
+    path = cache / "data" / _cache_key(data, raw, tokenizer_hash(tokenizer_dir), clients, seed)
+    meta = store.read_meta(path) or _build(
+        data, raw, tokenizer_dir=tokenizer_dir, clients=clients, seed=seed, path=path
+    )
+    return PreparedData(path=path, sha256=meta.sha256, label_names=meta.label_names, counts=meta.counts)
+
+
+def _cache_key(data: Data, raw: RawDataset, tokenizer: str, clients: int, seed: int) -> str:
+    # The texts themselves count, not the name of the file they came from.
+    digest = hashlib.sha256()
+    for texts in (raw.train_texts, raw.test_texts, raw.train_groups or ()):
+        for text in (str(len(texts)), *texts):
+            encoded = text.encode("utf-8", "surrogatepass")
+            digest.update(len(encoded).to_bytes(8, "big") + encoded)
+    facts = {
+        "format": store.FORMAT,
+        "data": data.model_dump(mode="json", exclude={"source", "subset", "text", "label", "test"}),
+        "label_names": raw.label_names,
+        "texts": digest.hexdigest(),
+        "tokenizer": tokenizer,
+        "clients": clients,
+        "seed": seed,
+    }
+    return store.content_hash({"train": raw.train_labels, "test": raw.test_labels}, facts)[:24]
+
+
+def _build(data: Data, raw: RawDataset, *, tokenizer_dir: Path, clients: int, seed: int, path: Path) -> store.Meta:
+    raw = draw_subset(raw, data, seed)
+    own_files = data.partition.how == "files"
+    rows, bounds = _nothing_dealt(clients) if own_files else _deal_and_split(data, raw, clients, seed)
+    labels = raw.train_labels[rows]
+    tokenizer = load_tokenizer(tokenizer_dir)
+    train_ids, train_lengths = tokenize(tokenizer, [raw.train_texts[row] for row in rows], data.max_length)
+    test_ids, test_lengths = tokenize(tokenizer, raw.test_texts, data.max_length)
+    arrays: dict[str, Array] = {
+        "bounds": bounds,
+        "train.input_ids": train_ids,
+        "train.lengths": train_lengths,
+        "train.labels": labels,
+        "test.input_ids": test_ids,
+        "test.lengths": test_lengths,
+        "test.labels": raw.test_labels,
+    }
+    classes = len(raw.label_names)
+    meta = store.Meta(
+        sha256="",
+        seed=seed,
+        label_names=raw.label_names,
+        counts=tuple(
+            tuple(np.bincount(labels[start:own_test], minlength=classes).tolist()) for start, own_test, _ in bounds
+        ),
+        max_length=data.max_length,
+        pad_id=pad_id(tokenizer),
+        tokenizer_sha256=tokenizer_hash(tokenizer_dir),
+    )
+    meta = replace(meta, sha256=store.content_hash(arrays, asdict(meta)))
+    store.write(path, arrays, meta, tokenizer if own_files else None)
+    return meta
+
+
+def _deal_and_split(data: Data, raw: RawDataset, clients: int, seed: int) -> tuple[IntArray, IntArray]:
+    """Deals the examples and splits off each client's own test examples.
+
+    Returns:
+        Row numbers of all examples, each client's training rows followed by its own test rows [N], and the bounds of
+        those stretches [C, 3].
+    """
+    pieces = []
+    bounds = np.zeros((clients, 3), dtype=np.int64)
+    end = 0
+    for client, part in enumerate(deal(data.partition, raw.train_labels, raw.train_groups, clients, seed)):
+        train, own_test = split_own_test(raw.train_labels[part], data.own_test, generator(seed, "own-test", client))
+        pieces += [part[train], part[own_test]]
+        bounds[client] = end, end + len(train), end + len(part)
+        end += len(part)
+    return np.concatenate(pieces), bounds
+
+
+def _nothing_dealt(clients: int) -> tuple[IntArray, IntArray]:
+    return np.empty(0, dtype=np.int64), np.zeros((clients, 3), dtype=np.int64)
