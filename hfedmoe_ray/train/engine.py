@@ -1,7 +1,8 @@
 """The DeepSpeed engine of one client. The only module that imports deepspeed.
 
-A client is one rank of its own world: it joins a process group that lives in its own memory, so no TCP port is opened
-and any number of clients start on one machine at once. The engine is built for the round's trainable parameters and
+A client is one rank of its own world: it joins a process group whose rendezvous lives in its own memory, so there is
+no master port to agree on or to collide over, and any number of clients start on one machine at once. (Gloo still binds
+loopback sockets on ports that the kernel picks.) The engine is built for the round's trainable parameters and
 thrown away after it (0.05 s); nothing of one client's optimizer reaches the next.
 """
 
@@ -67,8 +68,10 @@ class Engine:
         The others keep their exact bytes and their optimizer state: without a gradient AdamW skips a parameter,
         momentum and weight decay included.
         """
-        self._engine.backward(loss)
         keep = {id(parameter) for parameter in active}
+        if not keep:
+            return
+        self._engine.backward(loss)
         for parameter in self._parameters:
             if id(parameter) not in keep:
                 parameter.grad = None
