@@ -4,13 +4,9 @@ Predictions follow from the model's shape and the budgets by the formulas below 
 tier's `memory_gib`, and the actors are placed on the machine exactly as a run would place them.
 """
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
-from pathlib import Path
-
-import psutil
 
 from hfedmoe_ray import budget
 from hfedmoe_ray.config.schema import Experiment, Placement, Tier
@@ -131,17 +127,6 @@ def check_memory(experiment: Experiment, shape: ModelShape, forecasts: Sequence[
         raise CapacityError(" ".join(advice))
 
 
-def this_machine(cpus: float | None = None, gpus: int | None = None, memory_gib: float | None = None) -> NodeCapacity:
-    """Returns what this machine offers, or would offer with other figures."""
-    return NodeCapacity(
-        node="this",
-        name="this machine",
-        cpus=cpus if cpus is not None else float(os.cpu_count() or 1),
-        gpus=gpus if gpus is not None else _visible_gpus(),
-        memory_bytes=int(memory_gib * GIB) if memory_gib is not None else psutil.virtual_memory().total,
-    )
-
-
 # ------------------------------------------------------------------------------------------------------ predictions
 
 
@@ -224,10 +209,3 @@ def _clients(numbers: Sequence[int]) -> str:
         return f"Client {numbers[0]}"
     listed = ", ".join(map(str, numbers[:8]))
     return f"Clients {listed}" + (f", … ({len(numbers)} in all)" if len(numbers) > 8 else "")
-
-
-def _visible_gpus() -> int:
-    """NVIDIA GPUs of this machine that CUDA may use, without loading CUDA."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    installed = len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
-    return installed if visible is None else min(installed, len([one for one in visible.split(",") if one.strip()]))

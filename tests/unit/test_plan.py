@@ -9,8 +9,8 @@ import pytest
 from hfedmoe_ray import budget
 from hfedmoe_ray.config.load import load_experiment
 from hfedmoe_ray.errors import CapacityError
-from hfedmoe_ray.packing import GIB
-from hfedmoe_ray.plan import Plan, forecast, plan_experiment, predict_memory, this_machine
+from hfedmoe_ray.packing import GIB, NodeCapacity
+from hfedmoe_ray.plan import Plan, forecast, plan_experiment, predict_memory
 from hfedmoe_ray.types import ModelShape
 
 MIB = 2**20
@@ -19,7 +19,13 @@ SHAPE = ModelShape(
 )
 BIG = replace(SHAPE, expert_bytes=20 * MIB)
 """Experts that make a difference to the memory of a client."""
-NODE = this_machine(cpus=2, gpus=0, memory_gib=16)
+
+
+def machine(cpus: float = 2, gpus: int = 0, memory_gib: int = 16) -> NodeCapacity:
+    return NodeCapacity(node="this", name="this", cpus=cpus, gpus=gpus, memory_bytes=memory_gib * GIB)
+
+
+NODE = machine()
 
 
 def planned(quickstart: Path, *overrides: str, shape: ModelShape = SHAPE, node=NODE) -> Plan:
@@ -90,7 +96,7 @@ def test_the_same_actors_are_planned_as_a_run_would_make(quickstart: Path):
 
 
 def test_gpus_are_asked_for_where_there_are_some(quickstart: Path):
-    plan = planned(quickstart, node=this_machine(cpus=8, gpus=1, memory_gib=64))
+    plan = planned(quickstart, node=machine(cpus=8, gpus=1, memory_gib=64))
     assert [one.asked.num_gpus for one in plan.tiers] == [0.1, 0.2, 0.4]
 
 
@@ -127,7 +133,7 @@ def test_where_the_budget_does_not_limit_memory_the_strategy_is_named(quickstart
 
 
 def test_a_machine_that_is_too_small_is_told_what_it_lacks(quickstart: Path):
-    message = refused(quickstart, "actors=dedicated", node=this_machine(cpus=1, gpus=0, memory_gib=16))
+    message = refused(quickstart, "actors=dedicated", node=machine(cpus=1))
     assert "clients do not fit" in message
     assert "pooled" in message
 

@@ -1,0 +1,14 @@
+"""The command line: `hfedmoe run`, `plan`, `validate`, `doctor` and the others.
+
+Every command imports what it needs when it runs, so that `--help`, `plan` and every refusal answer at once.
+"""
+
+from hfedmoe_ray.cli.app import commands, main
+from hfedmoe_ray.cli.checking import doctor, plan, validate
+from hfedmoe_ray.cli.running import report, resume, run
+
+__all__ = ["main"]
+
+# In the order in which they are listed, which is the order of use.
+for _command in (run, resume, plan, validate, doctor, report):
+    commands.add_command(_command)

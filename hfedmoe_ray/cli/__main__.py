@@ -1,0 +1,7 @@
+"""`python -m hfedmoe_ray.cli` is `hfedmoe`."""
+
+import sys
+
+from hfedmoe_ray.cli import main
+
+sys.exit(main())

@@ -1,0 +1,131 @@
+"""Commands that look before anything runs: `plan`, `validate`, `doctor`."""
+
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from hfedmoe_ray.cli.app import experiment_arguments
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from hfedmoe_ray.plan import Plan
+    from hfedmoe_ray.types import ModelShape
+
+ROWS_BY_CLIENT = 30
+"""Up to so many clients, `plan` gives each a row; beyond, each tier."""
+
+
+@click.command()
+@experiment_arguments
+@click.option("--cpus", type=click.FloatRange(min=0, min_open=True), help="Plan for so many CPU cores.")
+@click.option("--gpus", type=click.IntRange(min=0), help="Plan for so many GPUs.")
+@click.option("--memory-gib", type=click.FloatRange(min=0, min_open=True), help="Plan for so much memory for clients.")
+def plan(
+    config: Path, overrides: tuple[str, ...], cpus: float | None, gpus: int | None, memory_gib: float | None
+) -> None:
+    """Show who gets what, whether it fits this machine, and what it costs.
+
+    Nothing is started. With --cpus, --gpus and --memory-gib the plan is made for another machine.
+    """
+    from rich.console import Console
+
+    from hfedmoe_ray.config.load import load_experiment
+    from hfedmoe_ray.moe.shape import read_shape
+    from hfedmoe_ray.packing import GIB
+    from hfedmoe_ray.plan import plan_experiment
+    from hfedmoe_ray.runtime.machine import this_machine
+
+    experiment = load_experiment(config, overrides)
+    shape = read_shape(experiment.model)
+    machine = this_machine()
+    machine = replace(
+        machine,
+        cpus=machine.cpus if cpus is None else cpus,
+        gpus=machine.gpus if gpus is None else gpus,
+        memory_bytes=machine.memory_bytes if memory_gib is None else int(memory_gib * GIB),
+    )
+    made = plan_experiment(experiment, shape, [machine])
+    console = Console(highlight=False)
+    console.print(_plan_table(made, shape))
+    for line in _plan_lines(made, experiment.rounds, experiment.clients.cohort):
+        console.print(line)
+
+
+def _plan_table(plan: "Plan", shape: "ModelShape") -> "Table":
+    from rich.table import Table
+
+    from hfedmoe_ray.tracking.formatting import size
+
+    by_client = sum(len(one.clients) for one in plan.tiers) <= ROWS_BY_CLIENT
+    table = Table(caption="peak memory and bytes up are predictions; bytes are per round", caption_justify="left")
+    for heading in ("client" if by_client else "clients", "tier", "asks Ray for"):
+        table.add_column(heading)
+    for heading in (f"experts of {shape.total_experts}", "per batch", "peak memory", "down", "up"):
+        table.add_column(heading, justify="right")
+    rows = [
+        (min(clients), str(clients[0]) if by_client else f"{len(clients)}", one)
+        for one in plan.tiers
+        for clients in ([(client,) for client in one.clients] if by_client else [one.clients])
+    ]
+    for _, clients, one in sorted(rows, key=lambda row: row[0]):
+        held = (
+            f"{one.resident}"
+            if one.present == one.resident
+            else f"{one.resident} + {one.present - one.resident} frozen"
+        )
+        cells = (held, str(one.batch), size(one.memory_bytes), size(one.bytes_down), size(one.bytes_up))
+        table.add_row(clients, one.tier, str(one.asked), *cells)
+    return table
+
+
+def _plan_lines(plan: "Plan", rounds: int, cohort: int) -> list[str]:
+    from hfedmoe_ray.tracking.formatting import plural, size
+
+    machine = plan.nodes[0]
+    offered = f"{machine.name}: {machine.cpus:g} CPU, {machine.gpus} GPU, {size(machine.memory_bytes)} for clients"
+    slots = Counter(str(slot.resources) for slot in plan.slots)
+    actors = ", ".join(f"{count} x ({asked})" for asked, count in slots.items()) or "clients run in this one process"
+    total = plan.round_down + plan.round_up
+    return [
+        offered,
+        f"it fits: {plural(len(plan.slots), 'client actor')} at once: {actors}" if plan.slots else f"it fits: {actors}",
+        f"a round of {plural(cohort, 'client')}: {size(plan.round_down)} down, {size(plan.round_up)} up; "
+        f"{plural(rounds, 'round')}: {size(rounds * total)}",
+    ]
+
+
+@click.command()
+@experiment_arguments
+def validate(config: Path, overrides: tuple[str, ...]) -> None:
+    """Check a configuration, its data and its model, without training."""
+    from hfedmoe_ray.config.load import load_experiment
+    from hfedmoe_ray.validate import check_sources
+
+    experiment = load_experiment(config, overrides)
+    for fact in check_sources(experiment):
+        click.echo(fact)
+    click.echo(f"{config} is valid; what it needs is shown by: hfedmoe plan {config}")
+
+
+@click.command()
+@click.option("--address", metavar="HOST:PORT", help="Also examine the Ray cluster there (or: auto).")
+def doctor(address: str | None) -> int:
+    """Examine this machine: each finding with its remedy."""
+    from rich.console import Console
+
+    from hfedmoe_ray.doctor import examine
+
+    console = Console(highlight=False, soft_wrap=True)
+    colours = {"ok": "green", "note": "yellow", "problem": "bold red"}
+    problems = 0
+    for finding in examine(address):
+        problems += finding.level == "problem"
+        console.print(f"[{colours[finding.level]}]{finding.level:>7}[/]  {finding.what}")
+        if finding.remedy:
+            console.print(f"         {finding.remedy}", style="dim")
+    console.print("no problems" if not problems else f"problems: {problems}")
+    return 1 if problems else 0
