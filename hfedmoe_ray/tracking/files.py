@@ -14,8 +14,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from hfedmoe_ray.config.load import dump_experiment
+from hfedmoe_ray.config.schema import Experiment
 from hfedmoe_ray.tracking.jsonl import append_line, dumps, plain, read_lines, write_atomic
 from hfedmoe_ray.tracking.versions import software_versions
 from hfedmoe_ray.types import RoundReport
@@ -106,5 +106,5 @@ def _now() -> str:
 def _config_text(config: Mapping[str, Any], versions: Mapping[str, str]) -> str:
     """The configuration as YAML. Versions are comments, so that `hfedmoe run config.yaml` repeats the run."""
     made_with = "".join(f"# {name}: {number}\n" for name, number in versions.items())
-    body = yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True, width=120)
-    return f"# The resolved configuration of this run, made with\n{made_with}{body}"
+    resolved = dump_experiment(Experiment.model_validate(config))
+    return f"# The resolved configuration of this run, made with\n{made_with}{resolved}"

