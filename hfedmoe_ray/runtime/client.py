@@ -1,0 +1,120 @@
+"""The client actor: a process with the resources of one client's budget, in which clients' tasks run.
+
+It keeps the frozen base model and nothing of any client, so it serves a task of any client, and one that dies loses
+nothing that another could not compute again.
+"""
+
+import os
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import ray
+
+from hfedmoe_ray.context import RunContext
+from hfedmoe_ray.runtime.transfer import Directory
+from hfedmoe_ray.runtime.weights import TaskRefs
+from hfedmoe_ray.runtime.worker import Worker, WorkerFactory, last_line
+from hfedmoe_ray.types import Array, ClientTask
+
+Answer = tuple[Literal["ok", "stopped", "failed"], bytes, str]
+"""How a task went; metrics as JSON, or the traceback; the traceback's last line."""
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How loading went."""
+
+    pid: int
+    missing: tuple[str, ...]
+    """Directories this node lacks, to be offered with their files; empty when the model is loaded."""
+
+
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+"""One thread per client: they share the cores, and a result's last bits depend on the number of threads."""
+
+
+class ClientActor:
+    """Serves one task at a time, while `ping` is answered beside it."""
+
+    def __init__(self, context: RunContext, worker_factory: WorkerFactory, gpu_share: float) -> None:
+        """Takes note of the run; nothing heavy is imported before `load`.
+
+        Args:
+            context: The run, with paths of the server's node.
+            worker_factory: Makes the worker, once the files are here.
+            gpu_share: Share of the GPU's memory this process may allocate (0: no GPU).
+        """
+        self._context = context
+        self._worker_factory = worker_factory
+        self._gpu_share = gpu_share
+        self._worker: Worker | None = None
+
+    def load(self, directories: Mapping[str, Directory]) -> Loading:
+        """Loads the model, unless this node lacks files.
+
+        Args:
+            directories: "model" and "data" where this is another node than the server's, else empty.
+        """
+        found = {name: directory.find() for name, directory in directories.items()}
+        missing = tuple(name for name, path in found.items() if path is None)
+        if missing:
+            return Loading(os.getpid(), missing)
+        if 0 < self._gpu_share < 1:
+            _cap_gpu_memory(self._gpu_share)
+        context = _moved(self._context, {name: path for name, path in found.items() if path is not None})
+        self._worker = self._worker_factory(context)
+        return Loading(os.getpid(), ())
+
+    @ray.method(num_returns=2)
+    def execute(self, task: ClientTask, refs: TaskRefs) -> tuple[Array, Answer]:
+        """Runs one task.
+
+        Returns:
+            The payload as uint8, which stays in the object store until somebody reads it, and the small answer. An
+            exception of the client's code is an answer: only plain text crosses the boundary, and the actor lives on.
+
+        Raises:
+            ray.exceptions.RayError: the weights could not be fetched.
+        """
+        assert self._worker is not None, "execute before load"
+        weights = refs.fetch()
+        canceled = ray.get_runtime_context().is_canceled
+        try:
+            payload, metrics = self._worker.execute(task, weights, canceled)
+        except Exception as error:
+            if canceled():
+                return _NOTHING, ("stopped", b"", last_line(error))
+            return _NOTHING, ("failed", traceback.format_exc().encode(), last_line(error))
+        return np.frombuffer(payload, dtype=np.uint8), ("ok", metrics, "")
+
+    @ray.method(concurrency_group="health")
+    def ping(self) -> dict[str, Any]:
+        """Process id, node id and assigned resources; answered while a task runs."""
+        runtime = ray.get_runtime_context()
+        return {"pid": os.getpid(), "node": runtime.get_node_id(), "resources": runtime.get_assigned_resources()}
+
+
+_NOTHING = np.empty(0, dtype=np.uint8)
+
+RemoteClient: Any = ray.remote(max_restarts=0, max_task_retries=0, concurrency_groups={"health": 1})(ClientActor)
+
+
+def _moved(context: RunContext, paths: Mapping[str, Path]) -> RunContext:
+    """The context with the paths of this node."""
+    return replace(
+        context,
+        model=replace(context.model, path=paths.get("model", context.model.path)),
+        data=replace(context.data, path=paths.get("data", context.data.path)),
+    )
+
+
+def _cap_gpu_memory(share: float) -> None:
+    """Makes the budget's share of the GPU a hard limit; Ray itself limits nothing."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.set_per_process_memory_fraction(share)

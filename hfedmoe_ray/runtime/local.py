@@ -1,0 +1,84 @@
+"""The executor of `backend: local`: every client in this one process, one after another, for a debugger.
+
+Results are those of the Ray executor, bit for bit: both run the same worker, which computes on one thread.
+"""
+
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+
+from hfedmoe_ray.context import RunContext
+from hfedmoe_ray.federation.executor import Notify
+from hfedmoe_ray.runtime.overlay import overlay, read_only, view
+from hfedmoe_ray.runtime.worker import Worker, WorkerFactory, client_worker, last_line, late_reason
+from hfedmoe_ray.types import ClientTask, Status, TaskResult, TaskWeights, Weights
+from hfedmoe_ray.wire import parse_metrics
+
+VERSIONS_KEPT = 2
+"""The current version of the weights, and the one before it for tasks that started from it."""
+
+
+class LocalExecutor:
+    """Runs tasks in client order in the calling thread (see `federation.executor.Executor`)."""
+
+    def __init__(self, context: RunContext, *, worker_factory: WorkerFactory = client_worker) -> None:
+        self._context = context
+        self._worker_factory = worker_factory
+        self._worker: Worker | None = None
+        self._versions: dict[int, Weights] = {}
+
+    def publish(self, weights: Weights) -> None:
+        """See `Executor.publish`."""
+        self._versions[weights.version] = weights
+        for version in sorted(self._versions)[:-VERSIONS_KEPT]:
+            del self._versions[version]
+
+    def run(self, tasks: Sequence[ClientTask], notify: Notify) -> Iterator[TaskResult]:
+        """See `Executor.run`. A model that cannot be loaded raises here; that is nobody's client failing."""
+        if self._worker is None:
+            self._worker = self._worker_factory(self._context)
+        for task in sorted(tasks, key=lambda task: task.client):
+            yield self._execute(self._worker, task, notify)
+
+    def close(self) -> None:
+        """See `Executor.close`."""
+        self._worker = None
+        self._versions.clear()
+
+    def _execute(self, worker: Worker, task: ClientTask, notify: Notify) -> TaskResult:
+        """One task to its result; the deadline is checked wherever the worker asks whether to stop."""
+        fields = {"client": task.client, "round": task.round, "kind": task.kind}
+        notify("task_started", {**fields, "attempt": 1})
+        limit = self._context.experiment.runtime.deadline_s
+        started = time.monotonic()
+
+        def expired() -> bool:
+            return time.monotonic() - started > limit
+
+        payload, metrics, reason = b"", None, ""
+        status: Status = "ok"
+        try:
+            payload, answer = worker.execute(task, task_weights(self._versions[task.version], task), expired)
+            metrics = parse_metrics(answer)
+        except Exception as error:
+            if expired():
+                status, reason = "late", late_reason(limit)
+            else:
+                status, reason = "failed", last_line(error)
+                notify("task_error", {**fields, "traceback": traceback.format_exc()})
+        outcome = {"status": status, "reason": reason, "attempts": 1, "seconds": time.monotonic() - started}
+        notify("task_finished", {**fields, **outcome})
+        if metrics is None:
+            return TaskResult(task=task, status=status, reason=reason)
+        return TaskResult(task=task, status="ok", metrics=metrics, payload=lambda: payload)
+
+
+def task_weights(weights: Weights, task: ClientTask) -> TaskWeights:
+    """What `task` reads of a version, as read-only views."""
+    own = None if task.personal is None else (weights.personal or {}).get(task.personal)
+    experts = overlay(task.plan.present, weights.experts, own.experts if own else {})
+    return TaskWeights(
+        shared=read_only({**weights.shared, **(own.shared if own else {})}),
+        experts={key: read_only(arrays) for key, arrays in experts.items()},
+        means=None if weights.means is None else view(weights.means),
+    )

@@ -1,0 +1,328 @@
+"""The executor of `backend: ray`: client actors, and the loop that gives them tasks and survives their deaths.
+
+`actors: dedicated` keeps one actor per client alive; `actors: pooled` keeps slots, sized for the tiers, in which
+clients take turns. Both are the same loop over slots; they differ in which tasks a slot serves.
+"""
+
+import re
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import ray
+from ray.exceptions import RayError, RayTaskError, TaskCancelledError
+
+from hfedmoe_ray.budget import SlotSpec, plan_dedicated, plan_slots, resources, tier_demands, tier_of
+from hfedmoe_ray.config.schema import Experiment
+from hfedmoe_ray.context import RunContext
+from hfedmoe_ray.errors import ClusterError, HFedMoEError, TrainingError
+from hfedmoe_ray.federation.executor import Notify
+from hfedmoe_ray.packing import NodeCapacity, Packing
+from hfedmoe_ray.runtime import cluster, timeouts
+from hfedmoe_ray.runtime.slot import ActorRecipe, Attempt, Slot, State
+from hfedmoe_ray.runtime.transfer import Directory, directory_hash
+from hfedmoe_ray.runtime.weights import WeightStore
+from hfedmoe_ray.runtime.worker import WorkerFactory, client_worker, last_line, late_reason
+from hfedmoe_ray.types import ClientMetrics, ClientTask, Status, TaskResult, Weights
+from hfedmoe_ray.wire import parse_metrics
+
+_SHOWN = ("CPU", "GPU", "memory")
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+START_ATTEMPTS = 2
+"""A slot whose actors die so often before they are loaded is given up."""
+
+
+def plan_actors(experiment: Experiment, nodes: Sequence[NodeCapacity]) -> tuple[SlotSpec, ...]:
+    """The actors a run would keep on these nodes; `device` is of a GPU where any node has one.
+
+    Raises:
+        CapacityError: they do not fit.
+    """
+    gpus = any(node.gpus for node in nodes)
+    if experiment.actors == "pooled":
+        return plan_slots(tier_demands(experiment.clients, gpus), nodes, experiment.runtime.slots)
+    return plan_dedicated([(tier.name, resources(tier, gpus)) for tier in tier_of(experiment.clients)], nodes)
+
+
+class RayExecutor:
+    """Runs tasks on client actors (see `federation.executor.Executor`). Ray must be connected."""
+
+    def __init__(self, context: RunContext, *, worker_factory: WorkerFactory = client_worker) -> None:
+        """Plans the actors and starts them all; they load while the server goes on.
+
+        Raises:
+            CapacityError: the actors do not fit the cluster; none has been made.
+        """
+        self._context = context
+        self._runtime = context.experiment.runtime
+        self._store = WeightStore()
+        nodes = cluster.capacity()
+        specs = plan_actors(context.experiment, nodes)
+        recipe = ActorRecipe(
+            context=context,
+            worker_factory=worker_factory,
+            namespace=f"{context.experiment.name}-{uuid.uuid4().hex[:8]}",
+            tiers=tuple(tier.name for tier in tier_of(context.experiment.clients)),
+        )
+        self._home = ray.get_runtime_context().get_node_id()
+        self._directories: dict[str, Directory] = {}
+        self._last_loss = ""
+        self.slots = tuple(Slot(number, spec, recipe) for number, spec in enumerate(specs))
+        for slot in self.slots:
+            slot.start(self._offer(slot))
+
+    def publish(self, weights: Weights) -> None:
+        """See `Executor.publish`."""
+        self._store.publish(weights)
+
+    def run(self, tasks: Sequence[ClientTask], notify: Notify) -> Iterator[TaskResult]:
+        """See `Executor.run`.
+
+        Raises:
+            ClusterError: no actor can be started, or the cluster has lost every place for one.
+            HFedMoEError: what an actor said when it loaded the model or the data.
+        """
+        ready = sorted((Attempt(task) for task in tasks), key=lambda one: (-one.task.weight, one.task.client))
+        left = len(ready)
+        try:
+            while left:
+                self._dispatch(ready, notify)
+                for slot, answered in self._events(ready):
+                    result = self._advance(slot, answered, ready, notify)
+                    if result is not None:
+                        left -= 1
+                        yield result
+        finally:
+            for slot in self.slots:
+                if slot.state is State.BUSY:
+                    slot.ask_to_stop()
+
+    def close(self) -> None:
+        """Kills the pool's own actors and drops its objects."""
+        for slot in self.slots:
+            slot.kill()
+        self._store.clear()
+
+    # ------------------------------------------------------------------------------------------------- the loop
+
+    def _dispatch(self, ready: list[Attempt], notify: Notify) -> None:
+        """Gives the longest task first to the smallest idle slot that serves it."""
+        idle = sorted(
+            (slot for slot in self.slots if slot.state is State.IDLE), key=lambda slot: slot.spec.resources.size
+        )
+        for attempt in list(ready):
+            slot = next((slot for slot in idle if slot.serves(attempt.task)), None)
+            if slot is None:
+                continue
+            idle.remove(slot)
+            ready.remove(attempt)
+            slot.assign(attempt, self._store.refs(attempt.task), self._runtime.deadline_s)
+            notify("task_started", _about(attempt.task) | {"slot": slot.number, "attempt": attempt.number})
+
+    def _events(self, ready: Sequence[Attempt]) -> list[tuple[Slot, bool]]:
+        """Waits until some slot has an answer or is past its deadline; returns (slot, whether it has answered).
+
+        Raises:
+            ClusterError: a task is left that no slot will ever serve.
+        """
+        alive = [slot for slot in self.slots if slot.state is not State.GONE]
+        for attempt in ready:
+            if not any(slot.serves(attempt.task) for slot in alive):
+                raise ClusterError(
+                    f"No actor is left that could serve client {attempt.task.client}; the last was lost because: "
+                    f"{self._last_loss} The last checkpoint is complete: mend the cluster and `hfedmoe resume`."
+                )
+        waiting = {slot.watched: slot for slot in alive if slot.watched is not None}
+        patience = max(0.0, min(slot.deadline for slot in waiting.values()) - time.monotonic())
+        answered, silent = ray.wait(list(waiting), num_returns=1, timeout=patience)
+        now = time.monotonic()
+        expired = [waiting[ref] for ref in silent if waiting[ref].deadline <= now]
+        return [(waiting[ref], True) for ref in answered] + [(slot, False) for slot in expired]
+
+    def _advance(self, slot: Slot, answered: bool, ready: list[Attempt], notify: Notify) -> TaskResult | None:
+        """Makes the transition a slot is due for; returns the result of its task if that is decided."""
+        match slot.state:
+            case State.STARTING if answered:
+                self._finish_start(slot, notify)
+            case State.STARTING:
+                free = {name: amount for name, amount in ray.available_resources().items() if name in _SHOWN}
+                self._give_up(slot, f"no actor within {timeouts.CLIENT_START:g} s; free in the cluster: {free}", notify)
+            case State.BUSY if answered:
+                return self._finish_task(slot, ready, notify)
+            case State.BUSY:
+                return self._leave_behind(slot, notify)
+            case State.STOPPING if answered:
+                self._finish_stop(slot, notify)
+            case State.STOPPING:
+                self._replace(slot, f"did not stop within {timeouts.STOP_GRACE:g} s", notify)
+        return None
+
+    # ------------------------------------------------------------------------------------------ ends of each state
+
+    def _finish_start(self, slot: Slot, notify: Notify) -> None:
+        """STARTING → IDLE; or the files the node lacks are sent; or the actor died and is replaced."""
+        try:
+            loading = slot.loading()
+        except RayError as error:
+            cause = error.cause if isinstance(error, RayTaskError) else None
+            if isinstance(cause, HFedMoEError):
+                raise cause from None
+            if cause is not None and not isinstance(cause, RayError):
+                raise TrainingError(f"A client actor cannot load the model or the data: {_told(error)}") from error
+            slot.failed_starts += 1
+            if slot.failed_starts < START_ATTEMPTS:
+                self._replace(slot, _told(error), notify)
+            else:
+                self._give_up(slot, _told(error), notify)
+            return
+        if loading.missing:
+            for name in loading.missing:
+                if self._directories[name].files is None:
+                    self._directories[name] = self._directories[name].offered()
+            notify("files_sent", {"slot": slot.number, "what": list(loading.missing)})
+            slot.load(self._directories)
+            return
+        seconds = time.monotonic() - slot.since
+        slot.rest()
+        about = {"slot": slot.number, "tiers": list(slot.spec.tiers), "pid": loading.pid, "node": slot.spec.node}
+        notify("slot_ready", about | {"seconds": seconds})
+
+    def _finish_task(self, slot: Slot, ready: list[Attempt], notify: Notify) -> TaskResult | None:
+        """BUSY → IDLE with a result; or the actor died, is replaced, and the task goes back to be tried again."""
+        assert slot.attempt is not None
+        attempt, seconds = slot.attempt, time.monotonic() - slot.since
+        try:
+            payload, (status, body, reason) = slot.answer()
+        except RayError as error:
+            return self._lose(slot, attempt, _told(error), ready, notify)
+        slot.rest()
+        metrics = None
+        if status == "ok":
+            try:
+                metrics = parse_metrics(body)
+            except (ValueError, TypeError, KeyError) as error:
+                reason = f"its metrics cannot be read: {error}"
+        elif status == "failed":
+            notify("task_error", _about(attempt.task) | {"traceback": body.decode()})
+        if metrics is None:
+            return _result(attempt, "failed", reason, seconds, notify)
+        return _result(attempt, "ok", "", seconds, notify, metrics=metrics, payload=_Payload(payload))
+
+    def _leave_behind(self, slot: Slot, notify: Notify) -> TaskResult:
+        """BUSY → STOPPING: the round goes on without this client."""
+        assert slot.attempt is not None
+        attempt, seconds = slot.attempt, time.monotonic() - slot.since
+        slot.ask_to_stop()
+        return _result(attempt, "late", late_reason(self._runtime.deadline_s), seconds, notify)
+
+    def _finish_stop(self, slot: Slot, notify: Notify) -> None:
+        """STOPPING → IDLE, whatever the late task answered."""
+        try:
+            slot.answer()
+        except (RayTaskError, TaskCancelledError):
+            slot.rest()
+        except RayError as error:
+            self._replace(slot, _told(error), notify)
+        else:
+            slot.rest()
+
+    # ------------------------------------------------------------------------------------------- deaths of actors
+
+    def _lose(
+        self, slot: Slot, attempt: Attempt, reason: str, ready: list[Attempt], notify: Notify
+    ) -> TaskResult | None:
+        """Replaces a dead actor; its task is first in the queue again, or fails where it has been tried enough."""
+        seconds = time.monotonic() - slot.since
+        self._replace(slot, reason, notify)
+        if attempt.number > self._runtime.retries:
+            return _result(attempt, "failed", f"its process died {attempt.number} times: {reason}", seconds, notify)
+        ready.insert(0, Attempt(attempt.task, attempt.number + 1))
+        notify("task_retried", _about(attempt.task) | {"attempt": attempt.number + 1, "reason": reason})
+        return None
+
+    def _replace(self, slot: Slot, reason: str, notify: Notify) -> None:
+        """Starts another actor in the slot, on another node where its own is lost."""
+        notify("slot_lost", {"slot": slot.number, "reason": reason})
+        self._last_loss = reason
+        slot.kill()
+        nodes = cluster.capacity()
+        if slot.spec.node not in {node.node for node in nodes}:
+            place = _free_room(slot, self.slots, nodes)
+            if place is None:
+                self._give_up(slot, "its node is lost, and no other has room for it", notify)
+                return
+            slot.move(place)
+        slot.start(self._offer(slot))
+
+    def _give_up(self, slot: Slot, reason: str, notify: Notify) -> None:
+        """The slot will have no actor any more."""
+        slot.kill()
+        self._last_loss = reason
+        notify("slot_gone", {"slot": slot.number, "tiers": list(slot.spec.tiers), "reason": reason})
+
+    def _offer(self, slot: Slot) -> dict[str, Directory]:
+        """What an actor of this slot has to look for: nothing on the server's own node."""
+        if slot.spec.node == self._home:
+            return {}
+        if not self._directories:
+            paths = {"model": self._context.model.path, "data": self._context.data.path}
+            self._directories = {name: Directory(path=p, sha256=directory_hash(p)) for name, p in paths.items()}
+        return self._directories
+
+
+class _Payload:
+    """The bytes of an update, left in the object store until they are asked for, once."""
+
+    def __init__(self, ref: Any) -> None:
+        self._ref = ref
+
+    def __call__(self) -> bytes:
+        ref, self._ref = self._ref, None
+        if ref is None:
+            raise RuntimeError("this payload has been fetched before")
+        data: bytes = ray.get(ref, timeout=timeouts.FETCH).tobytes()
+        return data
+
+
+def _free_room(slot: Slot, slots: Sequence[Slot], nodes: Sequence[NodeCapacity]) -> str | None:
+    """A node that has room for this slot beside all others."""
+    packing = Packing(nodes)
+    alive = {node.node for node in nodes}
+    for other in slots:
+        if other is not slot and other.state is not State.GONE and other.spec.node in alive:
+            packing.hold(other.spec.resources, other.spec.node)
+    place = packing.place(slot.spec.resources)
+    return place.node if place else None
+
+
+def _about(task: ClientTask) -> dict[str, Any]:
+    return {"client": task.client, "round": task.round, "kind": task.kind}
+
+
+def _result(
+    attempt: Attempt,
+    status: Status,
+    reason: str,
+    seconds: float,
+    notify: Notify,
+    *,
+    metrics: ClientMetrics | None = None,
+    payload: Callable[[], bytes] | None = None,
+) -> TaskResult:
+    """The result of a task, told to `notify` as well."""
+    outcome = {"status": status, "reason": reason, "attempts": attempt.number, "seconds": seconds}
+    notify("task_finished", _about(attempt.task) | outcome)
+    return TaskResult(
+        task=attempt.task, status=status, metrics=metrics, payload=payload, reason=reason, attempts=attempt.number
+    )
+
+
+def _told(error: RayError) -> str:
+    """Ray's error in one line: the client's own last line where there is one."""
+    cause = error.cause if isinstance(error, RayTaskError) else None
+    if isinstance(cause, BaseException):
+        return last_line(cause)
+    lines = _COLOURS.sub("", str(error)).strip().splitlines() or [""]
+    # What failed in the actor's creation stands in the last line, why a process died in the first.
+    return f"{type(error).__name__}: {lines[-1 if 'creation task' in lines[0] else 0].strip()}"

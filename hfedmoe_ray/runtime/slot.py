@@ -1,0 +1,160 @@
+"""One slot: a place for a client actor, which may die and be replaced, and what the actor is doing.
+
+    STARTING --loaded--> IDLE --assign--> BUSY --answer--> IDLE
+        |                                  |
+        +------------ died ----------------+--deadline--> STOPPING --answer or killed--> IDLE or STARTING
+
+The pool owns the transitions; a slot knows how to make each of them.
+"""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from enum import Enum, auto
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from hfedmoe_ray.budget import SlotSpec
+from hfedmoe_ray.context import RunContext
+from hfedmoe_ray.runtime import timeouts
+from hfedmoe_ray.runtime.client import ENVIRONMENT, Answer, Loading, RemoteClient
+from hfedmoe_ray.runtime.transfer import Directory
+from hfedmoe_ray.runtime.weights import TaskRefs
+from hfedmoe_ray.runtime.worker import WorkerFactory
+from hfedmoe_ray.types import ClientTask
+
+
+class State(Enum):
+    """What a slot's actor is doing."""
+
+    STARTING = auto()
+    IDLE = auto()
+    BUSY = auto()
+    STOPPING = auto()
+    """Its task is late and was asked to stop; what it still answers is thrown away."""
+    GONE = auto()
+    """No node has room for it any more, or its actors die before they are loaded."""
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A task and how often it has been tried, this time included."""
+
+    task: ClientTask
+    number: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActorRecipe:
+    """What all actors of a pool have in common."""
+
+    context: RunContext
+    worker_factory: WorkerFactory
+    namespace: str
+    tiers: tuple[str, ...]
+    """Tier of every client."""
+
+
+class Slot:
+    """A slot and its current actor."""
+
+    def __init__(self, number: int, spec: SlotSpec, recipe: ActorRecipe) -> None:
+        self.number = number
+        self.spec = spec
+        self.state = State.GONE
+        self.attempt: Attempt | None = None
+        self.failed_starts = 0
+        self.deadline = 0.0
+        self.since = 0.0
+        self.watched: Any = None
+        """The reference whose readiness ends the current state; None when idle or gone."""
+        self._recipe = recipe
+        self._generation = 0
+        self._actor: Any = None
+        self._answer: Any = None
+
+    @property
+    def name(self) -> str:
+        """The actor's name in the run's namespace; a replacement is told from the first by its generation."""
+        run = self._recipe.context.experiment.name
+        who = f"slot-{self.number:02d}" if self.spec.client is None else f"client-{self.spec.client:03d}"
+        return f"{run}-{who}" + (f"-{self._generation}" if self._generation > 1 else "")
+
+    def serves(self, task: ClientTask) -> bool:
+        """Whether a task may be given to this slot."""
+        if self.spec.client is not None:
+            return task.client == self.spec.client
+        return self._recipe.tiers[task.client] in self.spec.tiers
+
+    def start(self, directories: Mapping[str, Directory]) -> None:
+        """Creates an actor on the slot's node and lets it load; does not wait."""
+        asked = self.spec.resources
+        self._generation += 1
+        self._actor = RemoteClient.options(
+            num_cpus=asked.num_cpus,
+            num_gpus=asked.num_gpus,
+            memory=asked.memory_bytes,
+            name=self.name,
+            namespace=self._recipe.namespace,
+            # The node was planned: left to Ray, fragments of several nodes could add up to a place that is none.
+            scheduling_strategy=NodeAffinitySchedulingStrategy(self.spec.node, soft=False),
+            runtime_env={"env_vars": ENVIRONMENT},
+        ).remote(self._recipe.context, self._recipe.worker_factory, asked.num_gpus)
+        self._enter(State.STARTING, timeouts.CLIENT_START)
+        self.load(directories)
+
+    def load(self, directories: Mapping[str, Directory]) -> None:
+        """Asks the actor to load (again, with files it lacked)."""
+        self.watched = self._actor.load.remote(directories)
+
+    def loading(self) -> Loading:
+        """How the actor's loading went. Raises what `ray.get` raises."""
+        loading: Loading = ray.get(self.watched, timeout=timeouts.FETCH)
+        return loading
+
+    def rest(self) -> None:
+        """The actor is ready for a task."""
+        self.watched = self._answer = self.attempt = None
+        self.failed_starts = 0
+        self._enter(State.IDLE, None)
+
+    def assign(self, attempt: Attempt, refs: TaskRefs, limit: float) -> None:
+        """Gives the actor a task, to be done within `limit` seconds."""
+        self.attempt = attempt
+        # The payload is what is waited for: it is ready only once it has been copied to this node, so that losing
+        # the client's node later loses no finished work.
+        self.watched, self._answer = self._actor.execute.remote(attempt.task, refs)
+        self._enter(State.BUSY, limit)
+
+    def answer(self) -> tuple[Any, Answer]:
+        """(reference to the payload, answer) of the finished task. Raises what `ray.get` raises."""
+        _, answer = ray.get([self.watched, self._answer], timeout=timeouts.FETCH)
+        return self.watched, answer
+
+    def move(self, node: str) -> None:
+        """Has the next actor start on another node."""
+        self.spec = replace(self.spec, node=node)
+
+    def ask_to_stop(self) -> None:
+        """Makes `is_canceled` true in the actor; a task that does not look at it is killed after the grace."""
+        ray.cancel(self.watched)
+        self.attempt = None
+        self._enter(State.STOPPING, timeouts.STOP_GRACE)
+
+    def ping(self) -> Any:
+        """Reference to the actor's pid, node and resources."""
+        return self._actor.ping.remote()
+
+    def kill(self) -> None:
+        """Ends the actor's process, whatever it is doing; does not wait."""
+        if self._actor is not None:
+            ray.kill(self._actor)
+        self._actor = self.watched = self._answer = self.attempt = None
+        self._enter(State.GONE, None)
+
+    def _enter(self, state: State, limit: float | None) -> None:
+        self.state = state
+        self.since = time.monotonic()
+        self.deadline = float("inf") if limit is None else self.since + limit

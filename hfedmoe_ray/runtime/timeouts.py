@@ -1,0 +1,21 @@
+"""Every timeout of the project, in seconds: no wait on Ray is without one of these.
+
+How long a client may take for a task is not here but in the configuration (`runtime.deadline_s`).
+"""
+
+CONNECT = 10.0
+"""Opening a connection to a cluster's or a job server's port."""
+CLIENT_START = 300.0
+"""From creating a client actor until it has imported its libraries and loaded the model, files transferred included."""
+STOP_GRACE = 10.0
+"""From asking a late client to stop until its process is killed."""
+FETCH = 120.0
+"""Copying weights, files or a finished update between nodes."""
+LONG_POLL = 10.0
+"""How long the server holds the driver's question for news open when there are none."""
+PROGRESS = 120.0
+"""How long the server may leave the driver without any answer; it is busy with one array at most."""
+SERVER_START = 120.0
+"""Creating the server actor."""
+SERVER_STOP = 30.0
+"""From the last event of a run until its outcome is delivered."""

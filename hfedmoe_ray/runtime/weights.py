@@ -1,0 +1,146 @@
+"""One version of the global model in the object store: an object for the shared part, and one for each expert.
+
+Objects are put once per version, whatever the number of clients; an expert that did not change since the version
+before keeps its object. A task carries references, so a client fetches only the experts its plan names, and clients
+of one node read the same memory. Arrays that come out of the store are read-only views: writing to one would change
+it for every process of the node, so nothing may make them writable.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import ray
+
+from hfedmoe_ray.runtime import timeouts
+from hfedmoe_ray.runtime.overlay import overlay, read_only
+from hfedmoe_ray.types import Array, ClientTask, ExpertKey, TaskWeights, Weights
+
+Arrays = Mapping[str, Array]
+Ref = Any
+"""A ray.ObjectRef; Ray's own type is not generic over what it holds."""
+
+MEANS = "means"
+VERSIONS_KEPT = 2
+"""The current version, and the one before it for tasks that started from it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskRefs:
+    """The weights of one task by reference. A reference inside a dataclass is passed on, not fetched."""
+
+    shared: tuple[Ref, ...]
+    """Objects that hold shared parameters; later ones are laid over earlier ones."""
+    experts: Mapping[ExpertKey, Ref]
+    means: Ref | None
+
+    def fetch(self) -> TaskWeights:
+        """Reads the objects as read-only views.
+
+        Raises:
+            ray.exceptions.RayError: an object is lost, or does not arrive within `timeouts.FETCH`.
+        """
+        keys = list(self.experts)
+        refs = [*self.shared, *self.experts.values(), *([] if self.means is None else [self.means])]
+        values = ray.get(refs, timeout=timeouts.FETCH)
+        shared: dict[str, Array] = {}
+        for part in values[: len(self.shared)]:
+            shared.update(read_only(part))
+        experts = values[len(self.shared) : len(self.shared) + len(keys)]
+        return TaskWeights(
+            shared=shared,
+            experts={key: read_only(part) for key, part in zip(keys, experts, strict=True)},
+            means=None if self.means is None else read_only(values[-1])[MEANS],
+        )
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A stored mapping of arrays, and the arrays it was made from."""
+
+    ref: Ref
+    source: Arrays
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Personal:
+    shared: _Entry
+    experts: Mapping[ExpertKey, _Entry]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Version:
+    shared: _Entry
+    experts: Mapping[ExpertKey, _Entry]
+    means: _Entry | None
+    personal: Mapping[int, _Personal]
+
+
+class WeightStore:
+    """Publishes versions and hands out the references a task needs."""
+
+    def __init__(self) -> None:
+        self._versions: dict[int, _Version] = {}
+
+    def publish(self, weights: Weights) -> None:
+        """Puts a version into the object store, reusing the objects of whatever did not change."""
+        last = self._versions[max(self._versions)] if self._versions else None
+        personal: dict[int, _Personal] = {}
+        for client, own in (weights.personal or {}).items():
+            known = last.personal.get(client) if last else None
+            personal[client] = _Personal(
+                shared=_put(own.shared, known.shared if known else None),
+                experts=_put_each(own.experts, known.experts if known else {}),
+            )
+        self._versions[weights.version] = _Version(
+            shared=_put(weights.shared, last.shared if last else None),
+            experts=_put_each(weights.experts, last.experts if last else {}),
+            means=None if weights.means is None else _put({MEANS: weights.means}, last.means if last else None),
+            personal=personal,
+        )
+        for version in sorted(self._versions)[:-VERSIONS_KEPT]:
+            del self._versions[version]
+
+    def refs(self, task: ClientTask) -> TaskRefs:
+        """References to what `task` reads, private weights of `task.personal` laid over the global ones.
+
+        Raises:
+            KeyError: the version was never published, or is no longer kept.
+        """
+        version = self._versions[task.version]
+        own = None if task.personal is None else version.personal.get(task.personal)
+        experts = overlay(task.plan.present, version.experts, own.experts if own else {})
+        return TaskRefs(
+            shared=(version.shared.ref, *([own.shared.ref] if own else [])),
+            experts={key: entry.ref for key, entry in experts.items()},
+            means=version.means.ref if version.means else None,
+        )
+
+    def clear(self) -> None:
+        """Drops every reference, so that the object store frees the arrays."""
+        self._versions.clear()
+
+
+def _put_each(experts: Mapping[ExpertKey, Arrays], last: Mapping[ExpertKey, _Entry]) -> dict[ExpertKey, _Entry]:
+    return {key: _put(arrays, last.get(key)) for key, arrays in experts.items()}
+
+
+def _put(arrays: Arrays, last: _Entry | None) -> _Entry:
+    """The entry for these arrays: the last one where they are the same, byte for byte, else a new object."""
+    if last is not None and _same(arrays, last.source):
+        return last
+    return _Entry(ray.put(dict(arrays)), arrays)
+
+
+def _same(one: Arrays, other: Arrays) -> bool:
+    return one.keys() == other.keys() and all(_same_bytes(one[name], other[name]) for name in one)
+
+
+def _same_bytes(one: Array, other: Array) -> bool:
+    """Equality of bytes, not of numbers: 0.0 is not -0.0 here, and NaN equals itself."""
+    if one is other:
+        return True
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    return np.array_equal(one.reshape(-1).view(np.uint8), other.reshape(-1).view(np.uint8))

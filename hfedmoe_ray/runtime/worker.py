@@ -1,0 +1,35 @@
+"""What executors ask of whoever does a client's work. Free of Ray and of torch."""
+
+import traceback
+from collections.abc import Callable
+from typing import Protocol
+
+from hfedmoe_ray.context import RunContext
+from hfedmoe_ray.types import ClientTask, TaskWeights
+
+
+class Worker(Protocol):
+    """What serves clients: `train.local.ClientWorker`, or a smaller one in a test of the runtime itself."""
+
+    def execute(self, task: ClientTask, weights: TaskWeights, should_stop: Callable[[], bool]) -> tuple[bytes, bytes]:
+        """Runs one task and returns the payload and the metrics; raises any exception once `should_stop` is true."""
+
+
+WorkerFactory = Callable[[RunContext], Worker]
+
+
+def client_worker(context: RunContext) -> Worker:
+    """The real worker. Imports torch, transformers and DeepSpeed on its first call in a process."""
+    from hfedmoe_ray.train.local import ClientWorker
+
+    return ClientWorker(context)
+
+
+def last_line(error: BaseException) -> str:
+    """An error as the last line of its traceback, such as "ValueError: no examples"."""
+    return "".join(traceback.format_exception_only(error)).strip().splitlines()[-1]
+
+
+def late_reason(limit: float) -> str:
+    """Why a task that was stopped counts as late."""
+    return f"not finished within runtime.deadline_s ({limit:g} s)"
