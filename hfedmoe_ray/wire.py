@@ -44,7 +44,7 @@ def pack_update(
     profile: RoutingProfile | None,
     means: Mapping[ExpertKey, Array],
 ) -> bytes:
-    """Returns the payload of an update."""
+    """Returns the payload of an update. The tokens behind a mean output are the profile's `routed`."""
     tensors: dict[str, Array] = {f"shared.{name}": value for name, value in shared.items()}
     for key, named in experts.items():
         tensors |= {f"expert.{expert_name(key)}.{name}": value for name, value in named.items()}

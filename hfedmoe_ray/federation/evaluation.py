@@ -35,7 +35,7 @@ def evaluation_tasks(experiment: Experiment, round: int, strategy: Strategy, wei
     mean accuracy of the clients' models at the cost of one evaluation (before any training all are the same model).
     """
     personal = weights.personal or {}
-    owners: list[int | None] = sorted(personal) if personal else [None] * _PARTS
+    owners: list[int | None] = [*sorted(personal)] or [None] * _PARTS
     plan = uniform_plan(strategy.shape, Role.FROZEN)
     return [
         ClientTask(

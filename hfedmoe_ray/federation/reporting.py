@@ -19,6 +19,7 @@ from hfedmoe_ray.types import (
     ClientInfo,
     ClientRecord,
     ClientUpdate,
+    ExpertKey,
     ExpertPlan,
     FloatArray,
     RoundReport,
@@ -118,7 +119,9 @@ def round_report(
         test_loss=evaluation.loss,
         own_accuracy=evaluation.own_accuracy,
         clients=tuple(records),
-        selected=tuple(tuple(selected[layer, expert] for expert in range(shape[1])) for layer in range(shape[0])),
+        selected=tuple(
+            tuple(selected[ExpertKey(layer, expert)] for expert in range(shape[1])) for layer in range(shape[0])
+        ),
         usage=tuple(tuple(float(value) for value in row) for row in usage),
         bytes_up=sum(record.bytes_up for record in records),
         bytes_down=sum(record.bytes_down for record in records),

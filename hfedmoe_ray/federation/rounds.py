@@ -153,7 +153,8 @@ class Federation:
             self.state.samples[update.client] = update.samples
             means.add(update)
         if newcomers:
-            self.state.weights = replace(self.state.weights, means=means.result(self.state.weights.means))
+            weights = self.state.weights
+            self.state.weights = replace(weights, version=weights.version + 1, means=means.result(weights.means))
             self.executor.publish(self.state.weights)
         return records
 
@@ -281,16 +282,20 @@ class Federation:
         self, results: Iterable[TaskResult], plans: Mapping[int, ExpertPlan], records: list[ClientRecord]
     ) -> Iterator[ClientUpdate]:
         """Yields the updates that may be used, one payload in memory at a time, and records how each client fared."""
-        for result in results:
-            client, update = result.task.client, None
-            if result.status == "ok":
-                try:
-                    update = accept(result, plans[client], self.state.weights)
-                except Rejected as rejection:
-                    result = replace(result, status="rejected", reason=str(rejection))
+        for delivered in results:
+            client = delivered.task.client
+            result, update = self._accept(delivered, plans[client])
             records.append(reporting.client_record(result, self.tiers[client].name, update, self.state.weights))
             if update is not None:
                 yield update
+
+    def _accept(self, result: TaskResult, plan: ExpertPlan) -> tuple[TaskResult, ClientUpdate | None]:
+        if result.status != "ok":
+            return result, None
+        try:
+            return result, accept(result, plan, self.state.weights)
+        except Rejected as rejection:
+            return replace(result, status="rejected", reason=str(rejection)), None
 
     def _quorum(self, arrived: Iterable[bool]) -> bool:
         answers = list(arrived)

@@ -81,7 +81,8 @@ class SparsityAware:
         participates = self.participates(update, plan)
         assert update.profile is not None
         weight: FloatArray = np.where(participates, update.profile.usage * update.profile.importance(self.lam), 0.0)
-        return weight.sum(axis=1)
+        total: FloatArray = weight.sum(axis=1)
+        return total
 
 
 @dataclass

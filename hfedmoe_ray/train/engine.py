@@ -13,6 +13,7 @@ from typing import Self
 
 import torch
 from torch import Tensor, nn
+from torch._C._distributed_c10d import HashStore
 
 from hfedmoe_ray.config.schema import LocalTraining
 from hfedmoe_ray.train.deepspeed_config import deepspeed_config
@@ -36,7 +37,7 @@ def _join_own_world() -> None:
     world = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     for name, value in world.items():
         os.environ.setdefault(name, value)
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    torch.distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
 
 
 class Engine:

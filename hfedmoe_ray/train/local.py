@@ -5,7 +5,7 @@ decides the last bits of a matrix product.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
@@ -111,7 +111,7 @@ class ClientWorker:
             loss=loss / len(order),
             examples=len(order),
         )
-        return pack_update({}, {}, measured, profile.means()), metrics
+        return pack_update({}, {}, measured, _without_counts(profile.means())), metrics
 
     def _train(self, task: ClientTask, examples: _Examples, should_stop: ShouldStop) -> tuple[bytes, ClientMetrics]:
         """Local steps: forward, choose the batch's experts, give only them a gradient (eq. 15)."""
@@ -160,7 +160,7 @@ class ClientWorker:
             step_seconds=step_seconds,
             peak_mib=peak_mib,
         )
-        return pack_update(moved, model.read_shared(), measured, profile.means()), metrics
+        return pack_update(moved, model.read_shared(), measured, _without_counts(profile.means())), metrics
 
     def _evaluate(self, task: ClientTask, examples: _Examples, should_stop: ShouldStop) -> tuple[bytes, ClientMetrics]:
         """Loss and accuracy of the bound model on a split."""
@@ -236,6 +236,10 @@ class ClientWorker:
     def _poll(should_stop: ShouldStop) -> None:
         if should_stop():
             raise Stopped
+
+
+def _without_counts(means: Mapping[ExpertKey, tuple[Array, int]]) -> dict[ExpertKey, Array]:
+    return {key: mean for key, (mean, _) in means.items()}
 
 
 @contextmanager
