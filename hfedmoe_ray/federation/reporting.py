@@ -110,6 +110,7 @@ def round_report(
     selected = Counter(key for update in updates.values() for key in update.trained)
     profiles = [update.profile for update in updates.values() if update.profile is not None]
     cohort = mean_profile(profiles)
+    layers, experts = shape
     usage = cohort.usage if cohort else np.zeros(shape)
     losses = [record.loss for record in records if record.status == "ok" and record.loss is not None]
     return RoundReport(
@@ -119,9 +120,7 @@ def round_report(
         test_loss=evaluation.loss,
         own_accuracy=evaluation.own_accuracy,
         clients=tuple(records),
-        selected=tuple(
-            tuple(selected[ExpertKey(layer, expert)] for expert in range(shape[1])) for layer in range(shape[0])
-        ),
+        selected=tuple(tuple(selected[ExpertKey(layer, e)] for e in range(experts)) for layer in range(layers)),
         usage=tuple(tuple(float(value) for value in row) for row in usage),
         bytes_up=sum(record.bytes_up for record in records),
         bytes_down=sum(record.bytes_down for record in records),
