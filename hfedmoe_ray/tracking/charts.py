@@ -56,7 +56,8 @@ def line_chart(series: Sequence[Series], *, label: str, write: Write) -> str:
 
     The value axis starts at zero where the data come near it, and at the data where they do not.
     """
-    height, left, right, top, bottom = 250.0, 46.0, _WIDE - 54.0, 12.0, 214.0
+    height, left, top, bottom = 250.0, 46.0, 12.0, 214.0
+    right = _WIDE - 14 - 1.2 * LETTER * max(len(write(one.points[-1][1])) for one in series)
     points = [point for one in series for point in one.points]
     first, last = min(x for x, _ in points), max(x for x, _ in points)
     low, high = min(y for _, y in points), max(y for _, y in points)
@@ -107,21 +108,22 @@ def heat_map(
     `columns` is what the columns are, which are numbered from 0.
     """
     count = len(values[0])
-    cell = min(26.0, max(9.0, 380.0 / count))
+    wide = min(26.0, max(9.0, 380.0 / count))
+    tall, gap = max(wide, 13.0), 1.5 if wide >= 12 else 1.0
     left = 12 + LETTER * max(map(len, rows))
-    bottom = cell * len(rows)
+    bottom = tall * len(rows)
     parts = []
     for r, row in enumerate(values):
-        parts.append(text(left - 7, (r + 0.5) * cell + 3, rows[r], anchor="end"))
+        parts.append(text(left - 7, (r + 0.5) * tall + 3, rows[r], anchor="end"))
         for c, value in enumerate(row):
-            x, y, shade = left + c * cell, r * cell, step(value, peak)
-            parts.append(rect(x, y, cell - 1.5, cell - 1.5, kind=f"h{shade}", tip=describe(r, c)))
-            if write and value > 0 and cell >= 20 and len(write(value)) * LETTER < cell:
-                parts.append(text(x + cell / 2 - 0.75, y + cell / 2 + 3, write(value), f"inside on{shade}"))
-    stride = every(count, cell * count, 18)
-    parts.extend(text(left + (c + 0.5) * cell - 0.75, bottom + 13, str(c)) for c in range(0, count, stride))
-    parts.append(text(left + cell * count / 2, bottom + 29, columns, "name"))
-    return image(left + cell * count + 4, bottom + 34, label, *parts)
+            x, y, shade = left + c * wide, r * tall, step(value, peak)
+            parts.append(rect(x, y, wide - gap, tall - gap, kind=f"h{shade}", tip=describe(r, c), radius=2 * gap - 1))
+            if write and value > 0 and wide >= 20 and len(write(value)) * LETTER < wide:
+                parts.append(text(x + (wide - gap) / 2, y + tall / 2 + 3, write(value), f"inside on{shade}"))
+    stride = every(count, wide * count, LETTER * len(str(count)) + 7)
+    parts.extend(text(left + (c + 0.5) * wide - gap / 2, bottom + 13, str(c)) for c in range(0, count, stride))
+    parts.append(text(left + wide * count / 2, bottom + 29, columns, "name"))
+    return image(left + wide * count + 4, bottom + 34, label, *parts)
 
 
 def bubbles(
@@ -138,11 +140,13 @@ def bubbles(
 
     Below each column stand its name and, where there is room, its sum. `corner` says what the columns are.
     """
-    wide = min(24.0, max(9.0, 900.0 / len(columns)))
+    wide = min(27.0, max(9.0, 900.0 / len(columns)))
     tall = min(wide, 20.0) if wide >= 12 else 12.0
     left = 12 + LETTER * max(map(len, [*rows, corner, "examples"]))
     right, bottom = left + wide * len(columns), 4 + tall * len(rows)
-    peak = max(1, *map(max, values))
+    peak = max([1, *map(max, values)])
+    # Where there are many columns circles may overlap their neighbours, which hold little if this one holds much.
+    largest = min(wide, tall) / 2 * (1.0 if wide >= 14 else 1.3)
     parts = []
     for r, name in enumerate(rows):
         parts.append(line(left, 4 + (r + 0.5) * tall, right, 4 + (r + 0.5) * tall))
@@ -150,12 +154,12 @@ def bubbles(
     for r, row in enumerate(values):
         for c, value in enumerate(row):
             if value:
-                radius = max(0.8, min(wide, tall) / 2 * math.sqrt(value / peak))
+                radius = max(0.8, largest * math.sqrt(value / peak))
                 x, y, kind = left + (c + 0.5) * wide, 4 + (r + 0.5) * tall, f"bubble {colour(groups[c])}"
                 parts.append(circle(x, y, radius, kind=kind, tip=describe(r, c)))
     totals = [_thousands(sum(column)) for column in zip(*values, strict=True)]
-    summed = max(map(len, totals)) * LETTER + 2 <= wide
-    stride = every(len(columns), right - left, LETTER * max(map(len, columns)) + 5)
+    summed = max(map(len, totals)) * LETTER + 4 <= wide
+    stride = every(len(columns), right - left, LETTER * max(map(len, columns)) + 8)
     parts.append(text(left - 7, bottom + 14, corner, "name", "end"))
     parts.extend(
         text(left + (c + 0.5) * wide, bottom + 14, columns[c], f"group {colour(groups[c])}")

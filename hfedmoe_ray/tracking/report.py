@@ -77,7 +77,8 @@ def _lede(run: RunRecord) -> str:
     if len(measured) == 1:
         return f"{result}."
     before = "before training" if first_round == 0 else f"after round {first_round}"
-    return f"{result}; {before} it was {percent(first)} ({points(first, last)})."
+    was = f'<span class="unbroken">{percent(first)}</span>'
+    return f'{result}; {before} it was {was} (<span class="unbroken">{points(first, last)}</span>).'
 
 
 def _alarm(run: RunRecord) -> str:
@@ -127,5 +128,7 @@ def _losses(statuses: Iterable[str]) -> str:
 
 
 def _footer(run: RunRecord) -> str:
-    versions = ", ".join(f"{name} {number}" for name, number in run.versions.items())
+    versions = ", ".join(f"{name} {number}" for name, number in run.versions.items() if name != "git")
+    if commit := run.versions.get("git"):
+        versions += f", commit {commit[:12]}{' with changes' if commit.endswith('-dirty') else ''}"
     return f"<footer><p>Drawn from the record of this run, made with {escape(versions or MISSING)}.</p></footer>\n"

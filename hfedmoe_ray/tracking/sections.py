@@ -45,14 +45,18 @@ def learning(run: RunRecord) -> str:
     )
     figures = []
     if accuracy:
-        image = charts.line_chart(accuracy, label="Accuracy by round", write=lambda share: f"{100 * share:.4g} %")
+        image = charts.line_chart(accuracy, label="Accuracy by round", write=lambda share: f"{100 * share:.3g} %")
         figures.append(_figure("Accuracy", charts.legend([s.name for s in accuracy], lines=True) + image))
     if loss:
         image = charts.line_chart(loss, label="Loss by round", write=lambda value: f"{value:.3g}")
         figures.append(_figure("Loss", charts.legend([s.name for s in loss], lines=True) + image))
     if not figures:
         return _section("Learning", "No round has been measured.")
-    intro = "A client's own test data have its own mix of classes; it is tested holding only its resident experts."
+    intro = (
+        "Each client's own test data have their own mix of classes; it is tested on them with its resident experts."
+        if any(report.own_accuracy is not None for report in run.rounds)
+        else ""
+    )
     return _section("Learning", intro, f'<div class="pair">{"".join(figures)}</div>')
 
 
@@ -163,7 +167,7 @@ def usage(run: RunRecord) -> str:
         for layer, row in enumerate(last.usage)
     )
     intro = f"Mean gate value of each expert over the clients' tokens in round {last.round}"
-    intro += f"; the dark tick is round {first.round}, " if before else "; "
+    intro += f"; the tick is round {first.round}, " if before else "; "
     intro += "the dashed line an even share."
     return _section("How much the router uses them", intro, f'<div class="many">{strips}</div>')
 
@@ -192,7 +196,7 @@ def budgets(run: RunRecord) -> str:
         drawn,
         label="Experts held and trained by tier, against the budget",
         total=max(total, *(bullet.held for bullet in drawn)) or 1,
-        write=lambda bullet: f"{short(bullet.used)} / {short(bullet.held)}",
+        write=lambda bullet: f"{short(bullet.held)} held, {short(bullet.used)} trained",
     )
     keys = (
         '<p class="legend"><span class="key mark"><i></i>budget</span><span class="key pale c0"><i></i>held</span>'
@@ -222,7 +226,7 @@ def _tier_table(run: RunRecord, rows: Mapping[str, TierStatistics]) -> str:
             [
                 _tier(run, tier),
                 str(len(members)),
-                short(mean([client.samples for client in members])),
+                f"{mean([client.samples for client in members]):.0f}",
                 decimal(row.loss),
                 f"{row.seconds:.1f} s",
                 size(row.peak_mib * 2**20) if row.peak_mib else MISSING,
@@ -231,7 +235,8 @@ def _tier_table(run: RunRecord, rows: Mapping[str, TierStatistics]) -> str:
             ]
         )
     return _table(
-        ["Tier", "*Clients", "*Examples", "*Training loss", "*Time", "*Peak memory", "*Own accuracy", "Results"], cells
+        ["Tier", "*Clients", "*Examples each", "*Training loss", "*Time", "*Peak memory", "*Own accuracy", "Results"],
+        cells,
     )
 
 
@@ -300,19 +305,25 @@ def phases(run: RunRecord) -> str:
     if not spent:
         return ""
     names = [name for name in dict.fromkeys([*_PHASES, *totals]) if totals[name] >= 0.005 * spent]
-    shown = [f"{name} {duration(totals[name])}, {100 * totals[name] / spent:.0f} %" for name in names]
     image = charts.stacked_columns(
         [(report.round, [report.phases.get(name, 0.0) for name in names]) for report in run.rounds],
         label="Seconds of each round by phase",
         names=names,
         write=lambda seconds: f"{seconds:.3g} s",
     )
+    shares = _table(
+        ["Phase", "*Time", "*Share"],
+        [
+            [_key(name, index), duration(totals[name]), percent(totals[name] / spent)]
+            for index, name in enumerate(names)
+        ],
+    )
     longest = max(run.rounds, key=lambda report: report.seconds)
     intro = (
         f"{duration(sum(report.seconds for report in run.rounds))} in all; the longest was round {longest.round} with "
-        f"{duration(longest.seconds)}. Phases below half a percent are not drawn."
+        f"{duration(longest.seconds)}. Phases below half a percent are left out."
     )
-    return _section("Where the time went", intro, _figure("", charts.legend(shown) + image))
+    return _section("Where the time went", intro, f'<div class="pair">{_figure("", image)}<div>{shares}</div></div>')
 
 
 def troubles(run: RunRecord) -> str:
@@ -427,9 +438,11 @@ def _table(headings: Sequence[str], rows: Iterable[Sequence[str]], *, wrap: bool
 
 
 def _tier(run: RunRecord, tier: str) -> str:
-    if not tier:
-        return MISSING
-    return f'<span class="key {colour(_group(run, tier))}"><i></i>{escape(tier)}</span>'
+    return _key(tier, _group(run, tier)) if tier else MISSING
+
+
+def _key(name: str, index: int) -> str:
+    return f'<span class="key {colour(index)}"><i></i>{escape(name)}</span>'
 
 
 def _group(run: RunRecord, tier: str) -> int:

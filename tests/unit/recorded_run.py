@@ -115,7 +115,7 @@ def round_report(number: int) -> RoundReport:
                 resident=held,
                 trained=trained,
                 bytes_up=trained * 295_300 + 640_000 if trained else 0,
-                bytes_down=held * 295_300 + 640_000,
+                bytes_down=held * 295_300 + 715_000,
                 seconds=seconds,
                 step_seconds=seconds * 0.7,
                 peak_mib=310 + held * 2.2,
@@ -123,7 +123,8 @@ def round_report(number: int) -> RoundReport:
         )
     losses = [record.loss for record in records if record.loss is not None]
     blend = min(1.0, number / ROUNDS)
-    usage = (1 - blend) / EXPERTS + blend * popularity
+    start = generator(7, "recorded start").dirichlet([12.0] * EXPERTS, size=LAYERS)
+    usage = (1 - blend) * start + blend * popularity
     accuracy = 0.05 + 0.64 * (1 - math.exp(-number / 2.4))
     seconds = 3.1 if number == 0 else 7.5 + float(draw.uniform(-0.8, 1.6))
     phases = {"plan": 0.03, "publish": 0.2, "train": seconds * 0.72, "reduce": 0.35, "evaluate": seconds * 0.14}
