@@ -105,7 +105,7 @@ class FederatedDataset:
         self._meta = meta
         self._data = data
         self._bounds: IntArray = store.open_array(self._path, "bounds")
-        self._dealt = self._open("train")
+        self._train, self._test = self._open("train"), self._open("test")
         self._own_files: dict[int, tuple[Split, Split]] = {}
 
     def train(self, client: int) -> Split:
@@ -118,7 +118,7 @@ class FederatedDataset:
 
     def global_test(self) -> Split:
         """Returns the global test split (empty where clients read their own files and `data.test` is not given)."""
-        return self._open("test")
+        return self._test
 
     def _open(self, split: str) -> Split:
         return Split(
@@ -137,7 +137,7 @@ class FederatedDataset:
             return self._own_files[client]
         start, own_test, end = map(int, self._bounds[client])
         key = f"{self._meta.sha256[:16]}/{client}"
-        return self._dealt._rows(start, own_test, f"{key}/train"), self._dealt._rows(own_test, end, f"{key}/own_test")
+        return self._train._rows(start, own_test, f"{key}/train"), self._train._rows(own_test, end, f"{key}/own_test")
 
     def _read_own_file(self, client: int) -> tuple[Split, Split]:
         texts, labels = load_client_file(self._data, client)

@@ -107,7 +107,7 @@ def draw_subset(raw: RawDataset, data: Data, seed: int) -> RawDataset:
 
 def _read_source(data: Data) -> tuple[Table, Table | None]:
     """Returns the training rows and, if the source has one, its own test split."""
-    wanted = tuple({data.text, data.label, data.partition.key or data.label, "split"})
+    wanted = (data.text, data.label, "split", *((data.partition.key,) if data.partition.key else ()))
     kind, _, name = data.source.partition(":")
     if kind == "package":
         return read_packaged(name)

@@ -68,9 +68,22 @@ def write(path: Path, arrays: Mapping[str, Array], meta: Meta, tokenizer: Any | 
         arrays: Arrays by file name without ".npy".
         meta: Their description.
         tokenizer: The tokenizer to store along, if clients will need it.
+
+    Raises:
+        DataError: the directory cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
+        _fill_and_rename(draft, path, arrays, meta, tokenizer)
+    except OSError as error:
+        raise DataError(
+            f"The prepared data cannot be written to {path.parent}: {error}. Make room there, or set HFEDMOE_CACHE to a "
+            "directory that you may write to."
+        ) from error
+
+
+def _fill_and_rename(draft: Path, path: Path, arrays: Mapping[str, Array], meta: Meta, tokenizer: Any | None) -> None:
     try:
         draft.chmod(0o755)  # mkdtemp's directories are private, a cache may be shared
         for name, array in arrays.items():
@@ -102,10 +115,9 @@ def open_array(path: Path, name: str) -> Array:
     """Memory-maps one array of a prepared directory, read-only."""
     file = path / f"{name}.npy"
     try:
-        array: Array = np.load(file, mmap_mode="r")
+        return np.asarray(np.load(file, mmap_mode="r"))
     except (OSError, ValueError) as error:
         raise DataError(
             f"The prepared data in {path} is damaged: {file.name} cannot be read ({error}). Remove that directory; it "
             "is prepared anew at the next run."
         ) from error
-    return array

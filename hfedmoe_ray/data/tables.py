@@ -160,7 +160,7 @@ def _read_parquet(path: Path, wanted: Sequence[str]) -> _Columns:
 
     try:
         names = tuple(pyarrow.parquet.read_schema(path).names)
-        table = pyarrow.parquet.read_table(path, columns=[name for name in wanted if name in names])
+        table = pyarrow.parquet.read_table(path, columns=[name for name in names if name in wanted])
     except pyarrow.ArrowInvalid as error:
         raise DataError(f"{path} is not a readable Parquet file: {error}. Write it again, or use .jsonl.") from error
     return names, {name: table.column(name).to_pylist() for name in table.column_names}

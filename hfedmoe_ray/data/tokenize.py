@@ -23,10 +23,12 @@ def load_tokenizer(directory: Path) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(directory, truncation_side="right")
-    except (OSError, ValueError) as error:
+    except Exception as error:  # damaged files raise whatever their parser does: KeyError, or Exception itself
+        reason = (str(error).strip().splitlines() or [""])[0]
         raise ModelError(
-            f"model.source: no tokenizer can be loaded from {directory}: {error}. Give a model directory that holds "
-            "its tokenizer (tokenizer.json and tokenizer_config.json), or prepare the model again."
+            f"model.source: no tokenizer can be loaded from {directory} ({type(error).__name__}: {reason}). Give a "
+            "model directory that holds its tokenizer (tokenizer.json and tokenizer_config.json), or prepare the model "
+            "again."
         ) from error
 
 
