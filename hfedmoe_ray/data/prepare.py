@@ -41,7 +41,7 @@ def prepare_data(
         DataError: the examples cannot be dealt as the partition asks.
         ModelError: there is no tokenizer in `tokenizer_dir`.
     """
-    path = cache / "data" / _cache_key(data, raw, tokenizer_hash(tokenizer_dir), clients, seed)
+    path = cache.resolve() / "data" / _cache_key(data, raw, tokenizer_hash(tokenizer_dir), clients, seed)
     meta = store.read_meta(path) or _build(
         data, raw, tokenizer_dir=tokenizer_dir, clients=clients, seed=seed, path=path
     )

@@ -78,8 +78,8 @@ def write(path: Path, arrays: Mapping[str, Array], meta: Meta, tokenizer: Any | 
         _fill_and_rename(draft, path, arrays, meta, tokenizer)
     except OSError as error:
         raise DataError(
-            f"The prepared data cannot be written to {path.parent}: {error}. Make room there, or set HFEDMOE_CACHE to a "
-            "directory that you may write to."
+            f"The prepared data cannot be written to {path.parent}: {error}. Make room there, or set HFEDMOE_CACHE to "
+            "a directory that you may write to."
         ) from error
 
 
@@ -101,23 +101,28 @@ def _fill_and_rename(draft: Path, path: Path, arrays: Mapping[str, Array], meta:
 
 
 def read_meta(path: Path) -> Meta | None:
-    """Returns the description of a prepared directory, or None if there is none at `path`."""
+    """Returns the description of a prepared directory, or None if there is none; raises DataError if it is damaged."""
     try:
         stored = json.loads((path / _META).read_text(encoding="utf-8"))
+        stored["label_names"] = tuple(stored["label_names"])
+        stored["counts"] = tuple(map(tuple, stored["counts"]))
+        return Meta(**stored)
     except FileNotFoundError:
         return None
-    stored["label_names"] = tuple(stored["label_names"])
-    stored["counts"] = tuple(map(tuple, stored["counts"]))
-    return Meta(**stored)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _damaged(path, _META, error) from error
 
 
 def open_array(path: Path, name: str) -> Array:
-    """Memory-maps one array of a prepared directory, read-only."""
-    file = path / f"{name}.npy"
+    """Memory-maps one array of a prepared directory, read-only; raises DataError if it is damaged."""
     try:
-        return np.asarray(np.load(file, mmap_mode="r"))
+        return np.asarray(np.load(path / f"{name}.npy", mmap_mode="r"))
     except (OSError, ValueError) as error:
-        raise DataError(
-            f"The prepared data in {path} is damaged: {file.name} cannot be read ({error}). Remove that directory; it "
-            "is prepared anew at the next run."
-        ) from error
+        raise _damaged(path, f"{name}.npy", error) from error
+
+
+def _damaged(path: Path, file: str, error: Exception) -> DataError:
+    return DataError(
+        f"The prepared data in {path} is damaged: {file} cannot be read ({error}). Remove that directory; it is "
+        "prepared anew at the next run."
+    )

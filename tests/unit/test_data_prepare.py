@@ -343,9 +343,10 @@ def test_missing_and_foreign_directories(prepared):
         FederatedDataset(prepared, data)
 
 
-def test_damaged_array(prepared):
-    (prepared.path / "bounds.npy").write_bytes(b"not numpy")
-    with pytest.raises(DataError, match=r"is damaged: bounds.npy cannot be read .*Remove that directory"):
+@pytest.mark.parametrize("file", ["bounds.npy", "test.labels.npy", "meta.json"])
+def test_damaged_file(prepared, file):
+    (prepared.path / file).write_bytes(b"not what was written")
+    with pytest.raises(DataError, match=rf"is damaged: {file} cannot be read .*Remove that directory"):
         FederatedDataset(prepared, make_data())
 
 
