@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from math import floor
 from typing import Literal
 
-from hfedmoe_ray.config.schema import Clients, Tier
+from hfedmoe_ray.config.schema import Clients, Experiment, Tier
 from hfedmoe_ray.errors import CapacityError
 from hfedmoe_ray.packing import GIB, NodeCapacity, Packing, ResourceSpec, table
 from hfedmoe_ray.types import ModelShape
@@ -120,6 +120,18 @@ def tier_demands(clients: Clients, gpus_available: bool) -> tuple[TierDemand, ..
         for tier in clients.tiers
         if tier.name in tiers
     )
+
+
+def plan_actors(experiment: Experiment, nodes: Sequence[NodeCapacity]) -> tuple[SlotSpec, ...]:
+    """The actors a run would keep on these nodes; `device` is of a GPU where any node has one.
+
+    Raises:
+        CapacityError: they do not fit.
+    """
+    gpus = any(node.gpus for node in nodes)
+    if experiment.actors == "pooled":
+        return plan_slots(tier_demands(experiment.clients, gpus), nodes, experiment.runtime.slots)
+    return plan_dedicated([(tier.name, resources(tier, gpus)) for tier in tier_of(experiment.clients)], nodes)
 
 
 def plan_slots(

@@ -115,7 +115,7 @@ def context(directory: Path, **keys: object) -> RunContext:
 def weights(version: int = 0) -> Weights:
     """Weights that differ between versions in the shared part and in expert (0, 0) alone."""
     rng = np.random.default_rng(0)
-    experts = {key: {"up": rng.normal(size=(8, 4)), "down": rng.normal(size=(4, 8))} for key in SHAPE.keys()}
+    experts = {key: {"up": rng.normal(size=(8, 4)), "down": rng.normal(size=(4, 8))} for key in list(SHAPE.keys())}
     experts[ExpertKey(0, 0)]["up"] += version
     return Weights(version=version, shared={"router": rng.normal(size=(4, 8)) + version}, experts=experts)
 

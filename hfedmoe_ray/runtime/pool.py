@@ -13,8 +13,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError, RayTaskError, TaskCancelledError
 
-from hfedmoe_ray.budget import SlotSpec, plan_dedicated, plan_slots, resources, tier_demands, tier_of
-from hfedmoe_ray.config.schema import Experiment
+from hfedmoe_ray.budget import plan_actors, tier_of
 from hfedmoe_ray.context import RunContext
 from hfedmoe_ray.errors import ClusterError, HFedMoEError, TrainingError
 from hfedmoe_ray.federation.executor import Notify
@@ -31,18 +30,6 @@ _SHOWN = ("CPU", "GPU", "memory")
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 START_ATTEMPTS = 2
 """A slot whose actors die so often before they are loaded is given up."""
-
-
-def plan_actors(experiment: Experiment, nodes: Sequence[NodeCapacity]) -> tuple[SlotSpec, ...]:
-    """The actors a run would keep on these nodes; `device` is of a GPU where any node has one.
-
-    Raises:
-        CapacityError: they do not fit.
-    """
-    gpus = any(node.gpus for node in nodes)
-    if experiment.actors == "pooled":
-        return plan_slots(tier_demands(experiment.clients, gpus), nodes, experiment.runtime.slots)
-    return plan_dedicated([(tier.name, resources(tier, gpus)) for tier in tier_of(experiment.clients)], nodes)
 
 
 class RayExecutor:

@@ -15,7 +15,5 @@ LONG_POLL = 10.0
 """How long the server holds the driver's question for news open when there are none."""
 PROGRESS = 120.0
 """How long the server may leave the driver without any answer; it is busy with one array at most."""
-SERVER_START = 120.0
-"""Creating the server actor."""
 SERVER_STOP = 30.0
 """From the last event of a run until its outcome is delivered."""

@@ -18,6 +18,7 @@ def workers_import_tests() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def cluster(workers_import_tests: None) -> Iterator[None]:
+def cluster(request: pytest.FixtureRequest) -> Iterator[None]:
+    request.getfixturevalue("workers_import_tests")
     with connected(None):
         yield

@@ -1,0 +1,71 @@
+"""A whole run in one process, given where its clients run: prepare, train, record. Free of Ray."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from hfedmoe_ray.config.schema import Experiment
+from hfedmoe_ray.context import RunContext
+from hfedmoe_ray.federation.executor import Executor
+from hfedmoe_ray.tracking.files import FileTracker
+from hfedmoe_ray.tracking.tracker import Trackers
+from hfedmoe_ray.tracking.wandb import WandbTracker
+from hfedmoe_ray.types import RoundReport
+
+Render = Callable[[str, Any], None]
+"""Shows what happens: "start" {"config", "facts"}, "round" `RoundReport`, "finish" summary, else an event's fields."""
+
+
+def federate(
+    experiment: Experiment,
+    run_dir: Path,
+    *,
+    resume: bool,
+    make_executor: Callable[[RunContext], Executor],
+    render: Render,
+    should_stop: Callable[[], bool],
+) -> dict[str, Any]:
+    """Prepares and runs an experiment, or what is left of it; returns its summary.
+
+    Raises:
+        HFedMoEError: it cannot be prepared, or cannot go on.
+    """
+    # Imported here: these bring torch and transformers, which the command line does not wait for.
+    from hfedmoe_ray.federation.rounds import run_experiment
+    from hfedmoe_ray.prepare import prepare_run
+
+    def warn(message: str) -> None:
+        trackers.event("warning", {"message": message})
+
+    render("preparing", {})
+    context = prepare_run(experiment, run_dir)
+    wandb = WandbTracker(context.run_dir, experiment.tracking.wandb, experiment.name, warn=warn)
+    trackers = Trackers([FileTracker(context.run_dir), wandb, RenderTracker(render)])
+    executor = make_executor(context)
+    try:
+        return run_experiment(context, executor, trackers, resume=resume, should_stop=should_stop)
+    finally:
+        executor.close()
+
+
+class RenderTracker:
+    """Turns a tracker's calls into (name, fields) for a screen that may be in another process (see `Tracker`)."""
+
+    def __init__(self, render: Render) -> None:
+        self._render = render
+
+    def start(self, config: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+        """See `Tracker.start`."""
+        self._render("start", {"config": config, "facts": facts})
+
+    def event(self, name: str, fields: Mapping[str, Any]) -> None:
+        """See `Tracker.event`."""
+        self._render(name, fields)
+
+    def round(self, report: RoundReport) -> None:
+        """See `Tracker.round`."""
+        self._render("round", report)
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """See `Tracker.finish`."""
+        self._render("finish", summary)
