@@ -3,6 +3,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -17,10 +18,12 @@ from hfedmoe_ray.config.schema import Data, Partition
 from hfedmoe_ray.data import prepare, store
 from hfedmoe_ray.data.dataset import FederatedDataset, Split
 from hfedmoe_ray.data.describe import partition_table
+from hfedmoe_ray.data.partition import split_own_test
 from hfedmoe_ray.data.prepare import prepare_data
 from hfedmoe_ray.data.sources import RawDataset, load_raw
 from hfedmoe_ray.data.tokenize import load_tokenizer, pad_id, tokenize, tokenizer_hash
 from hfedmoe_ray.errors import DataError, ModelError
+from hfedmoe_ray.seeds import generator
 
 WORDS = ["[PAD]", "[CLS]", "[EOS]", *(f"w{i}" for i in range(60))]
 PAD, CLS, EOS = 0, 1, 2
@@ -315,10 +318,22 @@ def test_only_the_asked_clients_file_is_read_once_and_stays_in_memory(files, tmp
 def test_a_client_file_is_split_the_same_on_every_node(files, tmp_path):
     data, prepared = files
     elsewhere = shutil.copytree(prepared.path, tmp_path / "node")
-    first, second = FederatedDataset(prepared, data), FederatedDataset(prepared, data)
-    second._path = elsewhere
+    first, second = FederatedDataset(prepared, data), FederatedDataset(replace(prepared, path=elsewhere), data)
     assert rows(first.own_test(2)) == rows(second.own_test(2))
     assert first.own_test(2).key == second.own_test(2).key != first.train(2).key
+
+
+def test_a_client_file_is_split_by_the_seed_of_the_run(files, tokenizer_dir, tmp_path):
+    data, _ = files
+    splits = []
+    for seed in (0, 1):
+        kwargs = {"tokenizer_dir": tokenizer_dir, "clients": 3, "seed": seed, "cache": tmp_path / "cache"}
+        splits.append(rows(FederatedDataset(prepare_data(data, load_raw(data), **kwargs), data).own_test(0)))
+    labels = make_raw().train_labels[:20]
+    positions = [split_own_test(labels, 0.2, generator(seed, "own-test", 0))[1] for seed in (0, 1)]
+    everything = expected(make_raw().train_texts[:20], labels)
+    assert splits == [[everything[row] for row in rows_of_seed] for rows_of_seed in positions]
+    assert splits[0] != splits[1]
 
 
 def test_the_key_of_a_client_file_follows_its_content(files, tmp_path):
