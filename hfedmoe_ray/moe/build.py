@@ -1,0 +1,200 @@
+"""Building a prepared model: the dense one upcycled, or a Mixture of Experts as it is, with a new head.
+
+Loads the whole model in fp32 once, on the node that prepares it; workers never do. One thread computes, because the
+number of threads decides the last bits of a matrix product and thereby the hash.
+
+Legend: B batch, S sequence, L MoE layers, E experts, H hidden.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from threadpoolctl import threadpool_limits
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification, BertModel, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from hfedmoe_ray.config.schema import Model
+from hfedmoe_ray.data.tokenize import load_tokenizer, pad_id, tokenize
+from hfedmoe_ray.errors import ModelError
+from hfedmoe_ray.moe.layout import MoELayout, layout_of
+from hfedmoe_ray.moe.store import Meta, Tensors, write_meta
+from hfedmoe_ray.moe.upcycle import ffn_inputs, upcycle
+from hfedmoe_ray.seeds import derive_seed
+from hfedmoe_ray.types import Array, ExpertKey
+
+_TEXT_TOKENS = 64
+"""Tokens of a calibration text that are read."""
+_BATCH_TEXTS = 32
+_MEAN_TEXTS = 64
+"""Calibration texts from which the experts' first mean outputs are measured."""
+_HEAD_STD = 0.02
+
+
+def build(
+    source: Path, dense: bool, model: Model, num_labels: int, seed: int, texts: Sequence[str], directory: Path
+) -> None:
+    """Builds a model and writes it into an existing directory (files: see `store`).
+
+    Args:
+        source: Directory of the source model.
+        dense: Whether it is dense and has to be upcycled.
+        model: Section `model` of the configuration.
+        num_labels: Classes of the new head.
+        seed: Run seed; decides clustering, noise, calibration batches and the head.
+        texts: Calibration texts, unlabelled; may be empty.
+        directory: Where to write.
+
+    Raises:
+        ModelError: The source cannot be loaded.
+    """
+    tokenizer = load_tokenizer(source)
+    tokenizer.save_pretrained(directory)
+    upcycling: list[dict[str, Any]] = []
+    with _one_thread(), _quiet():
+        if dense:
+            assert model.upcycle is not None
+            bert = _load(BertModel, source, ("pooler",), add_pooling_layer=False)
+            layers = model.upcycle.layers or range(bert.config.num_hidden_layers)
+            calibrates = model.upcycle.how == "split" and model.upcycle.calibration_steps > 0
+            inputs = ffn_inputs(bert, layers, _batches(tokenizer, texts)) if calibrates else {}
+            module, reports = upcycle(bert, model.upcycle, num_labels, seed, inputs)
+            upcycling = [asdict(report) for report in reports]
+        else:
+            module = _load(AutoModelForSequenceClassification, source, ("score", "classifier"), num_labels=num_labels)
+        if module.config.pad_token_id is None:
+            module.config.pad_token_id = pad_id(tokenizer)
+        layout = layout_of(module.eval())
+        _new_head(layout, torch.Generator().manual_seed(derive_seed(seed, "head")))
+        means = mean_outputs(layout, _batches(tokenizer, texts[:_MEAN_TEXTS]))
+    module.config.save_pretrained(directory)
+    groups = {name: group for name, group in layout.groups.items() if group != "expert"}
+    parameters = dict(module.named_parameters())
+    tensors = Tensors(
+        base={name: parameters[name].detach().numpy() for name in groups}
+        | {name: buffer.numpy() for name, buffer in module.named_buffers()},
+        experts={
+            key: {name: tensor.numpy() for name, tensor in layout.read_expert(key).items()}
+            for key in layout.expert_keys()
+        },
+        means=means,
+    )
+    sha256 = tensors.write(directory)
+    write_meta(
+        directory,
+        Meta(
+            family=layout.family,
+            sha256=sha256,
+            groups=groups,
+            router_layers=layout.router_layers,
+            upcycling=upcycling,
+        ),
+    )
+
+
+@torch.no_grad()
+def mean_outputs(layout: MoELayout, batches: Iterator[tuple[Tensor, Tensor]]) -> Array:
+    """Returns the mean output of every expert, before gate weights, over the real tokens routed to it.
+
+    Args:
+        layout: A complete model.
+        batches: Token ids and masks, [B, S] each.
+
+    Returns:
+        [L, E, H] float32; 0 for an expert no token was routed to.
+    """
+    totals = torch.zeros(layout.layers, layout.num_experts, layout.hidden, dtype=torch.float64)
+    counts = torch.zeros(layout.layers, layout.num_experts, 1)
+    real = torch.zeros(0, dtype=torch.bool)
+
+    def note(layer: int) -> Any:
+        def hook(_module: nn.Module, args: tuple[Tensor, Tensor, Tensor]) -> None:
+            tokens, index, _ = args
+            for expert in index.unique().tolist():
+                routed = tokens[(index == expert).any(dim=1) & real]
+                tensors = layout.read_expert(ExpertKey(layer, expert))
+                totals[layer, expert] += layout.expert_forward(routed, tensors).sum(dim=0)
+                counts[layer, expert] += len(routed)
+
+        return getattr(layout.blocks[layer], layout.experts_name).register_forward_pre_hook(hook)
+
+    handles = [note(layer) for layer in range(layout.layers)]
+    for ids, mask in batches:
+        real = mask.bool().reshape(-1)
+        layout.model(input_ids=ids, attention_mask=mask)
+    for handle in handles:
+        handle.remove()
+    means: Array = (totals / counts.clamp_min(1)).float().numpy()
+    return means
+
+
+def _load(model_class: Any, source: Path, may_differ: tuple[str, ...], **arguments: Any) -> Any:
+    """Loads a model in fp32; only modules named in `may_differ` may lack weights or have others than the file."""
+    try:
+        model, report = model_class.from_pretrained(
+            source,
+            dtype=torch.float32,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **arguments,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(f"model.source: {source} cannot be loaded: {error}") from error
+    assert isinstance(model, PreTrainedModel)
+    differing = [*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])]
+    unexplained = sorted(name for name in differing if name.split(".")[0] not in may_differ)
+    if unexplained:
+        raise ModelError(
+            f"model.source: the weights in {source} do not fit its config.json: {', '.join(unexplained[:5])} missing "
+            "or of another shape. Give a complete checkpoint written by save_pretrained."
+        )
+    return model
+
+
+@torch.no_grad()
+def _new_head(layout: MoELayout, generator: torch.Generator) -> None:
+    """Draws the head's matrices from N(0, 0.02^2) and zeroes its biases."""
+    for name, parameter in layout.model.named_parameters():
+        if layout.groups[name] == "head":
+            parameter.normal_(std=_HEAD_STD, generator=generator) if parameter.dim() > 1 else parameter.zero_()
+
+
+def _batches(tokenizer: Any, texts: Sequence[str]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields token ids and attention masks of the texts, [B, S] each."""
+    ids, lengths = tokenize(tokenizer, texts, _TEXT_TOKENS)
+    mask = np.arange(ids.shape[1]) < lengths[:, None]
+    for start in range(0, len(ids), _BATCH_TEXTS):
+        rows = slice(start, start + _BATCH_TEXTS)
+        yield torch.from_numpy(ids[rows]).long(), torch.from_numpy(mask[rows]).long()
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with threadpool_limits(1):
+            yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silences transformers' report of the head it did not find, and its progress bar."""
+    verbosity = transformers_logging.get_verbosity()
+    bar = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bar:
+            transformers_logging.enable_progress_bar()

@@ -1,0 +1,165 @@
+"""What every Mixture-of-Experts family looks like from outside.
+
+The rest of the package never names a family's modules or parameters; it asks the layout. A family states which of its
+modules are MoE blocks, the names of one expert's tensors, what an expert computes, and how its router weighs the top-k.
+
+Legend: L MoE layers, E experts, H hidden, T tokens, K top-k. Layer numbers count MoE layers only, as in `ExpertKey`.
+"""
+
+import math
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from hfedmoe_ray.moe.store import TRAINABLE_GROUPS, Group, Trainable
+from hfedmoe_ray.types import ExpertKey, ModelShape
+
+_ATTENTION_OR_NORM = re.compile(r"attention|attn|norm", re.IGNORECASE)
+
+
+class MoELayout(ABC):
+    """The uniform view of one model."""
+
+    family: ClassVar[str]
+    """transformers' model_type."""
+    gate_name: ClassVar[str] = "gate"
+    """Attribute of a block that holds its router; its forward returns (logits [T, E], weights [T, K], index [T, K])."""
+    experts_name: ClassVar[str] = "experts"
+    """Attribute of a block that holds its experts; called with (tokens [T, H], index [T, K], weights [T, K])."""
+    head_names: ClassVar[tuple[str, ...]]
+    """Names of the task head's modules."""
+    supports_prefix: ClassVar[bool] = False
+    """Whether the model can start from the hidden states that enter its first MoE layer."""
+
+    num_experts: int
+    top_k: int
+    hidden: int
+
+    def __init__(self, model: nn.Module) -> None:
+        """Finds the MoE blocks of `model`, which may be on the meta device."""
+        self.model = model
+        blocks = [(name, module) for name, module in model.named_modules() if self.is_block(module)]
+        self.blocks = tuple(module for _, module in blocks)
+        """MoE blocks, lowest first."""
+        self.block_names = tuple(name for name, _ in blocks)
+        self.groups = self._group_parameters()
+        """Group of every parameter by its full name."""
+
+    # --------------------------------------------------------------------------------- what a family has to say
+
+    @abstractmethod
+    def is_block(self, module: nn.Module) -> bool:
+        """Whether a module is a MoE block (router and experts)."""
+
+    @property
+    @abstractmethod
+    def expert_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Shape of each tensor of one expert, by name."""
+
+    @abstractmethod
+    def read_expert(self, key: ExpertKey) -> dict[str, Tensor]:
+        """Returns the tensors of one expert: views of the model's own, detached."""
+
+    @abstractmethod
+    def write_expert(self, key: ExpertKey, tensors: Mapping[str, Tensor]) -> None:
+        """Copies tensors into one expert of the model."""
+
+    @abstractmethod
+    def expert_forward(self, tokens: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Returns what one expert makes of tokens [T, H], before any gate weight: [T, H]."""
+
+    @abstractmethod
+    def choose(self, logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+        """Returns gate weights and expert numbers, [T, top_k] each, from router logits [T, E] in the family's own way.
+
+        A logit of -inf marks an expert that is not there; `top_k` never exceeds the number of those that are.
+        """
+
+    # ------------------------------------------------------------------------------------- what follows from it
+
+    @property
+    def layers(self) -> int:
+        """L."""
+        return len(self.blocks)
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of one expert in fp32."""
+        return 4 * sum(math.prod(shape) for shape in self.expert_shapes.values())
+
+    def expert_keys(self) -> Iterator[ExpertKey]:
+        """Every expert in (layer, expert) order."""
+        return (ExpertKey(layer, expert) for layer in range(self.layers) for expert in range(self.num_experts))
+
+    def router(self, layer: int) -> nn.Module:
+        """The router of one MoE layer."""
+        router = getattr(self.blocks[layer], self.gate_name)
+        assert isinstance(router, nn.Module)
+        return router
+
+    @property
+    def router_layers(self) -> dict[str, int]:
+        """Full name of every router parameter and its MoE layer. Row e of each belongs to expert e."""
+        return {
+            f"{block}.{self.gate_name}.{name}": layer
+            for layer, block in enumerate(self.block_names)
+            for name, _ in self.router(layer).named_parameters()
+        }
+
+    def shared_names(self, trainable: Trainable) -> tuple[str, ...]:
+        """Full names of the shared parameters that train (routers always among them), in the model's order."""
+        return tuple(name for name, group in self.groups.items() if group in TRAINABLE_GROUPS[trainable])
+
+    def shape(self, trainable: Trainable, sizes: Mapping[str, int]) -> ModelShape:
+        """The model's shape for planning; `sizes` gives the elements of every non-expert parameter by full name."""
+        trains = set(self.shared_names(trainable))
+        shared = sum(size for name, size in sizes.items() if name in trains)
+        return ModelShape(
+            layers=self.layers,
+            experts=self.num_experts,
+            top_k=self.top_k,
+            hidden=self.hidden,
+            expert_bytes=self.expert_bytes,
+            shared_bytes=4 * shared,
+            frozen_bytes=4 * (sum(sizes.values()) - shared),
+        )
+
+    def _group_parameters(self) -> dict[str, Group]:
+        """Sorts parameters by what they are. "From the first MoE layer up" follows the order of registration."""
+        groups: dict[str, Group] = {}
+        above = False
+        layer_prefix = self.block_names[0].rpartition(".")[0] + "." if self.blocks else ""
+        for name, _ in self.model.named_parameters():
+            above = above or (bool(layer_prefix) and name.startswith(layer_prefix))
+            groups[name] = self._group(name, above)
+        return groups
+
+    def _group(self, name: str, above: bool) -> Group:
+        block = next((block for block in self.block_names if name.startswith(block + ".")), None)
+        if block is not None:
+            part = name.removeprefix(block + ".").split(".")[0]
+            # What else a block holds serves every expert (an output bias, shared experts): it trains with the norms.
+            return "expert" if part == self.experts_name else "router" if part == self.gate_name else "top"
+        if name.split(".")[0] in self.head_names:
+            return "head"
+        return "top" if above and _ATTENTION_OR_NORM.search(name) else "rest"
+
+
+def assign(model: nn.Module, name: str, tensor: Tensor, requires_grad: bool = False) -> None:
+    """Makes `tensor` itself, not a copy, the parameter or buffer of that full name."""
+    parent_name, _, leaf = name.rpartition(".")
+    parent = model.get_submodule(parent_name)
+    if leaf in parent._parameters:
+        setattr(parent, leaf, nn.Parameter(tensor, requires_grad=requires_grad))
+    else:
+        parent._buffers[leaf] = tensor
+
+
+def on_meta(model: nn.Module) -> list[str]:
+    """Names of parameters and buffers that have no storage yet."""
+    named = [*model.named_parameters(), *model.named_buffers()]
+    return [name for name, tensor in named if tensor.device == torch.device("meta")]

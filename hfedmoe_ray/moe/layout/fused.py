@@ -1,0 +1,96 @@
+"""Families that keep the experts of a layer in fused tensors with the expert as first dimension.
+
+Legend: E experts, H hidden, F ffn per expert, T tokens, K top-k.
+"""
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+
+from hfedmoe_ray.moe.encoder import MoEFeedForward, choose_experts
+from hfedmoe_ray.moe.layout.base import MoELayout
+from hfedmoe_ray.types import ExpertKey
+
+
+class FusedLayout(MoELayout):
+    """Reads and writes experts as slices [e] of fused tensors."""
+
+    tensor_names: ClassVar[tuple[str, ...]]
+    """Names of the fused tensors, and so of one expert's tensors."""
+
+    def __init__(self, model: nn.Module) -> None:
+        """Takes sizes from the first block: transformers' families have the same in every layer."""
+        super().__init__(model)
+        fused = self._fused(0)
+        self._shapes = {name: tuple(tensor.shape[1:]) for name, tensor in fused.items()}
+        self.num_experts = next(iter(fused.values())).shape[0]
+        self.top_k = int(model.config.num_experts_per_tok)
+        self.hidden = int(model.config.hidden_size)
+        self.activation = ACT2FN[model.config.hidden_act]
+
+    @property
+    def expert_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """See `MoELayout`."""
+        return self._shapes
+
+    def read_expert(self, key: ExpertKey) -> dict[str, Tensor]:
+        """See `MoELayout`."""
+        return {name: fused[key.expert] for name, fused in self._fused(key.layer).items()}
+
+    def write_expert(self, key: ExpertKey, tensors: Mapping[str, Tensor]) -> None:
+        """See `MoELayout`."""
+        for name, fused in self._fused(key.layer).items():
+            fused[key.expert].copy_(tensors[name])
+
+    def _fused(self, layer: int) -> dict[str, Tensor]:
+        experts = getattr(self.blocks[layer], self.experts_name)
+        return {name: getattr(experts, name).detach() for name in self.tensor_names}
+
+
+class MoEEncoderLayout(FusedLayout):
+    """Our upcycled BERT: up [F, H] with bias, activation, down [H, F]; the output bias is shared."""
+
+    family = "hfedmoe_encoder"
+    head_names = ("classifier",)
+    tensor_names = ("up_proj", "up_bias", "down_proj")
+    supports_prefix = True
+
+    def is_block(self, module: nn.Module) -> bool:
+        """See `MoELayout`."""
+        return isinstance(module, MoEFeedForward)
+
+    def expert_forward(self, tokens: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        """See `MoELayout`."""
+        neurons = self.activation(F.linear(tokens, tensors["up_proj"], tensors["up_bias"]))  # [T, F]
+        return F.linear(neurons, tensors["down_proj"])
+
+    def choose(self, logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+        """See `MoELayout`."""
+        return choose_experts(logits, top_k, self.model.config.combine)
+
+
+class MixtralLayout(FusedLayout):
+    """Mixtral: gate and up fused [2F, H], gated activation, down [H, F]; the top-k weights sum to 1."""
+
+    family = "mixtral"
+    head_names = ("score",)
+    tensor_names = ("gate_up_proj", "down_proj")
+
+    def is_block(self, module: nn.Module) -> bool:
+        """See `MoELayout`."""
+        return isinstance(module, MixtralSparseMoeBlock)
+
+    def expert_forward(self, tokens: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        """See `MoELayout`."""
+        gate, up = F.linear(tokens, tensors["gate_up_proj"]).chunk(2, dim=-1)  # [T, F] each
+        return F.linear(self.activation(gate) * up, tensors["down_proj"])
+
+    def choose(self, logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+        """See `MoELayout`."""
+        values, index = torch.topk(torch.softmax(logits.float(), dim=-1), top_k, dim=-1)
+        return values / values.sum(dim=-1, keepdim=True), index

@@ -1,0 +1,121 @@
+"""From the configuration's `model` section to a prepared model in the cache, its first weights, and back to a model.
+
+Importing this module, and finding a model in the cache, takes no torch: the server of a run needs none.
+"""
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from hfedmoe_ray.config.schema import Model
+from hfedmoe_ray.context import PreparedModel
+from hfedmoe_ray.federation.executor import Weights
+from hfedmoe_ray.moe import store
+from hfedmoe_ray.moe.shape import DENSE_FAMILY, check_family, read_shape, upcycled_config
+from hfedmoe_ray.moe.sources import read_config, resolve
+
+
+def prepare_model(
+    model: Model, num_labels: int, seed: int, calibration_texts: Sequence[str], cache: Path
+) -> PreparedModel:
+    """Builds the model a run fine-tunes, or finds it in the cache.
+
+    Args:
+        model: Section `model` of the configuration.
+        num_labels: Classes of the head.
+        seed: Run seed; decides clustering, noise, calibration and the head.
+        calibration_texts: Unlabelled texts for the routers' distillation; may be empty.
+        cache: Cache directory; the model lies in `models/<key>`, the key covering everything that determines it.
+
+    Raises:
+        ModelError: The source cannot be found, loaded or understood, or `upcycle` is missing or out of place.
+        ConfigError: `upcycle` does not fit the model.
+    """
+    source = resolve(model.source, model.revision)
+    config = read_config(source)
+    dense = check_family(config, model.upcycle) == DENSE_FAMILY
+    if dense and model.upcycle is not None:
+        upcycled_config(config, model.upcycle)  # refuses what does not fit before anything is loaded
+    directory = cache / "models" / _key(source, model, num_labels, seed, calibration_texts)
+    if not (directory / store.META).is_file():
+        from hfedmoe_ray.moe.build import build
+
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".preparing-") as temporary:
+            complete = Path(temporary) / "model"
+            complete.mkdir()
+            build(source, dense, model, num_labels, seed, calibration_texts, complete)
+            _publish(complete, directory)
+    return PreparedModel(
+        path=directory.resolve(), sha256=store.read_meta(directory).sha256, shape=read_shape(model, num_labels)
+    )
+
+
+def initial_weights(prepared: PreparedModel, trainable: store.Trainable) -> Weights:
+    """Returns version 0 of the weights: all experts, routers and the shared parameters that train, mean outputs."""
+    return Weights(
+        version=0,
+        shared=store.read_shared(prepared.path, trainable),
+        experts=store.read_experts(prepared.path),
+        means=store.read_means(prepared.path),
+    )
+
+
+def router_layers(prepared: PreparedModel) -> dict[str, int]:
+    """Returns the MoE layer of every router parameter, by its full name in `Weights.shared`."""
+    return dict(store.read_meta(prepared.path).router_layers)
+
+
+def save_full(prepared: PreparedModel, weights: Weights, directory: Path) -> None:
+    """Writes the whole model with trained weights through save_pretrained, tokenizer included.
+
+    A model of a transformers family is read back by transformers alone; an upcycled encoder by
+    `MoEEncoderForSequenceClassification`, or the Auto classes once `hfedmoe_ray.moe.encoder` is imported.
+
+    Args:
+        prepared: The prepared model: whatever `weights` lacks comes from it.
+        weights: Trained weights.
+        directory: Where to write; made if need be.
+    """
+    import torch
+
+    from hfedmoe_ray.data.tokenize import load_tokenizer
+    from hfedmoe_ray.moe.subset import assign_base, read_base, skeleton
+
+    module, layout = skeleton(prepared.path)
+    for block in layout.blocks:
+        getattr(block, layout.experts_name).to_empty(device="cpu")
+    trained = {name: torch.tensor(array) for name, array in weights.shared.items()}
+    assign_base(module, read_base(prepared.path) | trained)
+    for key, arrays in (store.read_experts(prepared.path) | dict(weights.experts)).items():
+        layout.write_expert(key, {name: torch.tensor(array) for name, array in arrays.items()})
+    module.save_pretrained(directory)
+    load_tokenizer(prepared.path).save_pretrained(directory)
+
+
+def _publish(complete: Path, directory: Path) -> None:
+    """Moves a complete model to its place at once; if another process was faster, its equal one stays."""
+    try:
+        complete.rename(directory)
+    except OSError:
+        if not (directory / store.META).is_file():
+            shutil.rmtree(directory)  # left by something else: a rename makes all of a model appear or nothing
+            complete.rename(directory)
+
+
+def _key(source: Path, model: Model, num_labels: int, seed: int, texts: Sequence[str]) -> str:
+    """Hashes everything that determines the prepared model. Weight files count by name, size and time."""
+    files = [file for pattern in ("*.json", "*.safetensors", "*.txt", "*.model") for file in source.glob(pattern)]
+    parts = {
+        "format": store.FORMAT,
+        "files": sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files),
+        "config": (source / "config.json").read_text(encoding="utf-8"),
+        "upcycle": None if model.upcycle is None else model.upcycle.model_dump(mode="json"),
+        "labels": num_labels,
+        "seed": seed,
+        "texts": hashlib.sha256("\0".join(texts).encode()).hexdigest(),
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]

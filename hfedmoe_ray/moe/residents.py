@@ -1,0 +1,159 @@
+"""The experts of one MoE layer as one client holds them: some trainable, some shared and read-only, some not there.
+
+`ResidentExperts` takes the place of a block's fused experts and answers the same call. Only experts that are present
+and were chosen compute anything: tokens are sorted by expert once, each expert sees its own slice, and one index_add
+puts the results back. Tokens of absent experts are left out, not multiplied by zero, and so are padding tokens, whose
+expert output is 0: no real token ever reads it, because attention masks padding and pooling leaves it out.
+
+Legend: T tokens, H hidden, E experts, K top-k, P pairs of a token and a present expert.
+"""
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hfedmoe_ray.moe.layout import MoELayout
+from hfedmoe_ray.moe.routing import RoutingTape
+from hfedmoe_ray.types import AbsentMode, Array, ExpertKey, Role
+
+
+@contextmanager
+def aliasing() -> Iterator[None]:
+    """Permits tensors that alias read-only arrays, which torch warns of.
+
+    The one place where the warning is silenced. Such tensors hold the frozen weights that all clients of a node share:
+    they are never parameters, and nothing in this package applies an in-place operation to them, which would corrupt
+    them for everyone.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        yield
+
+
+class ResidentExperts(nn.Module):
+    """Present and absent experts of one layer."""
+
+    def __init__(self, layer: int, layout: MoELayout, tape: RoutingTape) -> None:
+        """Makes a layer in which every expert is absent; `bind` fills it."""
+        super().__init__()
+        self.layer = layer
+        self._layout = layout
+        self._tape = tape
+        self._clear()
+
+    def _clear(self) -> None:
+        self.trained = nn.ModuleDict()
+        """TRAIN experts by number, one parameter per tensor so that an optimizer can skip any of them."""
+        self._tensors: dict[int, Mapping[str, Tensor]] = {}
+        """Tensors of every present expert by number."""
+        self._is_present = torch.zeros(self._layout.num_experts, dtype=torch.bool)  # [E]
+        self._absent_means: Tensor | None = None  # [E, H], zero where present
+        self._reroutes = False
+
+    def bind(
+        self,
+        roles: tuple[Role, ...],
+        absent: AbsentMode,
+        experts: Mapping[ExpertKey, Mapping[str, Array]],
+        means: Array | None,
+        device: torch.device,
+    ) -> None:
+        """Replaces everything this layer holds.
+
+        Args:
+            roles: Role of each expert, [E].
+            absent: What stands in for ABSENT experts.
+            experts: Arrays of the present experts. TRAIN experts are copied, FROZEN ones aliased (copied to a GPU).
+            means: Mean outputs of this layer's experts, [E, H]; needed for absent = "mean".
+            device: Where the layer computes.
+
+        Raises:
+            ValueError: An array that the roles ask for is missing or has the wrong shape.
+        """
+        self._clear()
+        for expert, role in enumerate(roles):
+            if role is Role.ABSENT:
+                continue
+            arrays = self._arrays(ExpertKey(self.layer, expert), experts)
+            if role is Role.TRAIN:
+                private = {name: nn.Parameter(torch.tensor(array, device=device)) for name, array in arrays.items()}
+                self.trained[str(expert)] = nn.ParameterDict(private)
+                self._tensors[expert] = private
+            else:
+                with aliasing():
+                    self._tensors[expert] = {name: torch.from_numpy(a).to(device) for name, a in arrays.items()}
+        present = torch.tensor([role is not Role.ABSENT for role in roles])
+        self._is_present = present.to(device)
+        self._reroutes = absent == "reroute" and bool(present.any()) and not bool(present.all())
+        if absent == "mean" and not bool(present.all()):
+            if means is None:
+                raise ValueError("the plan replaces absent experts by their mean output, but no means were published")
+            self._absent_means = torch.tensor(means * ~present.numpy()[:, None], dtype=torch.float32, device=device)
+
+    def parameters_of(self, expert: int) -> dict[str, nn.Parameter]:
+        """Returns the parameters of a TRAIN expert by tensor name."""
+        return dict(self.trained[str(expert)].items())
+
+    def tensors_of(self, expert: int) -> Mapping[str, Tensor]:
+        """Returns the tensors of a present expert."""
+        return self._tensors[expert]
+
+    def route(self, logits: Tensor, weights: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the gate weights and experts to use: the router's own or, re-routing, its choice among the present.
+
+        Args:
+            logits: Router logits over all experts, [T, E].
+            weights: The router's own weights, [T, K].
+            index: The router's own choice, [T, K].
+        """
+        if not self._reroutes:
+            return weights, index
+        # Equal to cutting the router's rows to the present experts, softmax and renormalisation included.
+        masked = logits.masked_fill(~self._is_present, float("-inf"))
+        return self._layout.choose(masked, min(self._layout.top_k, len(self._tensors)))
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Returns the weighted sum of each token's experts, or what stands in for them: [T, H].
+
+        Args:
+            hidden_states: Tokens, [T, H].
+            top_k_index: Experts of each token, [T, K].
+            top_k_weights: Their gate weights, [T, K].
+        """
+        tokens, top_k = top_k_index.shape
+        expert = top_k_index.flatten()  # [T * K]
+        pair = self._is_present[expert]
+        if self._tape.real is not None:
+            pair = pair & self._tape.real.repeat_interleave(top_k)
+        pairs = pair.nonzero().squeeze(1)  # [P], places in [T * K]
+        pairs = pairs[torch.argsort(expert[pairs], stable=True)]
+        counts = torch.bincount(expert[pairs], minlength=self._layout.num_experts).tolist()
+        combined = torch.zeros_like(hidden_states)
+        if len(pairs):
+            token = pairs // top_k
+            weight = top_k_weights.flatten().index_select(0, pairs)
+            # index_select rather than [token]: the same gradient by one index_add.
+            inputs = hidden_states.index_select(0, token).split(counts)
+            outputs = torch.cat([self._compute(e, x) for e, x in enumerate(inputs) if len(x)])  # [P, H]
+            combined = combined.index_add(0, token, (outputs * weight[:, None]).to(combined.dtype))
+        if self._absent_means is not None:
+            shares = top_k_weights.new_zeros(tokens, self._layout.num_experts).scatter(1, top_k_index, top_k_weights)
+            combined = combined + (shares @ self._absent_means.to(shares.dtype)).to(combined.dtype)
+        return combined
+
+    def _compute(self, expert: int, tokens: Tensor) -> Tensor:
+        outputs = self._layout.expert_forward(tokens, self._tensors[expert])
+        self._tape.record_output(ExpertKey(self.layer, expert), outputs)
+        return outputs
+
+    def _arrays(self, key: ExpertKey, experts: Mapping[ExpertKey, Mapping[str, Array]]) -> dict[str, Array]:
+        arrays = experts.get(key, {})
+        shapes = {name: np.shape(array) for name, array in arrays.items()}
+        expected = dict(self._layout.expert_shapes)
+        if shapes != expected:
+            raise ValueError(f"weights of expert {key.layer}.{key.expert}: got {shapes}, expected {expected}")
+        return {name: arrays[name] for name in expected}

@@ -1,0 +1,147 @@
+"""What the routers did: recorded in each forward pass, streamed into a client's routing profile.
+
+Gate values G_e(x) are softmax over all E experts, in float32, of real tokens only (padding is left out by the
+attention mask). Legend: L MoE layers, E experts, N real tokens of a batch, K top-k, H hidden.
+"""
+
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hfedmoe_ray.types import Array, ExpertKey, FloatArray, ModelShape, RoutingProfile
+
+Specific = Literal["max", "q99"]
+
+
+class RoutingTape:
+    """The routing of the latest forward pass, layer by layer. Everything on it is detached."""
+
+    def __init__(self, layers: int) -> None:
+        """Makes an empty tape for L layers."""
+        self._layers = layers
+        self.begin(None)
+
+    def begin(self, attention_mask: Tensor | None) -> None:
+        """Starts a forward pass: forgets the last one and notes which tokens are real, from a mask [B, S]."""
+        self.real = None if attention_mask is None else attention_mask.reshape(-1).bool()
+        """Which tokens are real, [B * S]; None: all."""
+        self.probabilities: list[Tensor | None] = [None] * self._layers
+        """Gate values, [N, E] float32 per layer."""
+        self.index: list[Tensor | None] = [None] * self._layers
+        """The experts each token was sent to, [N, K] per layer (after re-routing, where that is done)."""
+        self.outputs: dict[ExpertKey, tuple[Tensor, int]] = {}
+        """Sum of each held expert's outputs [H], before gate weights, and the number of tokens behind it."""
+
+    @torch.no_grad()
+    def record(self, layer: int, logits: Tensor, index: Tensor) -> None:
+        """Notes the router logits [T, E] over all experts and the chosen experts [T, K] of one layer."""
+        logits, index = logits.detach(), index.detach()
+        if self.real is not None:
+            logits, index = logits[self.real], index[self.real]
+        self.probabilities[layer] = torch.softmax(logits.float(), dim=-1)
+        self.index[layer] = index
+
+    @torch.no_grad()
+    def record_output(self, key: ExpertKey, outputs: Tensor) -> None:
+        """Notes what one expert returned for its tokens, [n, H]."""
+        self.outputs[key] = (outputs.detach().sum(dim=0, dtype=torch.float32), len(outputs))
+
+    def stacked(self) -> Tensor:
+        """Returns all gate values, [L, N, E] float32."""
+        return torch.stack([_recorded(layer) for layer in self.probabilities])
+
+    def counts(self) -> FloatArray:
+        """Returns how many tokens were sent to each expert, [L, E]."""
+        experts = _recorded(self.probabilities[0]).shape[-1]
+        return np.stack(
+            [torch.bincount(_recorded(index).flatten(), minlength=experts).cpu().numpy() for index in self.index]
+        ).astype(np.float64)
+
+
+class ProfileAccumulator:
+    """Streams forward passes into one `RoutingProfile` and mean expert outputs, in O(L * E * H) memory."""
+
+    def __init__(self, shape: ModelShape, specific: Specific) -> None:
+        """Starts empty. `specific` is the statistic of eq. 4: the largest gate value, or its 99 % quantile (ours).
+
+        A quantile cannot be streamed exactly: q99 is the largest of the batches' own quantiles.
+        """
+        self._specific_of = specific
+        zeros = np.zeros((shape.layers, shape.experts))
+        self._gate, self._gate_log, self._specific, self._routed = zeros, zeros.copy(), zeros.copy(), zeros.copy()
+        self._tokens = 0
+        self._outputs: dict[ExpertKey, tuple[FloatArray, int]] = {}
+
+    def add(self, tape: RoutingTape) -> None:
+        """Adds the latest forward pass."""
+        gates = tape.stacked()
+        if gates.shape[1] == 0:
+            return
+        self._gate += _numpy(gates.sum(dim=1, dtype=torch.float64))
+        self._gate_log += _numpy(torch.xlogy(gates, gates).sum(dim=1, dtype=torch.float64))
+        self._specific = np.maximum(self._specific, _numpy(_specific(gates, self._specific_of)))
+        self._routed += tape.counts()
+        self._tokens += gates.shape[1]
+        for key, (total, tokens) in tape.outputs.items():
+            before, count = self._outputs.get(key, (0.0, 0))
+            self._outputs[key] = (before + _numpy(total), count + tokens)
+
+    def profile(self) -> RoutingProfile:
+        """Returns the profile of everything added.
+
+        KL (eq. 11) is streamed exactly: (1/N) sum G log(G / p) = (1/N) sum G log G - p log p with p = (1/N) sum G.
+        """
+        tokens = max(self._tokens, 1)
+        usage = self._gate / tokens
+        return RoutingProfile(
+            usage=usage,
+            specific=self._specific.copy(),
+            kl=_information(self._gate_log / tokens, usage),
+            routed=self._routed.copy(),
+            tokens=self._tokens,
+        )
+
+    def means(self) -> dict[ExpertKey, tuple[Array, int]]:
+        """Returns the mean output [H] (float32) of each held expert over the tokens sent to it, and their number."""
+        return {
+            key: ((total / tokens).astype(np.float32), tokens)
+            for key, (total, tokens) in sorted(self._outputs.items())
+            if tokens
+        }
+
+
+def batch_statistics(tape: RoutingTape, specific: Specific) -> RoutingProfile:
+    """Returns the profile of the latest forward pass alone (eq. 3, 4 and 11 over one batch; `routed > 0` is its mask).
+
+    Used in every training step: four reductions of an [L, N, E] tensor.
+    """
+    gates = tape.stacked()
+    tokens = gates.shape[1]
+    usage = _numpy(gates.sum(dim=1, dtype=torch.float64)) / max(tokens, 1)
+    gate_log = _numpy(torch.xlogy(gates, gates).sum(dim=1, dtype=torch.float64)) / max(tokens, 1)
+    largest = _numpy(_specific(gates, specific)) if tokens else np.zeros_like(usage)
+    return RoutingProfile(
+        usage=usage, specific=largest, kl=_information(gate_log, usage), routed=tape.counts(), tokens=tokens
+    )
+
+
+def _information(gate_log: FloatArray, usage: FloatArray) -> FloatArray:
+    """Mean of G log G minus p log p; never below 0, which rounding alone could cause."""
+    return np.maximum(gate_log - usage * np.log(np.where(usage > 0, usage, 1.0)), 0.0)
+
+
+def _specific(gates: Tensor, specific: Specific) -> Tensor:
+    """Largest gate value, or its 99 % quantile, over tokens: [L, N, E] -> [L, E]."""
+    return gates.amax(dim=1) if specific == "max" else torch.quantile(gates, 0.99, dim=1)
+
+
+def _recorded(tensor: Tensor | None) -> Tensor:
+    if tensor is None:
+        raise RuntimeError("the routing tape is empty: run a forward pass first")
+    return tensor
+
+
+def _numpy(tensor: Tensor) -> FloatArray:
+    return tensor.double().cpu().numpy()

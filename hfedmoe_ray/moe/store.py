@@ -1,0 +1,146 @@
+"""A prepared model on disk: the form in which server and workers read it. Torch-free.
+
+    config.json, tokenizer files   transformers' own
+    base.safetensors               every parameter and buffer that is not an expert's, by full name
+    experts.safetensors            every expert tensor as "layer.expert.name"
+    means.safetensors              mean output of every expert over calibration tokens, [L, E, H]
+    meta.json                      family, what each parameter is, hash of all tensors, what upcycling cost
+
+Safetensors files are memory-mapped by those who compute: the frozen base exists once per node, in the page cache.
+Non-persistent buffers (position numbers, rotary frequencies) are stored too, so that a model built without storage is
+complete once it was given what is in the file.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from hfedmoe_ray.context import PreparedModel
+from hfedmoe_ray.errors import ModelError
+from hfedmoe_ray.types import Array, ExpertKey
+
+FORMAT = 1
+"""Raised whenever the files above change; models are then prepared anew."""
+BASE, EXPERTS, MEANS, META = "base.safetensors", "experts.safetensors", "means.safetensors", "meta.json"
+
+Group = Literal["expert", "router", "head", "top", "rest"]
+"""What a parameter is: see `MoELayout.groups`."""
+Trainable = Literal["experts", "top", "full"]
+
+TRAINABLE_GROUPS: Mapping[Trainable, frozenset[Group]] = {
+    "experts": frozenset({"router", "head"}),
+    "top": frozenset({"router", "head", "top"}),
+    "full": frozenset({"router", "head", "top", "rest"}),
+}
+"""Groups of shared parameters that train, by the configuration's `model.trainable`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Meta:
+    """meta.json."""
+
+    format: int = FORMAT
+    family: str
+    sha256: str
+    """Over names, shapes and bytes of all tensors."""
+    groups: Mapping[str, Group]
+    """Group of every non-expert parameter by full name."""
+    router_layers: Mapping[str, int]
+    """MoE layer of every router parameter."""
+    upcycling: list[dict[str, Any]]
+    """What turning the dense model into a MoE lost, per layer (`upcycle.LayerReport`); empty if nothing did."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tensors:
+    """Everything numeric in a prepared model."""
+
+    base: Mapping[str, Array]
+    experts: Mapping[ExpertKey, Mapping[str, Array]]
+    means: Array
+
+    def write(self, directory: Path) -> str:
+        """Writes the three safetensors files and returns the hash over all tensors."""
+        files = {
+            BASE: dict(self.base),
+            EXPERTS: {
+                f"{layer}.{expert}.{name}": array
+                for (layer, expert), arrays in self.experts.items()
+                for name, array in arrays.items()
+            },
+            MEANS: {"means": self.means},
+        }
+        digest = hashlib.sha256()
+        for file, arrays in files.items():
+            arrays = {name: np.ascontiguousarray(array) for name, array in sorted(arrays.items())}
+            for name, array in arrays.items():
+                digest.update(f"{file}/{name}{array.shape}{array.dtype}".encode())
+                digest.update(memoryview(array.reshape(-1)).cast("B"))
+            save_file(arrays, directory / file)
+        return digest.hexdigest()
+
+
+def write_meta(directory: Path, meta: Meta) -> None:
+    """Writes meta.json."""
+    (directory / META).write_text(json.dumps(vars(meta), indent=2))
+
+
+def read_meta(directory: Path) -> Meta:
+    """Reads meta.json; raises ModelError if the directory holds no prepared model of this format."""
+    try:
+        meta = Meta(**json.loads((directory / META).read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise ModelError(
+            f"{directory} holds no prepared model ({error}). On another node than the one that started the run, the "
+            "cache directory must be shared, or the model prepared there too ($HFEDMOE_CACHE names it)."
+        ) from error
+    if meta.format != FORMAT:
+        raise ModelError(
+            f"{directory} was prepared by another version (format {meta.format}). Delete it and run again."
+        )
+    return meta
+
+
+def check(prepared: PreparedModel) -> None:
+    """Raises ModelError unless this node holds the very model that the run was started with."""
+    found = read_meta(prepared.path).sha256
+    if found != prepared.sha256:
+        raise ModelError(
+            f"{prepared.path} holds another model here ({found[:12]}) than where the run was started "
+            f"({prepared.sha256[:12]}). Delete that directory on this node, or share the cache between nodes."
+        )
+
+
+def read_experts(directory: Path) -> dict[ExpertKey, dict[str, Array]]:
+    """Returns copies of all experts' tensors in (layer, expert) order."""
+    experts: dict[ExpertKey, dict[str, Array]] = {}
+    for name, array in _arrays(directory / EXPERTS):
+        layer, expert, tensor = name.split(".", 2)
+        experts.setdefault(ExpertKey(int(layer), int(expert)), {})[tensor] = array
+    return dict(sorted(experts.items()))
+
+
+def read_shared(directory: Path, trainable: Trainable) -> dict[str, Array]:
+    """Returns copies of the routers and the other shared parameters that train, in the model's order."""
+    groups = read_meta(directory).groups
+    names = [name for name, group in groups.items() if group in TRAINABLE_GROUPS[trainable]]
+    with safe_open(directory / BASE, framework="np") as file:
+        return {name: file.get_tensor(name) for name in names}
+
+
+def read_means(directory: Path) -> Array:
+    """Returns the experts' mean outputs, [L, E, H] float32."""
+    return dict(_arrays(directory / MEANS))["means"]
+
+
+def _arrays(path: Path) -> Iterator[tuple[str, Array]]:
+    with safe_open(path, framework="np") as file:
+        for name in file.keys():  # noqa: SIM118 - not a mapping
+            yield name, file.get_tensor(name)

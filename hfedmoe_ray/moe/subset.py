@@ -1,0 +1,187 @@
+"""One client's model: the frozen base, its own copies of what trains, and only the experts its plan names.
+
+The fused experts of the full model are never allocated. The module is built without storage, its non-expert tensors
+are memory-mapped, and `bind` gives it one task's weights: private copies of everything that trains, read-only aliases
+of the experts that only take part in the forward pass. A worker keeps one `SparseModel` and binds it to one client
+after another; nothing of a client outlives the next `bind`.
+
+Legend: L MoE layers, E experts, B batch, S sequence, H hidden, C classes.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.nn import Parameter
+from transformers import AutoConfig, AutoModelForSequenceClassification
+
+from hfedmoe_ray.errors import ModelError
+from hfedmoe_ray.moe.layout import MoELayout, layout_of
+from hfedmoe_ray.moe.layout.base import assign, on_meta
+from hfedmoe_ray.moe.residents import ResidentExperts
+from hfedmoe_ray.moe.routing import RoutingTape
+from hfedmoe_ray.moe.store import BASE, Trainable, read_meta
+from hfedmoe_ray.types import Array, ExpertKey, ExpertPlan, ModelShape, TaskWeights
+
+
+def skeleton(directory: Path) -> tuple[nn.Module, MoELayout]:
+    """Returns a prepared model on the meta device, without any storage, and its layout."""
+    config = AutoConfig.from_pretrained(directory)
+    with torch.device("meta"):
+        model = AutoModelForSequenceClassification.from_config(config)
+    return model, layout_of(model)
+
+
+def read_base(directory: Path) -> dict[str, Tensor]:
+    """Returns all non-expert tensors of a prepared model, memory-mapped."""
+    with safe_open(directory / BASE, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+
+
+def assign_base(model: nn.Module, base: Mapping[str, Tensor]) -> None:
+    """Makes non-expert tensors the model's own; raises ModelError if that leaves anything without storage."""
+    for name, tensor in base.items():
+        assign(model, name, tensor)
+    missing = on_meta(model)
+    if missing:
+        raise ModelError(f"the prepared model lacks {', '.join(missing[:5])}. Delete its directory and run again.")
+
+
+class SparseModel:
+    """A prepared model that holds the experts of one plan at a time."""
+
+    module: nn.Module
+    """The transformers model, its fused experts replaced."""
+    tape: RoutingTape
+    """The routing of the latest forward pass."""
+    shape: ModelShape
+    """Byte counts are those of the parameters that train in the present binding (before the first: routers and head)."""
+    expert_parameters: dict[ExpertKey, dict[str, Parameter]]
+    """Parameters of every TRAIN expert by tensor name."""
+    shared_parameters: dict[str, Parameter]
+    """Routers and other shared parameters that train, by full name."""
+
+    def __init__(self, prepared: Path, device: torch.device | str | None = None) -> None:
+        """Loads the frozen base of a prepared model; no expert is present yet.
+
+        Args:
+            prepared: Directory of the prepared model.
+            device: Where to compute. Default: a GPU if torch sees one.
+
+        Raises:
+            ModelError: The directory holds no prepared model.
+        """
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        read_meta(prepared)
+        self.module, self.layout = skeleton(prepared)
+        self.tape = RoutingTape(self.layout.layers)
+        self._residents = tuple(ResidentExperts(i, self.layout, self.tape) for i in range(self.layout.layers))
+        for layer, (block, residents) in enumerate(zip(self.layout.blocks, self._residents, strict=True)):
+            setattr(block, self.layout.experts_name, residents)
+            self.layout.router(layer).register_forward_hook(self._routed(residents))
+        self.module.register_forward_pre_hook(self._begin, with_kwargs=True)
+        self._base = {name: tensor.to(self.device) for name, tensor in read_base(prepared).items()}
+        assign_base(self.module, self._base)
+        self._sizes = {name: p.numel() for name, p in self.module.named_parameters()}
+        self.shape = self.layout.shape("experts", self._sizes)
+        self.module.requires_grad_(False)
+        self.module.eval()
+        self._trainable: Trainable = "experts"
+        self.expert_parameters = {}
+        self.shared_parameters = {}
+
+    def bind(self, plan: ExpertPlan, weights: TaskWeights, trainable: Trainable) -> None:
+        """Loads the weights of one task in place of the last one's.
+
+        Args:
+            plan: The role of every expert.
+            weights: Read-only arrays: `shared` holds at least what trains, `experts` every present expert.
+            trainable: Which shared parameters train.
+
+        Raises:
+            ValueError: `weights` lacks something that the plan or `trainable` asks for, or a shape is wrong.
+        """
+        shape = tuple(map(len, plan.roles))
+        if shape != (self.layout.num_experts,) * self.layout.layers:
+            raise ValueError(f"the plan has {shape} experts a layer, the model {self.layout.num_experts}")
+        # Every parameter is made anew, so that nothing an optimizer or engine did to the old ones is left.
+        trains = set(self.layout.shared_names(trainable))
+        self.shared_parameters = {}
+        for name, tensor in self._base.items():
+            if name in trains:
+                private = self._private(name, tensor, weights)
+                assign(self.module, name, private, requires_grad=True)
+                self.shared_parameters[name] = self.module.get_parameter(name)
+            else:
+                assign(self.module, name, tensor)
+        for layer, residents in enumerate(self._residents):
+            means = None if weights.means is None else weights.means[layer]
+            residents.bind(plan.roles[layer], plan.absent, weights.experts, means, self.device)
+        self.expert_parameters = {key: self._residents[key.layer].parameters_of(key.expert) for key in plan.trainable}
+        self.shape = self.layout.shape(trainable, self._sizes)
+        self._trainable = trainable
+        self.tape.begin(None)
+
+    def forward(self, batch: Tensor, mask: Tensor, hidden: Tensor | None = None) -> Tensor:
+        """Returns logits [B, C] and records the routing on `tape`.
+
+        Args:
+            batch: Token ids, [B, S].
+            mask: 1 for real tokens, [B, S].
+            hidden: What `prefix` returned for these tokens, [B, S, H]; the lower layers are then skipped.
+        """
+        return self.module(**self.inputs(batch, mask, hidden)).logits
+
+    def inputs(self, batch: Tensor, mask: Tensor, hidden: Tensor | None = None) -> dict[str, Any]:
+        """Returns the module's keyword arguments for `forward`, for callers that wrap the module in an engine."""
+        if hidden is not None:
+            return {"hidden_states": hidden, "attention_mask": mask.long()}
+        return {"input_ids": batch.long(), "attention_mask": mask.long()}
+
+    @property
+    def supports_prefix(self) -> bool:
+        """Whether `prefix` exists for this family and, with what now trains, is the same for every client and round."""
+        return self.layout.supports_prefix and self._trainable != "full"
+
+    def prefix(self, batch: Tensor, mask: Tensor) -> Tensor:
+        """Returns the hidden states that enter the first MoE layer, [B, S, H]."""
+        return self.module.prefix(batch.long(), mask.long())
+
+    def read_expert(self, key: ExpertKey) -> dict[str, Array]:
+        """Returns fp32 copies of the tensors of a present expert."""
+        return {name: _copy(tensor) for name, tensor in self._residents[key.layer].tensors_of(key.expert).items()}
+
+    def read_shared(self) -> dict[str, Array]:
+        """Returns fp32 copies of the routers and the other shared parameters that train."""
+        return {name: _copy(parameter) for name, parameter in self.shared_parameters.items()}
+
+    def _private(self, name: str, base: Tensor, weights: TaskWeights) -> Tensor:
+        array = weights.shared.get(name)
+        if array is None or np.shape(array) != tuple(base.shape):
+            found = "is missing" if array is None else f"has shape {np.shape(array)}"
+            raise ValueError(f"shared parameter {name} {found} in the published weights; expected {tuple(base.shape)}")
+        # torch.tensor copies: what trains never aliases the published arrays.
+        return torch.tensor(array, dtype=torch.float32, device=self.device)
+
+    def _begin(self, _module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.tape.begin(kwargs.get("attention_mask"))
+
+    def _routed(self, residents: ResidentExperts) -> Any:
+        """Makes a forward hook for a router: re-routes where the plan says so, and records."""
+
+        def hook(_router: nn.Module, _args: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> Any:
+            logits, weights, index = output
+            weights, index = residents.route(logits, weights, index)
+            self.tape.record(residents.layer, logits, index)
+            return logits, weights, index
+
+        return hook
+
+
+def _copy(tensor: Tensor) -> Array:
+    array: Array = tensor.detach().to("cpu", torch.float32, copy=True).numpy()
+    return array
