@@ -224,10 +224,7 @@ def _ray(address: str | None) -> Finding:
     except ClusterError as error:
         return Finding(level="problem", what=f"Ray: {error}")
     cpus, gpus = sum(node.cpus for node in nodes), sum(node.gpus for node in nodes)
-    memory = sum(node.memory_bytes for node in nodes) / GIB
-    where = f"the Ray cluster at {address} answers" if address else "a private Ray starts"
+    offered = f"{cpus:g} CPU, {gpus} GPU, {sum(node.memory_bytes for node in nodes) / GIB:.1f} GiB for clients"
+    what = f"the Ray cluster at {address} answers" if address else "a private Ray starts"
     seconds = time.perf_counter() - started
-    return Finding(
-        level="ok",
-        what=f"{where} ({seconds:.1f} s): {plural(len(nodes), 'node')}, {cpus:g} CPU, {gpus} GPU, {memory:.1f} GiB for clients",
-    )
+    return Finding(level="ok", what=f"{what} ({seconds:.1f} s): {plural(len(nodes), 'node')}, {offered}")

@@ -49,7 +49,8 @@ def plan(
         memory_bytes=machine.memory_bytes if memory_gib is None else int(memory_gib * GIB),
     )
     made = plan_experiment(experiment, shape, [machine])
-    console = Console(highlight=False)
+    # On a narrow terminal a row wraps, rather than lose its numbers.
+    console = Console(highlight=False, soft_wrap=True, width=max(Console().width, 120))
     console.print(_plan_table(made, shape))
     for line in _plan_lines(made, experiment.rounds, experiment.clients.cohort):
         console.print(line)
@@ -61,24 +62,21 @@ def _plan_table(plan: "Plan", shape: "ModelShape") -> "Table":
     from hfedmoe_ray.tracking.formatting import size
 
     by_client = sum(len(one.clients) for one in plan.tiers) <= ROWS_BY_CLIENT
-    table = Table(caption="peak memory and bytes up are predictions; bytes are per round", caption_justify="left")
-    for heading in ("client" if by_client else "clients", "tier", "asks Ray for"):
-        table.add_column(heading)
-    for heading in (f"experts of {shape.total_experts}", "per batch", "peak memory", "down", "up"):
-        table.add_column(heading, justify="right")
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for heading in ("client" if by_client else "clients", "tier", "Ray resources"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("experts", "a batch", "memory", "down", "up"):
+        table.add_column(heading, justify="right", no_wrap=True)
     rows = [
-        (min(clients), str(clients[0]) if by_client else f"{len(clients)}", one)
+        (min(clients), str(clients[0]) if by_client else str(len(clients)), one)
         for one in plan.tiers
         for clients in ([(client,) for client in one.clients] if by_client else [one.clients])
     ]
     for _, clients, one in sorted(rows, key=lambda row: row[0]):
-        held = (
-            f"{one.resident}"
-            if one.present == one.resident
-            else f"{one.resident} + {one.present - one.resident} frozen"
-        )
-        cells = (held, str(one.batch), size(one.memory_bytes), size(one.bytes_down), size(one.bytes_up))
-        table.add_row(clients, one.tier, str(one.asked), *cells)
+        frozen = f" + {one.present - one.resident} frozen" if one.present > one.resident else ""
+        held = f"{one.resident}{frozen} of {shape.total_experts}"
+        traffic = (size(one.bytes_down), size(one.bytes_up))
+        table.add_row(clients, one.tier, str(one.asked), held, str(one.batch), size(one.memory_bytes), *traffic)
     return table
 
 
@@ -91,6 +89,9 @@ def _plan_lines(plan: "Plan", rounds: int, cohort: int) -> list[str]:
     actors = ", ".join(f"{count} x ({asked})" for asked, count in slots.items()) or "clients run in this one process"
     total = plan.round_down + plan.round_up
     return [
+        "",
+        "(experts held, and trained in a batch; predicted peak memory of the process; bytes a round, up at most)",
+        "",
         offered,
         f"it fits: {plural(len(plan.slots), 'client actor')} at once: {actors}" if plan.slots else f"it fits: {actors}",
         f"a round of {plural(cohort, 'client')}: {size(plan.round_down)} down, {size(plan.round_up)} up; "

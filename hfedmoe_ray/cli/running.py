@@ -1,4 +1,4 @@
-"""Commands that run experiments and look at what they left: `run`, `resume`, `report`, `submit`."""
+"""Commands that run experiments, here or on a cluster, and show what they left: `run`, `resume`, `report`, `submit`."""
 
 import shutil
 from pathlib import Path
@@ -51,8 +51,14 @@ def _train(experiment: "Experiment", run_dir: Path, *, resume: bool) -> None:
         with ConsoleRenderer(run_dir) as render:
             session.run(experiment, run_dir, resume=resume, render=render)
     except KeyboardInterrupt:
-        raise Interrupted(f"stopped. Go on from the last complete round with: hfedmoe resume {run_dir}") from None
+        raise Interrupted(_how_to_go_on(run_dir)) from None
     click.echo(f"report: {write_report(run_dir)}")
+
+
+def _how_to_go_on(run_dir: Path) -> str:
+    if (run_dir / "checkpoints" / "LATEST").is_file():
+        return f"the run is complete up to its last checkpoint. Go on with: hfedmoe resume {run_dir}"
+    return "no round was complete, so there is nothing to resume. Start again with: hfedmoe run … --overwrite"
 
 
 def _make_room(run_dir: Path, overwrite: bool) -> None:
@@ -89,3 +95,19 @@ def report(run_dirs: tuple[Path, ...]) -> None:
     for run_dir in run_dirs:
         _check_is_run(run_dir)
         click.echo(write_report(run_dir))
+
+
+@click.command(short_help="Run an experiment on a Ray cluster, as a job.")
+@experiment_arguments
+@click.option("--address", metavar="URL", help="Dashboard of the cluster. Default: $RAY_API_SERVER_ADDRESS, else here.")
+@click.option("--no-follow", is_flag=True, help="Return at once instead of showing the log and fetching the results.")
+@click.option("--overwrite", is_flag=True, help="Delete an earlier run of the same name first, there and here.")
+def submit(config: Path, overrides: tuple[str, ...], address: str | None, no_follow: bool, overwrite: bool) -> int:
+    """Run an experiment on a Ray cluster, as a job; its log is shown, its record fetched to runs/NAME/.
+
+    This package and the configuration are uploaded; the cluster's own environment is used. Example:
+    hfedmoe submit configs/quickstart.yaml --address http://head:8265
+    """
+    from hfedmoe_ray.runtime import jobs
+
+    return jobs.submit(config, overrides, address, follow=not no_follow, overwrite=overwrite)

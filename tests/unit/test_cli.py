@@ -1,0 +1,151 @@
+"""The frame of the command line: how every way to end becomes an exit code, and that no run is lost by mistake."""
+
+from pathlib import Path
+
+import pytest
+
+from hfedmoe_ray import errors
+from hfedmoe_ray.cli import main
+from hfedmoe_ray.errors import HFedMoEError, TrainingError
+from hfedmoe_ray.runtime import session
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> str:
+    return f"output={tmp_path}"
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Path, bool]]:
+    """Replaces training; holds (run directory, resumed) of every run that would have started."""
+    started: list[tuple[Path, bool]] = []
+
+    def run(_: object, run_dir: Path, *, resume: bool, **__: object) -> None:
+        started.append((run_dir, resume))
+        raise TrainingError("stopped by the test")
+
+    monkeypatch.setattr(session, "run", run)
+    return started
+
+
+def a_run(directory: Path, quickstart: Path) -> Path:
+    directory.mkdir()
+    (directory / "config.yaml").write_text(quickstart.read_text())
+    (directory / "precious").write_text("")
+    return directory
+
+
+def test_help_names_every_exit_code(capsys: pytest.CaptureFixture[str]):
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    codes = {
+        kind.exit_code for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, HFedMoEError)
+    }
+    assert len(codes) == 8
+    for code in codes | {0, 130}:
+        assert f" {code}  " in text
+
+
+def test_help_lists_the_commands_in_the_order_of_use(capsys: pytest.CaptureFixture[str]):
+    main(["--help"])
+    text = capsys.readouterr().out
+    listed = [text.index(f"\n  {command} ") for command in ("run", "resume", "plan", "validate", "doctor", "report")]
+    assert listed == sorted(listed)
+
+
+@pytest.mark.parametrize("command", ["run", "resume", "plan", "validate", "doctor", "report"])
+def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]):
+    assert main([command, "--help"]) == 0
+    assert f"hfedmoe {command}" in capsys.readouterr().out
+
+
+def test_wrong_usage_is_a_configuration_error(capsys: pytest.CaptureFixture[str]):
+    assert main(["run"]) == 2
+    assert main(["fly"]) == 2
+    assert "fly" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("ran")
+def test_an_error_is_one_paragraph_without_a_traceback(quickstart, output, capsys: pytest.CaptureFixture[str]):
+    assert main(["run", str(quickstart), output]) == TrainingError.exit_code
+    assert capsys.readouterr().err == "error: stopped by the test\n"
+
+
+def test_a_bug_shows_its_traceback_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, quickstart: Path, output: str, capsys: pytest.CaptureFixture[str]
+):
+    def broken(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("by zero")
+
+    monkeypatch.setattr(session, "run", broken)
+    assert main(["run", str(quickstart), output]) == 1
+    error = capsys.readouterr().err
+    assert "Traceback" in error
+    assert "ZeroDivisionError: by zero" in error
+    assert "bug in hfedmoe" in error
+
+
+@pytest.mark.parametrize("checkpoint", [True, False])
+def test_ctrl_c_says_how_to_go_on(
+    monkeypatch: pytest.MonkeyPatch,
+    quickstart: Path,
+    tmp_path: Path,
+    checkpoint: bool,
+    capsys: pytest.CaptureFixture[str],
+):
+    def interrupted(_: object, run_dir: Path, **__: object) -> None:
+        if checkpoint:
+            (run_dir / "checkpoints").mkdir(parents=True)
+            (run_dir / "checkpoints" / "LATEST").write_text("round-0001")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(session, "run", interrupted)
+    assert main(["run", str(quickstart), f"output={tmp_path}"]) == 130
+    error = capsys.readouterr().err
+    assert error.startswith("interrupted: ")
+    assert (f"hfedmoe resume {tmp_path / 'quickstart'}" in error) == checkpoint
+
+
+def test_a_run_goes_to_the_directory_of_its_name(ran, quickstart: Path, tmp_path: Path):
+    main(["run", str(quickstart), f"output={tmp_path}", "name=other"])
+    assert ran == [(tmp_path / "other", False)]
+
+
+def test_an_earlier_run_is_not_overwritten_by_mistake(
+    ran, quickstart: Path, tmp_path: Path, output: str, capsys: pytest.CaptureFixture[str]
+):
+    earlier = a_run(tmp_path / "quickstart", quickstart)
+    assert main(["run", str(quickstart), output]) == 2
+    assert not ran
+    assert (earlier / "precious").exists()
+    message = capsys.readouterr().err
+    for remedy in (f"hfedmoe resume {earlier}", "name=", "--overwrite"):
+        assert remedy in message
+
+
+def test_overwrite_removes_the_earlier_run(ran, quickstart: Path, tmp_path: Path, output: str):
+    earlier = a_run(tmp_path / "quickstart", quickstart)
+    main(["run", str(quickstart), output, "--overwrite"])
+    assert ran
+    assert not (earlier / "precious").exists()
+
+
+def test_overwrite_never_removes_what_is_not_a_run(ran, quickstart: Path, tmp_path: Path, output: str):
+    (tmp_path / "quickstart").mkdir()
+    (tmp_path / "quickstart" / "precious").write_text("")
+    assert main(["run", str(quickstart), output, "--overwrite"]) == 2
+    assert not ran
+    assert (tmp_path / "quickstart" / "precious").exists()
+
+
+def test_resume_continues_in_place(ran, quickstart: Path, tmp_path: Path):
+    earlier = a_run(tmp_path / "quickstart", quickstart)
+    main(["resume", str(earlier)])
+    assert ran == [(earlier, True)]
+    assert (earlier / "precious").exists()
+
+
+def test_resume_names_the_nearest_run(quickstart: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    a_run(tmp_path / "quickstart", quickstart)
+    assert main(["resume", str(tmp_path / "quikstart")]) == 8
+    assert f"Did you mean {tmp_path / 'quickstart'}?" in capsys.readouterr().err
