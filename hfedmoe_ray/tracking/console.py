@@ -91,6 +91,8 @@ class ConsoleRenderer:
     def event(self, name: str, fields: Mapping[str, Any]) -> None:
         """Moves the bar; a warning is printed at once."""
         match name:
+            case "preparing":
+                self._print(Text("preparing the model and the data", style="dim"))
             case "round_started":
                 self._progress = Progress(round=fields["round"], cohort=_count(fields.get("cohort")))
                 self._show()
@@ -100,9 +102,7 @@ class ConsoleRenderer:
                 tier = self._tiers.get(fields["client"], "")
                 self._progress.finished(str(fields.get("kind", "train")), tier, str(fields.get("status", "ok")))
             case "task_retried":
-                self._progress.counts["retried"] += 1
-            case "slot_lost":
-                self._progress.counts["lost"] += 1
+                self._progress.retried()
             case "warning":
                 self._print(Text(f"warning: {fields.get('message', '')}", style="yellow"))
 
@@ -175,20 +175,20 @@ class ConsoleRenderer:
             (f"test {percent(report.accuracy):>6}", "green" if report.accuracy is not None else ""),
             *([(f"own {percent(report.own_accuracy):>6}", "green")] if report.own_accuracy is not None else []),
             (f"experts {trained:>{len(str(total))}}/{total}", ""),
-            (f"{size(report.bytes_up):>8} up {size(report.bytes_down):>8} down", ""),
+            (f"up {report.bytes_up / 2**20:>5.1f} down {report.bytes_down / 2**20:>5.1f} MiB", ""),
             (f"{duration(report.seconds):>6}", ""),
         ]
         troubles: Counter[str] = Counter(client.status for client in report.clients if client.status != "ok")
         if self._progress.round == report.round:
             troubles["retried"] = self._progress.counts["retried"]
         cells += [(f"{count} {kind}", "yellow") for kind, count in sorted(troubles.items()) if count]
-        return Text("   ").join(Text(words, style=style) for words, style in cells)
+        return Text("  ").join(Text(words, style=style) for words, style in cells)
 
     def _table(self, own: Mapping[str, float]) -> Table:
-        """A row per tier; means per client and round in which it trained."""
+        """A row per tier: experts held and trained, and the other means, per client and round in which it trained."""
         table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
         table.add_column("  tier")
-        for heading in ("clients", "experts held", "trained", "up", "down", "seconds", "own accuracy"):
+        for heading in ("clients", "held", "trained", "up", "down", "seconds", "own test"):
             table.add_column(heading, justify="right")
         trained = [result for result in self._results if result.status != "ok" or result.trained]
         for tier, row in by_tier(trained, self._order).items():

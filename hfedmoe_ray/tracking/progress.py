@@ -9,7 +9,7 @@ from rich.text import Text
 from hfedmoe_ray.tracking.formatting import duration
 
 TIER_COLOURS = ("blue", "yellow", "green", "magenta", "cyan", "bright_red")
-_CELLS = 30
+_CELLS = 24
 _DOING = {"profile": "profiling", "train": "training", "evaluate": "evaluating"}
 
 
@@ -43,6 +43,11 @@ class Progress:
         if status != "ok":
             self.counts[status] += 1
 
+    def retried(self) -> None:
+        """A task's process died; the task will be started again."""
+        self._running = max(0, self._running - 1)
+        self.counts["retried"] += 1
+
     def _turn_to(self, kind: str) -> None:
         if kind != self._kind:
             self._kind, self._running, self._done = kind, 0, []
@@ -53,16 +58,16 @@ class Progress:
         # An evaluation is cut into as many tasks as it likes, of which only those begun are known.
         total = self._cohort if self._kind in ("", "train") else 0
         total = max(total, len(done) + self._running, 1)
-        line = Text.assemble((f"round {self.round}/{rounds}", "bold"), f" {_DOING.get(self._kind, 'planning'):10} ")
+        line = Text.assemble((f"round {self.round}/{rounds}", "bold"), f" {_DOING.get(self._kind, 'planning')} ")
         for cell in range(_CELLS):
             index = cell * total // _CELLS
             tier, status = done[index] if index < len(done) else ("", "")
             line.append("━", style=tier_colour(tier, order) if status == "ok" else "red" if status else "bright_black")
-        line.append(f" {len(done)}/{total}")
-        for tier, count in Counter(tier for tier, status in done if status == "ok").items():
-            line.append(f"  {tier} {count}", style=tier_colour(tier, order))
+        line.append(f" {len(done)}/{total}  ").append(duration(time.monotonic() - self._began), style="dim")
         for kind, count in sorted(self.counts.copy().items()):
             line.append(f"  {count} {kind}", style="yellow" if kind == "retried" else "red")
-        line.append(f"  {duration(time.monotonic() - self._began)}", style="dim")
+        # Last, because a narrow terminal cuts the end.
+        for tier, count in Counter(tier for tier, status in done if status == "ok").items():
+            line.append(f"  {tier} {count}", style=tier_colour(tier, order))
         line.no_wrap, line.overflow = True, "ellipsis"
         return line

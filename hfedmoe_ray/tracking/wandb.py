@@ -92,6 +92,7 @@ class WandbTracker:
             mode=self._mode,
             id=_run_id(self._dir, resumed=facts.get("resumed_from") is not None),
             resume="allow",
+            reinit="create_new",
             project=self._settings.project,
             entity=self._settings.entity,
             group=self._settings.group,

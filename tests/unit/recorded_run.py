@@ -14,7 +14,7 @@ from hfedmoe_ray.types import ClientRecord, RoundReport
 LAYERS, EXPERTS, ROUNDS = 3, 16, 8
 TIERS = ["phone"] * 5 + ["laptop"] * 3 + ["server"] * 2
 RESIDENT = {"phone": 6, "laptop": 12, "server": 24}
-LABELS = [
+LABELS = (
     "alt.atheism",
     "comp.graphics",
     "comp.os.ms-windows.misc",
@@ -35,7 +35,7 @@ LABELS = [
     "talk.politics.mideast",
     "talk.politics.misc",
     "talk.religion.misc",
-]
+)
 CONFIG = Experiment.model_validate(
     {
         "name": "quickstart",

@@ -1,0 +1,155 @@
+"""W&B: everything arrives in its file, and nothing it does can stop or disturb a run."""
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import wandb
+import wandb_file
+from recorded_run import EXPERTS, LAYERS, ROUNDS, TIERS, facts, round_report, summary, tell_run
+
+from hfedmoe_ray.config.schema import Wandb
+from hfedmoe_ray.tracking.wandb import WandbTracker, resolve_mode
+
+OFFLINE = Wandb(mode="offline", project="tests", group="unit")
+
+
+@pytest.fixture(autouse=True)
+def no_credentials(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_MODE", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+
+
+@pytest.fixture(scope="module")
+def logged(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The file of a whole run, and nothing on the screen."""
+    run_dir = tmp_path_factory.mktemp("run") / "quickstart"
+    warnings: list[str] = []
+    tell_run(WandbTracker(run_dir, OFFLINE, "quickstart", warn=warnings.append))
+    assert not warnings
+    (path,) = run_dir.glob("wandb/offline-run-*/*.wandb")
+    yield path
+
+
+def test_every_round_arrives_with_its_numbers(logged: Path) -> None:
+    history = wandb_file.history(logged)
+    assert [line["round"] for line in history] == list(range(ROUNDS + 1))
+    for number, line in enumerate(history):
+        report = round_report(number)
+        assert line["global/accuracy"] == pytest.approx(report.accuracy)
+        assert line["global/loss"] == pytest.approx(report.test_loss)
+        assert line["train/loss"] == pytest.approx(report.loss)
+        assert line["traffic/up_mib"] == pytest.approx(report.bytes_up / 2**20)
+        assert line["seconds/evaluate"] == pytest.approx(report.phases["evaluate"])
+        for tier in set(TIERS):
+            assert line[f"tier/{tier}/seconds"] > 0
+            assert line[f"tier/{tier}/experts_held"] > 0
+    assert "own/accuracy" not in history[0], "what was not measured is left out"
+    assert (history[3]["clients/ok"], history[3]["clients/late"]) == (9, 1)
+    assert (history[5]["clients/failed"], history[5]["tier/phone/experts_trained"]) == (1, 6)
+
+
+def test_every_round_has_its_heat_map_as_drawing_and_as_table(logged: Path) -> None:
+    files = logged.parent / "files"
+    for number, line in enumerate(wandb_file.history(logged)):
+        report = round_report(number)
+        page = (files / line["experts/heatmap.path"]).read_text()
+        for layer in range(LAYERS):
+            for expert in range(EXPERTS):
+                told = f"layer {layer}, expert {expert}: trained by {report.selected[layer][expert]}<"
+                assert told in page
+        table = json.loads((files / line["experts/selection.path"]).read_text())
+        assert table["columns"] == ["layer", "expert", "clients", "usage"]
+        assert [row[2] for row in table["data"]] == [count for row in report.selected for count in row]
+        budgets = json.loads((files / line["clients/budgets.path"]).read_text())
+        assert [row[2] for row in budgets["data"]] == [client["resident_experts"] for client in facts()["clients"]]
+
+
+def test_the_run_knows_its_group_job_configuration_and_versions(logged: Path) -> None:
+    run = wandb_file.run_record(logged)
+    assert (run.project, run.display_name, run.run_group, run.job_type) == ("tests", "quickstart", "unit", "server")
+    assert list(run.tags) == ["hfedmoe"]
+    config = wandb_file.config(logged)
+    assert config["clients"]["count"] == len(TIERS)
+    assert {"python", "torch", "ray", "transformers", "deepspeed", "wandb"} <= set(config["versions"])
+    assert wandb_file.summary(logged)["best_accuracy"] == pytest.approx(summary()["best_accuracy"])
+
+
+def test_round_is_the_step_of_every_metric(logged: Path) -> None:
+    metrics = [r.metric for r in wandb_file.records(logged) if r.WhichOneof("record_type") == "metric"]
+    stepped = {metric.name or metric.glob_name for metric in metrics if metric.step_metric == "round"}
+    assert "*" in stepped or "global/accuracy" in stepped
+
+
+def test_nothing_is_printed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    tell_run(WandbTracker(tmp_path / "quiet", OFFLINE, "quiet", warn=print), last=0)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_resumed_run_keeps_its_identity(tmp_path: Path) -> None:
+    for resumed_from in (None, 0, None):
+        tell_run(WandbTracker(tmp_path, OFFLINE, "again", warn=print), 0, facts(resumed_from=resumed_from))
+    logs = sorted(tmp_path.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime_ns)
+    first, second, third = (wandb_file.run_record(path).run_id for path in logs)
+    assert first == second
+    assert third != first
+
+
+@pytest.mark.parametrize(("broken", "where"), [("init", wandb), ("log", wandb.Run), ("finish", wandb.Run)])
+def test_a_failure_is_told_once_and_never_raised(
+    broken: str, where: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+
+    def fail(*_: object, **__: object) -> None:
+        calls.append(broken)
+        raise ConnectionError("W&B is on the moon\nsecond line")
+
+    warnings: list[str] = []
+    with monkeypatch.context() as broken_wandb:
+        broken_wandb.setattr(where, broken, fail)
+        tell_run(WandbTracker(tmp_path / "broken", OFFLINE, "broken", warn=warnings.append))
+    assert len(warnings) == 1
+    assert "(ConnectionError: W&B is on the moon);" in warnings[0]
+    assert calls == [broken], "after a failure W&B is left alone"
+
+    # What the failed run left open in this process must not swallow the next one.
+    tell_run(WandbTracker(tmp_path / "next", OFFLINE, "next", warn=warnings.append), last=1)
+    (path,) = (tmp_path / "next").glob("wandb/offline-run-*/*.wandb")
+    assert len(wandb_file.history(path)) == 2
+    assert len(warnings) == 1
+
+
+def test_an_unreachable_server_does_not_stop_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setattr("hfedmoe_ray.tracking.wandb.INIT_TIMEOUT_S", 2.0)
+    monkeypatch.setattr("hfedmoe_ray.tracking.wandb.FINISH_TIMEOUT_S", 2.0)
+    warnings: list[str] = []
+    tell_run(WandbTracker(tmp_path, Wandb(mode="auto"), "unreachable", warn=warnings.append), last=1)
+    assert len(warnings) == 1
+    assert "could not start" in warnings[0]
+
+
+def test_disabled_does_not_even_import_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    warnings: list[str] = []
+    tell_run(WandbTracker(tmp_path / "off", Wandb(mode="disabled"), "off", warn=warnings.append))
+    assert not warnings
+    assert not (tmp_path / "off").exists()
+
+
+def test_auto_is_online_only_with_credentials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert resolve_mode("auto") == "offline"
+    (tmp_path / "netrc").write_text("machine api.wandb.ai login user password " + "0" * 40)
+    assert resolve_mode("auto") == "online"
+    monkeypatch.setenv("WANDB_BASE_URL", "http://wandb.example:8080")
+    assert resolve_mode("auto") == "offline", "the key is another server's"
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    assert resolve_mode("auto") == "online"
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert resolve_mode("auto") == "disabled"
+    assert resolve_mode("offline") == "offline"
