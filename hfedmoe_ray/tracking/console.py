@@ -175,7 +175,7 @@ class ConsoleRenderer:
             (f"test {percent(report.accuracy):>6}", "green" if report.accuracy is not None else ""),
             *([(f"own {percent(report.own_accuracy):>6}", "green")] if report.own_accuracy is not None else []),
             (f"experts {trained:>{len(str(total))}}/{total}", ""),
-            (f"up {report.bytes_up / 2**20:>5.1f} down {report.bytes_down / 2**20:>5.1f} MiB", ""),
+            (f"up {_mib(report.bytes_up)} down {_mib(report.bytes_down)} MiB", ""),
             (f"{duration(report.seconds):>6}", ""),
         ]
         troubles: Counter[str] = Counter(client.status for client in report.clients if client.status != "ok")
@@ -227,6 +227,12 @@ class ConsoleRenderer:
         files = sorted(path.name for path in self._run_dir.iterdir()) if self._run_dir.is_dir() else []
         lines.append(("files", f"{self._run_dir}: {', '.join(files)}" if files else str(self._run_dir)))
         return lines
+
+
+def _mib(count: int) -> str:
+    """Bytes as MiB in four columns."""
+    mib = count / 2**20
+    return f"{mib:4.1f}" if mib < 99.95 else f"{mib:4.0f}"
 
 
 def _count(cohort: Any) -> int:

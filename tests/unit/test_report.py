@@ -1,0 +1,291 @@
+"""The report: everything the run recorded is on the page, nothing else is fetched, and no text can break it."""
+
+import dataclasses
+import re
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from recorded_run import (
+    CONFIG,
+    EXPERTS,
+    LABELS,
+    LAYERS,
+    ROUNDS,
+    TIERS,
+    facts,
+    record_run,
+    round_report,
+    summary,
+    tell_round,
+)
+
+from hfedmoe_ray.errors import CheckpointError
+from hfedmoe_ray.tracking import charts
+from hfedmoe_ray.tracking.files import FileTracker
+from hfedmoe_ray.tracking.report import write_report
+from hfedmoe_ray.tracking.svg import CATEGORIES, STEPS, every, step, ticks
+from hfedmoe_ray.types import RoundReport
+
+VOID = {"meta", "link", "br", "hr"}
+
+
+class Page(HTMLParser):
+    """Text by section, tables as lists of rows, and every attribute; fails on tags that do not nest."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.attributes: list[tuple[str, str, str]] = []
+        self.tables: list[list[list[str]]] = []
+        self.tips: list[str] = []
+        self.text = ""
+        self.feed(html)
+        self.close()
+        assert not self.open, f"not closed: {self.open}"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("td", "th"):
+            self.tables[-1][-1].append("")
+        elif tag == "title" and "svg" in self.open:
+            self.tips.append("")
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "style" in self.open:
+            return
+        self.text += data
+        if "td" in self.open or "th" in self.open:
+            self.tables[-1][-1][-1] += data
+        if "title" in self.open and "svg" in self.open:
+            self.tips[-1] += data
+
+    def table(self, *headings: str) -> list[dict[str, str]]:
+        """The rows of the first table that has these headings."""
+        head, *rows = next(table for table in self.tables if set(headings) <= set(table[0]))
+        return [dict(zip(head, row, strict=True)) for row in rows]
+
+
+def recorded(
+    run_dir: Path, rounds: list[RoundReport], told: dict[str, Any] | None = None, result: dict[str, Any] | None = None
+) -> Path:
+    tracker = FileTracker(run_dir)
+    tracker.start(CONFIG, facts() if told is None else told)
+    for report in rounds:
+        tell_round(tracker, report)
+    if result:
+        tracker.finish(result)
+    return run_dir
+
+
+def page_of(run_dir: Path) -> Page:
+    return Page(write_report(run_dir).read_text())
+
+
+@pytest.fixture(scope="module")
+def html(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_report(record_run(tmp_path_factory.mktemp("runs") / "quickstart")).read_text()
+
+
+@pytest.fixture(scope="module")
+def page(html: str) -> Page:
+    return Page(html)
+
+
+def test_the_headline_is_the_result(page: Page) -> None:
+    assert "10 clients of 3 tiers trained for 8 rounds." in page.text
+    assert "classifies 66.7 % of the test set correctly; before training it was 5.0 % (+61.7 points)." in page.text
+
+
+def test_every_round_is_in_the_table_and_in_the_curves(page: Page) -> None:
+    rows = page.table("Round", "Test loss")
+    assert [row["Round"] for row in rows] == [str(number) for number in range(ROUNDS + 1)]
+    for number, row in enumerate(rows):
+        report = round_report(number)
+        assert row["Test accuracy"] == f"{100 * report.accuracy:.1f} %"
+        assert row["Training loss"] == f"{report.loss:.3f}"
+        assert any(tip.startswith(f"global model, test set, round {number}: ") for tip in page.tips)
+        assert any(tip.startswith(f"round {number}, evaluate: ") for tip in page.tips)
+
+
+def test_every_client_is_in_the_table_with_what_it_had(page: Page) -> None:
+    rows = page.table("Client", "Tier")
+    assert [row["Client"] for row in rows] == [str(client) for client in range(len(TIERS))]
+    assert [row["Tier"] for row in rows] == TIERS
+    assert rows[0]["Resources"] == "0.1 CPU, 1 GiB"
+    assert rows[9]["Budget"] == rows[9]["Held"] == "24"
+    assert rows[0]["Examples"] == str(sum(facts()["partition"][0]))
+    assert rows[7]["Results"] == "7 ok, 1 late"
+    assert rows[1]["Own accuracy"] == "65.0 %"
+
+
+def test_the_pictures_hold_every_value(page: Page) -> None:
+    counts = facts()["partition"]
+    for client, row in enumerate(counts):
+        for label, count in enumerate(row):
+            told = f"client {client} ({TIERS[client]}), {LABELS[label]}: {count}"
+            assert (told in page.tips) == (count > 0)
+    total = [[0] * EXPERTS for _ in range(LAYERS)]
+    for number in range(ROUNDS + 1):
+        for layer, row in enumerate(round_report(number).selected):
+            for expert, count in enumerate(row):
+                total[layer][expert] += count
+    for layer in range(LAYERS):
+        for expert in range(EXPERTS):
+            assert f"layer {layer}, expert {expert}: {total[layer][expert]}" in page.tips
+
+
+def test_what_went_wrong_is_listed_with_its_traceback(page: Page) -> None:
+    rows = page.table("Round", "Reason")
+    assert [(row["Round"], row["Client"], row["What"]) for row in rows] == [
+        ("2", "4", "tried again"),
+        ("3", "7", "late"),
+        ("5", "2", "failed"),
+    ]
+    assert "RuntimeError: <out of & memory>" in rows[2]["Reason"]
+    assert 'File "local.py", line 1' in rows[2]["Reason"]
+
+
+def test_the_page_asks_for_nothing_and_runs_nothing(html: str, page: Page) -> None:
+    assert "<script" not in html and "javascript:" not in html
+    assert "@import" not in html and "url(" not in html
+    assert not re.search(r"https?://", html)
+    for tag, name, value in page.attributes:
+        assert not name.startswith("on"), f"{tag} has an event handler"
+        if name in ("src", "href", "srcset", "data", "action"):
+            assert value == "data:,", f"{tag} refers to {value}"
+
+
+def test_it_is_made_for_phones_dark_rooms_and_screen_readers(html: str, page: Page) -> None:
+    assert ("meta", "content", "width=device-width, initial-scale=1") in page.attributes
+    assert "prefers-color-scheme: dark" in html
+    pictures = html.count("<svg")
+    assert pictures >= 9
+    assert (
+        sum(tag == "svg" and name == "aria-label" and bool(value) for tag, name, value in page.attributes) == pictures
+    )
+    used = set(re.findall(r"\b([ch]\d)\b", " ".join(value for _, name, value in page.attributes if name == "class")))
+    for kind in used | {f"c{n}" for n in range(CATEGORIES)} | {f"h{n}" for n in range(STEPS + 1)}:
+        assert html.count(f"--{kind}:") >= 2, f"{kind} needs a colour in light and in dark"
+
+
+def test_the_same_run_gives_the_same_page(tmp_path: Path) -> None:
+    run_dir = record_run(tmp_path)
+    assert write_report(run_dir).read_bytes() == write_report(run_dir).read_bytes()
+
+
+def test_text_from_outside_cannot_become_markup(tmp_path: Path) -> None:
+    evil = "</title><script>alert('x')</script>\"'&"
+    told = facts(labels=[evil, *LABELS[1:]], versions={"torch": evil})
+    told["clients"][0] |= {"tier": evil, "resources": {evil: evil}}
+    clients = tuple(
+        dataclasses.replace(client, status="rejected", reason=evil, tier=evil) for client in round_report(1).clients
+    )
+    run_dir = recorded(
+        tmp_path,
+        [dataclasses.replace(round_report(1), clients=clients, phases={evil: 3.0})],
+        told,
+        {"status": "failed", "error": evil},
+    )
+    tracker = FileTracker(tmp_path)
+    tracker.event("warning", {"message": evil})
+    tracker.event("task_error", {"round": 1, "client": 0, "traceback": evil})
+    html = write_report(run_dir).read_text()
+    assert "<script" not in html
+    assert html.count("&lt;script&gt;") > 15
+    assert Page(html).text.count("alert('x')") > 10
+
+
+def test_missing_facts_are_left_out(tmp_path: Path) -> None:
+    page = page_of(recorded(tmp_path, [round_report(0), round_report(1)], {}))
+    assert "Who has which data" not in page.text
+    assert len(page.table("Client", "Tier")) == len(TIERS), "clients are known from their results"
+    assert page.table("Client", "Tier")[0]["Budget"] == "–"
+    assert "The run has not ended" in page.text
+
+
+def test_a_run_without_a_single_evaluation(tmp_path: Path) -> None:
+    blind = [
+        dataclasses.replace(round_report(n), accuracy=None, test_loss=None, own_accuracy=None, loss=None)
+        for n in (0, 1)
+    ]
+    page = page_of(recorded(tmp_path, blind, result=summary(accuracy=None, own_accuracy_by_client={})))
+    assert "The global model was not evaluated." in page.text
+    assert "No round has been measured." in page.text
+
+
+def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
+    page = page_of(recorded(tmp_path, []))
+    assert "trained for 0 rounds" in page.text
+    assert len(page.table("Client", "Tier")) == len(TIERS)
+
+
+def test_a_strategy_without_profiles_and_a_single_round(tmp_path: Path) -> None:
+    report = dataclasses.replace(round_report(1), usage=tuple((0.0,) * EXPERTS for _ in range(LAYERS)), agreement=None)
+    page = page_of(recorded(tmp_path, [report], result=summary(rounds=1)))
+    assert "How much the router uses them" not in page.text
+    assert "Which experts were trained" in page.text
+    assert "after round 1" not in page.text, "one measurement has no before"
+
+
+def test_clients_that_read_their_own_files(tmp_path: Path) -> None:
+    told = facts(partition=[[0] * len(LABELS) for _ in TIERS])
+    page = page_of(recorded(tmp_path, [round_report(0)], told))
+    assert "the server does not know their labels" in page.text
+
+
+def test_an_error_stands_at_the_top(tmp_path: Path) -> None:
+    page = page_of(
+        recorded(tmp_path, [round_report(0)], result={"status": "failed", "error": "only 2 of 10 clients delivered"})
+    )
+    assert "The run failed. only 2 of 10 clients delivered" in page.text
+
+
+def test_a_directory_without_a_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="not a run directory"):
+        write_report(tmp_path)
+
+
+@pytest.mark.parametrize("low, high", [(0, 1), (0.62, 0.68), (0, 0), (-3, 2.2), (1e-4, 3e-4), (0, 12345)])
+def test_axis_marks_are_few_even_and_enclose_the_data(low: float, high: float) -> None:
+    marks = ticks(low, high)
+    assert marks[0] <= low and marks[-1] >= high
+    assert 3 <= len(marks) <= 8
+    gaps = [b - a for a, b in pairwise(marks)]
+    assert max(gaps) == pytest.approx(min(gaps))
+
+
+def test_only_nothing_has_the_colour_of_nothing() -> None:
+    assert step(0, 50) == 0
+    assert step(1, 5000) == 1
+    assert step(50, 50) == STEPS
+    steps = [step(value, 50) for value in range(51)]
+    assert steps == sorted(steps)
+
+
+def test_labels_are_thinned_until_they_fit() -> None:
+    assert every(10, room=300, needed=20) == 1
+    assert every(100, room=300, needed=20) == 10
+    assert every(0, room=300, needed=20) == 1
+
+
+def test_end_labels_of_two_lines_that_meet_do_not_overlap() -> None:
+    series = [charts.Series(name=name, points=[(0, 0.1), (1, 0.5)]) for name in ("a", "b")]
+    image = charts.line_chart(series, label="x", write=lambda value: f"{value:g}")
+    heights = [float(y) for y in re.findall(r'class="end c\d" x="[\d.]+" y="([\d.]+)"', image)]
+    assert len(heights) == 2
+    assert abs(heights[0] - heights[1]) >= 12

