@@ -38,6 +38,11 @@ def resume(run_dir: Path) -> None:
     from hfedmoe_ray.config.load import load_experiment
 
     _check_is_run(run_dir)
+    if not _has_checkpoint(run_dir):
+        raise CheckpointError(
+            f"{run_dir} has no complete round to go on from. Start it again: "
+            f"hfedmoe run {run_dir}/config.yaml --overwrite"
+        )
     _train(load_experiment(run_dir / "config.yaml"), run_dir, resume=True)
 
 
@@ -55,8 +60,12 @@ def _train(experiment: "Experiment", run_dir: Path, *, resume: bool) -> None:
     click.echo(f"report: {write_report(run_dir)}")
 
 
+def _has_checkpoint(run_dir: Path) -> bool:
+    return (run_dir / "checkpoints" / "LATEST").is_file()
+
+
 def _how_to_go_on(run_dir: Path) -> str:
-    if (run_dir / "checkpoints" / "LATEST").is_file():
+    if _has_checkpoint(run_dir):
         return f"the run is complete up to its last checkpoint. Go on with: hfedmoe resume {run_dir}"
     return "no round was complete, so there is nothing to resume. Start again with: hfedmoe run … --overwrite"
 

@@ -1,5 +1,8 @@
 """The frame of the command line: how every way to end becomes an exit code, and that no run is lost by mistake."""
 
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -8,6 +11,8 @@ from hfedmoe_ray import errors
 from hfedmoe_ray.cli import main
 from hfedmoe_ray.errors import HFedMoEError, TrainingError
 from hfedmoe_ray.runtime import session
+
+COMMANDS = ("run", "resume", "plan", "validate", "doctor", "report", "submit")
 
 
 @pytest.fixture
@@ -49,11 +54,11 @@ def test_help_names_every_exit_code(capsys: pytest.CaptureFixture[str]):
 def test_help_lists_the_commands_in_the_order_of_use(capsys: pytest.CaptureFixture[str]):
     main(["--help"])
     text = capsys.readouterr().out
-    listed = [text.index(f"\n  {command} ") for command in ("run", "resume", "plan", "validate", "doctor", "report")]
+    listed = [text.index(f"\n  {command} ") for command in COMMANDS]
     assert listed == sorted(listed)
 
 
-@pytest.mark.parametrize("command", ["run", "resume", "plan", "validate", "doctor", "report"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]):
     assert main([command, "--help"]) == 0
     assert f"hfedmoe {command}" in capsys.readouterr().out
@@ -140,6 +145,8 @@ def test_overwrite_never_removes_what_is_not_a_run(ran, quickstart: Path, tmp_pa
 
 def test_resume_continues_in_place(ran, quickstart: Path, tmp_path: Path):
     earlier = a_run(tmp_path / "quickstart", quickstart)
+    (earlier / "checkpoints").mkdir()
+    (earlier / "checkpoints" / "LATEST").write_text("round-0001")
     main(["resume", str(earlier)])
     assert ran == [(earlier, True)]
     assert (earlier / "precious").exists()
@@ -149,3 +156,46 @@ def test_resume_names_the_nearest_run(quickstart: Path, tmp_path: Path, capsys: 
     a_run(tmp_path / "quickstart", quickstart)
     assert main(["resume", str(tmp_path / "quikstart")]) == 8
     assert f"Did you mean {tmp_path / 'quickstart'}?" in capsys.readouterr().err
+
+
+def test_plan_shows_every_client_and_the_total(quickstart: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["plan", str(quickstart), "--cpus", "2", "--gpus", "0", "--memory-gib", "16"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line.split() for line in lines if line[:1].isdecimal()]
+    assert [row[0] for row in rows] == [str(client) for client in range(10)]
+    assert {(row[1], row[6]) for row in rows} == {("phone", "6"), ("laptop", "12"), ("server", "24")}
+    assert any(line.startswith("it fits: 2 client actors at once") for line in lines)
+    assert any(line.startswith("a round of 10 clients: ") for line in lines)
+
+
+def test_plan_shows_tiers_where_clients_are_many(quickstart: Path, capsys: pytest.CaptureFixture[str]):
+    main(["plan", str(quickstart), "clients.count=1000", "--cpus", "2", "--gpus", "0", "--memory-gib", "16"])
+    rows = [line.split()[:2] for line in capsys.readouterr().out.splitlines() if line[:1].isdecimal()]
+    assert rows == [["500", "phone"], ["300", "laptop"], ["200", "server"]]
+
+
+@pytest.mark.parametrize(("override", "code"), [("rounds=2", 0), ("clients.tiers.0.memory_gib=0.2", 5)])
+def test_plan_answers_within_three_seconds_without_ray_or_torch(quickstart: Path, override: str, code: int):
+    program = (
+        "import sys; from hfedmoe_ray.cli import main; code = main(sys.argv[1:]);"
+        "assert not {'ray', 'torch', 'deepspeed', 'transformers'} & set(sys.modules); sys.exit(code)"
+    )
+    started = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", program, "plan", str(quickstart), override], check=False)
+    assert done.returncode == code
+    assert time.perf_counter() - started < 3
+
+
+def test_validate_reads_data_and_model(quickstart: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["validate", str(quickstart), "data.max_examples=900", "data.test_examples=100"]) == 0
+    said = capsys.readouterr().out
+    assert "900 training examples" in said
+    assert "100 test examples, 20 classes" in said
+    assert "3 MoE layers of 16 experts, 4 a token" in said
+
+
+def test_validate_leaves_clients_own_files_alone(quickstart: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "test.jsonl").write_text('{"text": "a b c", "label": "x"}\n' * 3)
+    own = [f"data.source={tmp_path}/client-{{client}}.jsonl", "data.partition={how: files}", "data.labels=[x, y]"]
+    assert main(["validate", str(quickstart), *own, f"data.test={tmp_path}/test.jsonl"]) == 0
+    assert "10 clients read their own files" in capsys.readouterr().out
