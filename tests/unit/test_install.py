@@ -1,0 +1,56 @@
+"""What is installed: declared, pinned within its range, and described by the Makefile."""
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from importlib import metadata
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+REPOSITORY = Path(__file__).parents[2]
+PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+PINS = {
+    canonicalize_name(name): version
+    for name, version in re.findall(
+        r"^([\w.-]+)==(\S+)$", (REPOSITORY / "constraints-cpu.txt").read_text(), re.MULTILINE
+    )
+}
+
+
+def make(*arguments: str) -> str:
+    done = subprocess.run(["make", *arguments], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+def test_every_requirement_is_pinned_within_its_range():
+    for line in (*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["dev"]):
+        requirement = Requirement(line)
+        assert requirement.specifier.contains(PINS[canonicalize_name(requirement.name)]), line
+
+
+def test_every_import_of_the_package_is_a_declared_requirement():
+    declared = {canonicalize_name(Requirement(line).name) for line in PROJECT["dependencies"]} | {"pydantic-core"}
+    providers = metadata.packages_distributions()
+    for file in (REPOSITORY / "hfedmoe_ray").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+            for package in {name.partition(".")[0] for name in names} - {*sys.stdlib_module_names, "hfedmoe_ray"}:
+                assert declared & {canonicalize_name(one) for one in providers[package]}, f"{file}: {package}"
+
+
+def test_make_alone_lists_the_targets():
+    listed = {line.split()[1] for line in make().splitlines()}
+    assert listed == {"help", "install", "quickstart", "test", "check", "clean"}
+
+
+def test_quickstart_test_and_check_install_first_and_only_once():
+    for target in ("quickstart", "test", "check"):
+        # -o and -W: as if the environment were up to date, or something it depends on had changed.
+        assert "-m venv" not in make("--dry-run", "-o", ".venv/.installed", target)
+        assert "-m venv" in make("--dry-run", "-W", "constraints-cpu.txt", target)
+        assert "-m venv" in make("--dry-run", "-W", "pyproject.toml", target)
