@@ -163,8 +163,13 @@ class WandbTracker:
         }
 
     def _finish(self, summary: Mapping[str, Any]) -> None:
+        import wandb
+
         self._run.summary.update(plain(summary))
         self._run.finish(exit_code=1 if summary.get("error") else 0)
+        # `finish` may return before W&B's own process has written the last of an offline file, and the process of a
+        # server is killed as soon as its run is over. This waits for that process to end.
+        wandb.teardown()
 
 
 def selection_heat_map(report: RoundReport) -> str:
