@@ -21,6 +21,7 @@ from hfedmoe_ray.types import (
     ExpertKey,
     ExpertPlan,
     ModelShape,
+    PersonalWeights,
     Role,
     TaskResult,
     TaskWeights,
@@ -112,12 +113,13 @@ def context(directory: Path, **keys: object) -> RunContext:
     )
 
 
-def weights(version: int = 0) -> Weights:
+def weights(version: int = 0, personal: dict[int, PersonalWeights] | None = None) -> Weights:
     """Weights that differ between versions in the shared part and in expert (0, 0) alone."""
     rng = np.random.default_rng(0)
     experts = {key: {"up": rng.normal(size=(8, 4)), "down": rng.normal(size=(4, 8))} for key in list(SHAPE.keys())}
     experts[ExpertKey(0, 0)]["up"] += version
-    return Weights(version=version, shared={"router": rng.normal(size=(4, 8)) + version}, experts=experts)
+    shared = {"router": rng.normal(size=(4, 8)) + version}
+    return Weights(version=version, shared=shared, experts=experts, personal=personal)
 
 
 def task(client: int, version: int = 0, present: int = 3, **fields: object) -> ClientTask:

@@ -5,6 +5,7 @@ nothing that another could not compute again.
 """
 
 import os
+import threading
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -91,6 +92,11 @@ class ClientActor:
             return _NOTHING, ("failed", traceback.format_exc().encode(), last_line(error))
         return np.frombuffer(payload, dtype=np.uint8), ("ok", metrics, "")
 
+    @ray.method(concurrency_group="lifeline")
+    def live(self) -> None:
+        """Never answers: the caller's reference becomes ready, with an error, when this process dies."""
+        threading.Event().wait()
+
     @ray.method(concurrency_group="health")
     def ping(self) -> dict[str, Any]:
         """Process id, node id and assigned resources; answered while a task runs."""
@@ -100,7 +106,9 @@ class ClientActor:
 
 _NOTHING = np.empty(0, dtype=np.uint8)
 
-RemoteClient: Any = ray.remote(max_restarts=0, max_task_retries=0, concurrency_groups={"health": 1})(ClientActor)
+RemoteClient: Any = ray.remote(max_restarts=0, max_task_retries=0, concurrency_groups={"health": 1, "lifeline": 1})(
+    ClientActor
+)
 
 
 def _moved(context: RunContext, paths: Mapping[str, Path]) -> RunContext:

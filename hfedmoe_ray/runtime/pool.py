@@ -73,6 +73,10 @@ class RayExecutor:
         ready = sorted((Attempt(task) for task in tasks), key=lambda one: (-one.task.weight, one.task.client))
         left = len(ready)
         try:
+            # An attempt is not to be wasted on an actor that died since the last round.
+            for slot in self.slots:
+                if slot.state is State.IDLE and slot.dead:
+                    self._replace(slot, _told(slot.cause_of_death()), notify)
             while left:
                 self._dispatch(ready, notify)
                 for slot, answered in self._events(ready):
@@ -135,6 +139,8 @@ class RayExecutor:
             case State.STARTING:
                 free = {name: amount for name, amount in ray.available_resources().items() if name in _SHOWN}
                 self._give_up(slot, f"no actor within {timeouts.CLIENT_START:g} s; free in the cluster: {free}", notify)
+            case State.IDLE if answered:
+                self._replace(slot, _told(slot.cause_of_death()), notify)
             case State.BUSY if answered:
                 return self._finish_task(slot, ready, notify)
             case State.BUSY:

@@ -1,8 +1,8 @@
 """One slot: a place for a client actor, which may die and be replaced, and what the actor is doing.
 
     STARTING --loaded--> IDLE --assign--> BUSY --answer--> IDLE
-        |                                  |
-        +------------ died ----------------+--deadline--> STOPPING --answer or killed--> IDLE or STARTING
+                                          BUSY --deadline--> STOPPING --answer--> IDLE
+    Whatever it is doing, an actor that dies (or does not stop) is replaced, or its slot is GONE: --> STARTING or GONE
 
 The pool owns the transitions; a slot knows how to make each of them.
 """
@@ -14,6 +14,7 @@ from enum import Enum, auto
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from hfedmoe_ray.budget import SlotSpec
@@ -69,11 +70,12 @@ class Slot:
         self.deadline = 0.0
         self.since = 0.0
         self.watched: Any = None
-        """The reference whose readiness ends the current state; None when idle or gone."""
+        """The reference whose readiness ends the current state; None when gone."""
         self._recipe = recipe
         self._generation = 0
         self._actor: Any = None
         self._answer: Any = None
+        self._lifeline: Any = None
 
     @property
     def name(self) -> str:
@@ -102,6 +104,7 @@ class Slot:
             scheduling_strategy=NodeAffinitySchedulingStrategy(self.spec.node, soft=False),
             runtime_env={"env_vars": ENVIRONMENT},
         ).remote(self._recipe.context, self._recipe.worker_factory, asked.num_gpus)
+        self._lifeline = self._actor.live.remote()
         self._enter(State.STARTING, timeouts.CLIENT_START)
         self.load(directories)
 
@@ -115,8 +118,9 @@ class Slot:
         return loading
 
     def rest(self) -> None:
-        """The actor is ready for a task."""
-        self.watched = self._answer = self.attempt = None
+        """The actor is ready for a task; all that can happen to it is to die."""
+        self.watched = self._lifeline
+        self._answer = self.attempt = None
         self.failed_starts = 0
         self._enter(State.IDLE, None)
 
@@ -127,6 +131,19 @@ class Slot:
         # the client's node later loses no finished work.
         self.watched, self._answer = self._actor.execute.remote(attempt.task, refs)
         self._enter(State.BUSY, limit)
+
+    @property
+    def dead(self) -> bool:
+        """Whether the process has died, as far as Ray knows."""
+        return bool(ray.wait([self._lifeline], timeout=0)[0])
+
+    def cause_of_death(self) -> RayError:
+        """Ray's account of it."""
+        try:
+            ray.get(self._lifeline, timeout=timeouts.FETCH)
+        except RayError as error:
+            return error
+        raise AssertionError("the lifeline never ends otherwise")
 
     def answer(self) -> tuple[Any, Answer]:
         """(reference to the payload, answer) of the finished task. Raises what `ray.get` raises."""
@@ -151,7 +168,7 @@ class Slot:
         """Ends the actor's process, whatever it is doing; does not wait."""
         if self._actor is not None:
             ray.kill(self._actor)
-        self._actor = self.watched = self._answer = self.attempt = None
+        self._actor = self.watched = self._lifeline = self._answer = self.attempt = None
         self._enter(State.GONE, None)
 
     def _enter(self, state: State, limit: float | None) -> None:

@@ -2,12 +2,16 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import ray
-from tiny_worker import Log, TinyWorker, context, outcome, task, weights
+from tiny_worker import BrokenWorker, Log, TinyWorker, context, outcome, task, weights
 
+from hfedmoe_ray.errors import CapacityError, TrainingError
 from hfedmoe_ray.runtime.local import LocalExecutor
 from hfedmoe_ray.runtime.pool import RayExecutor
+from hfedmoe_ray.runtime.slot import State
+from hfedmoe_ray.types import ExpertKey, PersonalWeights
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("cluster")]
 TASKS = [task(client, present=1 + client % 3) for client in range(6)]
@@ -53,3 +57,98 @@ def test_a_dedicated_client_holds_what_its_tier_asks_for(executor: RayExecutor):
     names = {actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)}
     assert {f"tiny-client-{client:03d}" for client in range(6)} <= names
     assert ray.available_resources()["CPU"] == pytest.approx(ray.cluster_resources()["CPU"] - 3 * 0.1 - 3 * 0.2)
+
+
+def test_a_slot_reserves_its_tier_and_serves_smaller_ones(executor: RayExecutor):
+    list(executor.run(TASKS, Log()))
+    large, small = executor.slots
+    assert set(large.spec.tiers) == {"phone", "server"}
+    assert set(small.spec.tiers) == {"phone"}
+    for slot, cpus in ((large, 0.2), (small, 0.1)):
+        assert ray.get(slot.ping(), timeout=30)["resources"]["CPU"] == pytest.approx(cpus)
+
+
+def test_clients_that_do_not_fit_are_refused_before_any_actor_is_made(tmp_path: Path):
+    before = ray.available_resources()
+    tiers = [{"name": "huge", "share": 1, "experts": 1, "device": 1, "memory_gib": 0.1}]
+    with pytest.raises(CapacityError, match=r"huge: clients? .*1 CPU"):
+        RayExecutor(context(tmp_path, actors="dedicated", clients={"count": 99, "tiers": tiers}))
+    assert ray.available_resources() == before
+
+
+def test_arrays_arrive_read_only_and_one_thread_computes(executor: RayExecutor):
+    for result in executor.run(TASKS, Log()):
+        assert result.metrics is not None
+        assert result.metrics.tokens == 0, "a fetched array was writable"
+        assert result.metrics.loss == 1.0, "OMP_NUM_THREADS"
+
+
+def test_only_present_experts_are_fetched(executor: RayExecutor):
+    for result in executor.run(TASKS, Log()):
+        assert result.metrics is not None
+        assert result.metrics.samples == len(result.task.plan.present) == 2 * (1 + result.task.client % 3)
+
+
+def test_a_task_reads_the_version_it_names(executor: RayExecutor, expected: dict[int, tuple[str, bytes]]):
+    executor.publish(weights(1))
+    old, new = (outcome(list(executor.run([task(0, version)], Log())))[0] for version in (0, 1))
+    assert old != new
+    assert old == outcome(list(executor.run([task(0)], Log())))[0]
+    assert outcome(list(executor.run(TASKS, Log()))) == expected
+
+
+def test_private_weights_are_laid_over_the_global_ones(executor: RayExecutor, tmp_path: Path):
+    own = PersonalWeights(shared={"router": np.ones((4, 8))}, experts={ExpertKey(1, 0): {"up": np.ones((8, 4))}})
+    published = weights(2, personal={3: own})
+    local = LocalExecutor(context(tmp_path), worker_factory=TinyWorker)
+    tasks = [task(2, 2), task(3, 2), task(3, 2, personal=3, round=2), task(4, 2, personal=4)]
+    runs = []
+    for one in (executor, local):
+        one.publish(published)
+        results = one.run(tasks, Log())
+        runs.append({(r.task.client, r.task.round): r.payload() for r in results if r.payload})
+    assert runs[0] == runs[1]
+    assert len(set(runs[0].values())) == 4
+    plain = outcome(list(executor.run([task(3, 2, round=2)], Log())))[3]
+    assert plain[1] != runs[0][3, 2]
+
+
+def test_an_exception_in_client_code_fails_that_client_alone(executor: RayExecutor, tmp_path: Path):
+    (tmp_path / "run" / "fail-2").touch()
+    log = Log()
+    results = {result.task.client: result for result in executor.run(TASKS, log)}
+    assert [client for client, result in results.items() if result.status != "ok"] == [2]
+    assert results[2].reason == "ValueError: client 2 has no examples"
+    (error,) = log.named("task_error")
+    assert error["client"] == 2
+    assert "in _misbehave" in str(error["traceback"])
+    assert not log.named("slot_lost")
+
+
+def test_a_payload_is_handed_out_once(executor: RayExecutor):
+    (result,) = executor.run([task(0)], Log())
+    assert result.payload is not None
+    assert len(result.payload()) == 200_032
+    with pytest.raises(RuntimeError, match="fetched before"):
+        result.payload()
+
+
+def test_closing_the_iterator_stops_what_runs(executor: RayExecutor, tmp_path: Path):
+    slow = tmp_path / "run" / "slow-1"
+    slow.touch()
+    results = executor.run(TASKS, log := Log())
+    next(results)
+    while not any(fields["client"] == 1 for fields in log.named("task_started")):
+        next(results)
+    results.close()
+    (after,) = executor.run([task(0)], Log())
+    assert after.status == "ok"
+    assert {slot.state for slot in executor.slots} <= {State.IDLE, State.STOPPING}
+
+
+def test_a_model_that_cannot_be_loaded_ends_the_run_with_its_error(tmp_path: Path):
+    made = RayExecutor(context(tmp_path), worker_factory=BrokenWorker)
+    made.publish(weights())
+    with pytest.raises(TrainingError, match=r"cannot load .*ValueError: .* is not a model"):
+        list(made.run(TASKS, Log()))
+    made.close()
