@@ -17,13 +17,13 @@ import torch
 from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, BertModel, PreTrainedModel
-from transformers.utils import logging as transformers_logging
 
 from hfedmoe_ray.config.schema import Model
 from hfedmoe_ray.data.tokenize import load_tokenizer, pad_id, tokenize
 from hfedmoe_ray.errors import ModelError
 from hfedmoe_ray.moe.layout import MoELayout, layout_of
-from hfedmoe_ray.moe.store import Meta, Tensors, write_meta
+from hfedmoe_ray.moe.quiet import quiet_transformers
+from hfedmoe_ray.moe.store import CONFIG, Meta, Tensors, write_meta
 from hfedmoe_ray.moe.upcycle import ffn_inputs, upcycle
 from hfedmoe_ray.seeds import derive_seed
 from hfedmoe_ray.types import Array, ExpertKey
@@ -37,7 +37,7 @@ _HEAD_STD = 0.02
 
 
 def build(
-    source: Path, dense: bool, model: Model, num_labels: int, seed: int, texts: Sequence[str], directory: Path
+    *, source: Path, dense: bool, model: Model, num_labels: int, seed: int, texts: Sequence[str], directory: Path
 ) -> None:
     """Builds a model and writes it into an existing directory (files: see `store`).
 
@@ -56,7 +56,7 @@ def build(
     tokenizer = load_tokenizer(source)
     tokenizer.save_pretrained(directory)
     upcycling: list[dict[str, Any]] = []
-    with _one_thread(), _quiet():
+    with _one_thread(), quiet_transformers():
         if dense:
             assert model.upcycle is not None
             bert = _load(BertModel, source, ("pooler",), add_pooling_layer=False)
@@ -72,7 +72,7 @@ def build(
         layout = layout_of(module.eval())
         _new_head(layout, torch.Generator().manual_seed(derive_seed(seed, "head")))
         means = mean_outputs(layout, _batches(tokenizer, texts[:_MEAN_TEXTS]))
-    module.config.save_pretrained(directory)
+    module.config.to_json_file(directory / CONFIG)
     groups = {name: group for name, group in layout.groups.items() if group != "expert"}
     parameters = dict(module.named_parameters())
     tensors = Tensors(
@@ -115,7 +115,7 @@ def mean_outputs(layout: MoELayout, batches: Iterator[tuple[Tensor, Tensor]]) ->
     def note(layer: int) -> Any:
         def hook(_module: nn.Module, args: tuple[Tensor, Tensor, Tensor]) -> None:
             tokens, index, _ = args
-            for expert in index.unique().tolist():
+            for expert in torch.unique(index).tolist():
                 routed = tokens[(index == expert).any(dim=1) & real]
                 tensors = layout.read_expert(ExpertKey(layer, expert))
                 totals[layer, expert] += layout.expert_forward(routed, tensors).sum(dim=0)
@@ -183,18 +183,3 @@ def _one_thread() -> Iterator[None]:
             yield
     finally:
         torch.set_num_threads(threads)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silences transformers' report of the head it did not find, and its progress bar."""
-    verbosity = transformers_logging.get_verbosity()
-    bar = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bar:
-            transformers_logging.enable_progress_bar()

@@ -12,8 +12,8 @@ Legend: B batch, S sequence, T = B*S tokens, H hidden, F neurons of one expert, 
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, linear
 from transformers import AutoConfig, AutoModelForSequenceClassification, BertConfig
 from transformers import initialization as init
 from transformers.activations import ACT2FN
@@ -35,7 +35,7 @@ class MoEEncoderConfig(BertConfig):
     num_experts_per_tok: int = 4
     expert_size: int = 96
     """F, neurons of one expert."""
-    combine: str = "sum"
+    combine: Combine = "sum"
     """How the weights of a token's K experts are scaled. "sum": to sum to K, where experts are the summands of one
     FFN (at K = E and a uniform router every weight is 1: the dense model). "mean": to sum to 1, where they are copies
     of it."""
@@ -71,7 +71,7 @@ class TopKRouter(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Returns logits [T, E], weights [T, K] and expert numbers [T, K] of tokens [T, H]."""
-        logits = F.linear(hidden_states, self.weight)
+        logits = linear(hidden_states, self.weight)
         return logits, *choose_experts(logits, self.top_k, self.combine)
 
 
@@ -94,7 +94,7 @@ class FusedExperts(nn.Module):
         for expert, (up, bias, down) in enumerate(weights):
             token, slot = torch.where(top_k_index == expert)
             if len(token):
-                output = F.linear(self.activation(F.linear(hidden_states[token], up, bias)), down)
+                output = linear(self.activation(linear(hidden_states[token], up, bias)), down)
                 share = output * top_k_weights[token, slot, None]
                 combined = combined.index_add(0, token, share.to(combined.dtype))
         return combined
@@ -212,7 +212,7 @@ class MoEEncoderForSequenceClassification(BertPreTrainedModel):
         if hidden_states is None:
             hidden_states = self.prefix(given, attention_mask)
         logits = self.classifier(self.encode(hidden_states, attention_mask))
-        loss = None if labels is None else F.cross_entropy(logits, labels)
+        loss = None if labels is None else cross_entropy(logits, labels)
         return SequenceClassifierOutput(loss=loss, logits=logits)
 
     def _run(self, hidden_states: Tensor, attention_mask: Tensor, start: int, stop: int) -> Tensor:

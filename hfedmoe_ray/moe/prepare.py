@@ -12,10 +12,10 @@ from pathlib import Path
 
 from hfedmoe_ray.config.schema import Model
 from hfedmoe_ray.context import PreparedModel
-from hfedmoe_ray.federation.executor import Weights
 from hfedmoe_ray.moe import store
 from hfedmoe_ray.moe.shape import DENSE_FAMILY, check_family, read_shape, upcycled_config
 from hfedmoe_ray.moe.sources import read_config, resolve
+from hfedmoe_ray.types import Weights
 
 
 def prepare_model(
@@ -47,7 +47,15 @@ def prepare_model(
         with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".preparing-") as temporary:
             complete = Path(temporary) / "model"
             complete.mkdir()
-            build(source, dense, model, num_labels, seed, calibration_texts, complete)
+            build(
+                source=source,
+                dense=dense,
+                model=model,
+                num_labels=num_labels,
+                seed=seed,
+                texts=calibration_texts,
+                directory=complete,
+            )
             _publish(complete, directory)
     return PreparedModel(
         path=directory.resolve(), sha256=store.read_meta(directory).sha256, shape=read_shape(model, num_labels)
@@ -83,6 +91,7 @@ def save_full(prepared: PreparedModel, weights: Weights, directory: Path) -> Non
     import torch
 
     from hfedmoe_ray.data.tokenize import load_tokenizer
+    from hfedmoe_ray.moe.quiet import quiet_transformers
     from hfedmoe_ray.moe.subset import assign_base, read_base, skeleton
 
     module, layout = skeleton(prepared.path)
@@ -92,7 +101,8 @@ def save_full(prepared: PreparedModel, weights: Weights, directory: Path) -> Non
     assign_base(module, read_base(prepared.path) | trained)
     for key, arrays in (store.read_experts(prepared.path) | dict(weights.experts)).items():
         layout.write_expert(key, {name: torch.tensor(array) for name, array in arrays.items()})
-    module.save_pretrained(directory)
+    with quiet_transformers():
+        module.save_pretrained(directory)
     load_tokenizer(prepared.path).save_pretrained(directory)
 
 

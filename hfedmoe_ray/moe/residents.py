@@ -96,7 +96,7 @@ class ResidentExperts(nn.Module):
 
     def parameters_of(self, expert: int) -> dict[str, nn.Parameter]:
         """Returns the parameters of a TRAIN expert by tensor name."""
-        return dict(self.trained[str(expert)].items())
+        return {name: tensor for name, tensor in self._tensors[expert].items() if isinstance(tensor, nn.Parameter)}
 
     def tensors_of(self, expert: int) -> Mapping[str, Tensor]:
         """Returns the tensors of a present expert."""
@@ -137,7 +137,7 @@ class ResidentExperts(nn.Module):
             token = pairs // top_k
             weight = top_k_weights.flatten().index_select(0, pairs)
             # index_select rather than [token]: the same gradient by one index_add.
-            inputs = hidden_states.index_select(0, token).split(counts)
+            inputs = torch.split(hidden_states.index_select(0, token), counts)
             outputs = torch.cat([self._compute(e, x) for e, x in enumerate(inputs) if len(x)])  # [P, H]
             combined = combined.index_add(0, token, (outputs * weight[:, None]).to(combined.dtype))
         if self._absent_means is not None:

@@ -1,6 +1,8 @@
 """A prepared model on disk: the form in which server and workers read it. Torch-free.
 
-    config.json, tokenizer files   transformers' own
+    tokenizer files                transformers' own
+    model_config.json              transformers' config.json under another name: beside a config.json of a family that
+                                   it does not know, AutoTokenizer warns
     base.safetensors               every parameter and buffer that is not an expert's, by full name
     experts.safetensors            every expert tensor as "layer.expert.name"
     means.safetensors              mean output of every expert over calibration tokens, [L, E, H]
@@ -26,9 +28,10 @@ from hfedmoe_ray.context import PreparedModel
 from hfedmoe_ray.errors import ModelError
 from hfedmoe_ray.types import Array, ExpertKey
 
-FORMAT = 1
+FORMAT = 2
 """Raised whenever the files above change; models are then prepared anew."""
-BASE, EXPERTS, MEANS, META = "base.safetensors", "experts.safetensors", "means.safetensors", "meta.json"
+BASE, EXPERTS, MEANS = "base.safetensors", "experts.safetensors", "means.safetensors"
+CONFIG, META = "model_config.json", "meta.json"
 
 Group = Literal["expert", "router", "head", "top", "rest"]
 """What a parameter is: see `MoELayout.groups`."""
@@ -78,11 +81,11 @@ class Tensors:
             MEANS: {"means": self.means},
         }
         digest = hashlib.sha256()
-        for file, arrays in files.items():
-            arrays = {name: np.ascontiguousarray(array) for name, array in sorted(arrays.items())}
+        for file, content in files.items():
+            arrays = {name: np.ascontiguousarray(array) for name, array in sorted(content.items())}
             for name, array in arrays.items():
                 digest.update(f"{file}/{name}{array.shape}{array.dtype}".encode())
-                digest.update(memoryview(array.reshape(-1)).cast("B"))
+                digest.update(array.tobytes())
             save_file(arrays, directory / file)
         return digest.hexdigest()
 

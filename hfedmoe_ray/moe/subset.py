@@ -17,20 +17,20 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn import Parameter
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
 from hfedmoe_ray.errors import ModelError
 from hfedmoe_ray.moe.layout import MoELayout, layout_of
 from hfedmoe_ray.moe.layout.base import assign, on_meta
 from hfedmoe_ray.moe.residents import ResidentExperts
 from hfedmoe_ray.moe.routing import RoutingTape
-from hfedmoe_ray.moe.store import BASE, Trainable, read_meta
+from hfedmoe_ray.moe.store import BASE, CONFIG, Trainable, read_meta
 from hfedmoe_ray.types import Array, ExpertKey, ExpertPlan, ModelShape, TaskWeights
 
 
-def skeleton(directory: Path) -> tuple[nn.Module, MoELayout]:
+def skeleton(directory: Path) -> tuple[PreTrainedModel, MoELayout]:
     """Returns a prepared model on the meta device, without any storage, and its layout."""
-    config = AutoConfig.from_pretrained(directory)
+    config = AutoConfig.from_pretrained(directory / CONFIG)
     with torch.device("meta"):
         model = AutoModelForSequenceClassification.from_config(config)
     return model, layout_of(model)
@@ -42,7 +42,7 @@ def read_base(directory: Path) -> dict[str, Tensor]:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
 
 
-def assign_base(model: nn.Module, base: Mapping[str, Tensor]) -> None:
+def assign_base(model: PreTrainedModel, base: Mapping[str, Tensor]) -> None:
     """Makes non-expert tensors the model's own; raises ModelError if that leaves anything without storage."""
     for name, tensor in base.items():
         assign(model, name, tensor)
@@ -54,12 +54,12 @@ def assign_base(model: nn.Module, base: Mapping[str, Tensor]) -> None:
 class SparseModel:
     """A prepared model that holds the experts of one plan at a time."""
 
-    module: nn.Module
+    module: PreTrainedModel
     """The transformers model, its fused experts replaced."""
     tape: RoutingTape
     """The routing of the latest forward pass."""
     shape: ModelShape
-    """Byte counts are those of the parameters that train in the present binding (before the first: routers and head)."""
+    """Its bytes count what trains in the present binding (before the first one: routers and head)."""
     expert_parameters: dict[ExpertKey, dict[str, Parameter]]
     """Parameters of every TRAIN expert by tensor name."""
     shared_parameters: dict[str, Parameter]

@@ -19,14 +19,20 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from sklearn.cluster import KMeans
 from torch import Tensor, nn
+from torch.nn.functional import log_softmax, normalize
 from transformers import BertModel
+from transformers.models.bert.modeling_bert import BertLayer
 
 from hfedmoe_ray.config.schema import Upcycle
-from hfedmoe_ray.moe.encoder import MoEEncoderConfig, MoEEncoderForSequenceClassification, MoEFeedForward
+from hfedmoe_ray.moe.encoder import (
+    MoEEncoderConfig,
+    MoEEncoderForSequenceClassification,
+    MoEEncoderLayer,
+    MoEFeedForward,
+)
 from hfedmoe_ray.moe.shape import upcycled_config
 from hfedmoe_ray.seeds import derive_seed
 from hfedmoe_ray.types import Array
@@ -79,7 +85,7 @@ def upcycle(
     model.embeddings.load_state_dict(dense.embeddings.state_dict())
     reports = []
     for number, (source, target) in enumerate(zip(dense.encoder.layer, model.layer, strict=True)):
-        if number not in moe_config.moe_layers:
+        if not isinstance(target, MoEEncoderLayer):
             target.load_state_dict(source.state_dict())
             continue
         target.attention.load_state_dict(source.attention.state_dict())
@@ -137,7 +143,7 @@ def balanced_clusters(rows: Array, clusters: int, seed: int) -> Array:
 
 
 @torch.no_grad()
-def _split(dense: nn.Module, moe: MoEFeedForward, seed: int) -> None:
+def _split(dense: BertLayer, moe: MoEFeedForward, seed: int) -> None:
     up, bias, down = dense.intermediate.dense.weight, dense.intermediate.dense.bias, dense.output.dense.weight
     labels = balanced_clusters(up.numpy(), moe.experts.up_proj.shape[0], seed)
     for expert in range(len(moe.experts.up_proj)):
@@ -145,11 +151,11 @@ def _split(dense: nn.Module, moe: MoEFeedForward, seed: int) -> None:
         moe.experts.up_proj[expert] = up[neurons]
         moe.experts.up_bias[expert] = bias[neurons]
         moe.experts.down_proj[expert] = down[:, neurons]
-        moe.gate.weight[expert] = _UNIFORM * F.normalize(up[neurons].mean(dim=0), dim=0)
+        moe.gate.weight[expert] = _UNIFORM * normalize(up[neurons].mean(dim=0), dim=0)
 
 
 @torch.no_grad()
-def _copy(dense: nn.Module, moe: MoEFeedForward, noise: float, seed: int) -> None:
+def _copy(dense: BertLayer, moe: MoEFeedForward, noise: float, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     sources = {
         "up_proj": dense.intermediate.dense.weight,
@@ -172,7 +178,7 @@ def _calibrate(layer: int, moe: MoEFeedForward, inputs: Tensor, steps: int, gene
     top_k, experts = moe.gate.top_k, moe.experts.up_proj.shape[0]
     inputs = inputs[torch.randperm(len(inputs), generator=generator)[: max(_GRAM_ELEMENTS // experts**2, 1)]]
     test = torch.arange(len(inputs)) % _HELD_OUT == 0
-    gram = torch.cat([_gram(moe, chunk) for chunk in inputs.split(_CHUNK_TOKENS)])  # [N, E, E]
+    gram = torch.cat([_gram(moe, chunk) for chunk in torch.split(inputs, _CHUNK_TOKENS)])  # [N, E, E]
     alignment = gram.sum(dim=2)  # [N, E], y_e . y
     best = torch.zeros_like(alignment).scatter(1, alignment.topk(top_k, dim=1).indices, 1.0)  # [N, E]
 
@@ -189,15 +195,15 @@ def _calibrate(layer: int, moe: MoEFeedForward, inputs: Tensor, steps: int, gene
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(steps):
         rows = train[torch.randint(len(train), (min(_BATCH_TOKENS, len(train)),), generator=generator)]
-        choice = -(best[rows] / top_k * F.log_softmax(moe.gate(inputs[rows])[0], dim=1)).sum(dim=1).mean()
+        choice = -(best[rows] / top_k * log_softmax(moe.gate(inputs[rows])[0], dim=1)).sum(dim=1).mean()
         optimizer.zero_grad()
-        (error(rows) + choice).backward()
+        torch.autograd.backward(error(rows) + choice)
         optimizer.step()
         schedule.step()
     moe.gate.weight.grad = None
     with torch.no_grad():
-        bias = torch.stack([_missing(moe, chunk).sum(dim=0) for chunk in inputs[train].split(_CHUNK_TOKENS)])
-        moe.output_bias += bias.sum(dim=0) / len(train)
+        bias = torch.stack([_missing(moe, chunk).sum(dim=0) for chunk in torch.split(inputs[train], _CHUNK_TOKENS)])
+        moe.output_bias.add_(bias.sum(dim=0) / len(train))
         return LayerReport(
             layer=layer,
             centroid_error=centroid_error,

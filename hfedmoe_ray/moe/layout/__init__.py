@@ -1,6 +1,6 @@
 """The uniform view of MoE models: ask `layout_of`. A new family is a class in this package and a line in `FAMILIES`."""
 
-from torch import nn
+from transformers import PreTrainedModel
 
 from hfedmoe_ray.errors import ModelError
 from hfedmoe_ray.moe.layout.base import MoELayout
@@ -10,13 +10,13 @@ FAMILIES: dict[str, type[MoELayout]] = {layout.family: layout for layout in (MoE
 """Layouts by transformers' model_type."""
 
 
-def layout_of(model: nn.Module) -> MoELayout:
+def layout_of(model: PreTrainedModel) -> MoELayout:
     """Returns the uniform view of a transformers MoE model.
 
     Raises:
         ModelError: The family is not known, or the model has no MoE layer.
     """
-    family = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+    family = model.config.model_type
     if family not in FAMILIES:
         raise ModelError(
             f"model.source: no layout is known for models of the family {family!r}. Known are {', '.join(FAMILIES)}; "

@@ -14,6 +14,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from hfedmoe_ray.moe.store import TRAINABLE_GROUPS, Group, Trainable
 from hfedmoe_ray.types import ExpertKey, ModelShape
@@ -39,7 +40,7 @@ class MoELayout(ABC):
     top_k: int
     hidden: int
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         """Finds the MoE blocks of `model`, which may be on the meta device."""
         self.model = model
         blocks = [(name, module) for name, module in model.named_modules() if self.is_block(module)]
@@ -144,7 +145,7 @@ class MoELayout(ABC):
             part = name.removeprefix(block + ".").split(".")[0]
             # What else a block holds serves every expert (an output bias, shared experts): it trains with the norms.
             return "expert" if part == self.experts_name else "router" if part == self.gate_name else "top"
-        if name.split(".")[0] in self.head_names:
+        if name.split(".", maxsplit=1)[0] in self.head_names:
             return "head"
         return "top" if above and _ATTENTION_OR_NORM.search(name) else "rest"
 

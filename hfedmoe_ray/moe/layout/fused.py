@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.functional import linear
+from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
@@ -23,7 +24,7 @@ class FusedLayout(MoELayout):
     tensor_names: ClassVar[tuple[str, ...]]
     """Names of the fused tensors, and so of one expert's tensors."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         """Takes sizes from the first block: transformers' families have the same in every layer."""
         super().__init__(model)
         fused = self._fused(0)
@@ -66,8 +67,8 @@ class MoEEncoderLayout(FusedLayout):
 
     def expert_forward(self, tokens: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
         """See `MoELayout`."""
-        neurons = self.activation(F.linear(tokens, tensors["up_proj"], tensors["up_bias"]))  # [T, F]
-        return F.linear(neurons, tensors["down_proj"])
+        neurons = self.activation(linear(tokens, tensors["up_proj"], tensors["up_bias"]))  # [T, F]
+        return linear(neurons, tensors["down_proj"])
 
     def choose(self, logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
         """See `MoELayout`."""
@@ -87,8 +88,8 @@ class MixtralLayout(FusedLayout):
 
     def expert_forward(self, tokens: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
         """See `MoELayout`."""
-        gate, up = F.linear(tokens, tensors["gate_up_proj"]).chunk(2, dim=-1)  # [T, F] each
-        return F.linear(self.activation(gate) * up, tensors["down_proj"])
+        gate, up = linear(tokens, tensors["gate_up_proj"]).chunk(2, dim=-1)  # [T, F] each
+        return linear(self.activation(gate) * up, tensors["down_proj"])
 
     def choose(self, logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
         """See `MoELayout`."""
