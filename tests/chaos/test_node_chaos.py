@@ -1,0 +1,75 @@
+"""A node that is lost takes its actors and unfinished work; both go on elsewhere, with the same results."""
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from ray.cluster_utils import Cluster
+from tiny_worker import TIERS, Log, TinyWorker, context, outcome, task, weights
+
+from hfedmoe_ray.errors import ClusterError
+from hfedmoe_ray.runtime.cluster import capacity, connected
+from hfedmoe_ray.runtime.local import LocalExecutor
+from hfedmoe_ray.runtime.pool import RayExecutor
+
+pytestmark = [pytest.mark.ray, pytest.mark.chaos]
+TASKS = [task(client) for client in range(6)]
+
+
+QUICK = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 3}
+
+
+@pytest.fixture(scope="module")
+def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
+    """A head without CPUs that notices lost nodes quickly, and three nodes with one CPU each."""
+    request.getfixturevalue("workers_import_tests")
+    made = Cluster()
+    session = tempfile.mkdtemp(prefix="hfedmoe-test-", dir="/tmp")
+    for number in range(4):
+        size = {"num_cpus": min(number, 1), "object_store_memory": 2**27, "memory": 2**30}
+        head = {} if number else {"_system_config": QUICK}
+        made.add_node(**size, **head, labels={"site": f"n{number}"}, temp_dir=session)
+    with connected(made.address):
+        yield made
+    made.shutdown()
+    shutil.rmtree(session, ignore_errors=True)
+
+
+def lose(cluster: Cluster, node_id: str) -> None:
+    lost = next(node for node in cluster.worker_nodes if node.node_id == node_id)
+    cluster.remove_node(lost, allow_graceful=False)
+
+
+def test_work_of_a_lost_node_moves_to_another(cluster: Cluster, tmp_path: Path):
+    made = context(tmp_path)
+    local = LocalExecutor(made, worker_factory=TinyWorker)
+    local.publish(weights())
+    expected = outcome(list(local.run(TASKS, Log())))
+    executor = RayExecutor(made, worker_factory=TinyWorker)
+    executor.publish(weights())
+    log = Log()
+    try:
+        assert {slot.spec.node for slot in executor.slots} == {node.node for node in capacity() if node.cpus}
+        assert outcome(list(executor.run(TASKS, log))) == expected
+        lose(cluster, executor.slots[0].spec.node)
+        assert outcome(list(executor.run(TASKS, log))) == expected
+        assert {slot.spec.node for slot in executor.slots} == {slot.spec.node for slot in executor.slots[1:]}
+    finally:
+        executor.close()
+
+
+def test_clients_bound_to_a_lost_node_end_the_run_with_the_reason(cluster: Cluster, tmp_path: Path):
+    left = [node.labels["site"] for node in capacity() if node.cpus]
+    tiers = [TIERS[0] | {"labels": {"site": left[0]}}, TIERS[1] | {"labels": {"site": left[1]}}]
+    executor = RayExecutor(context(tmp_path, clients={"count": 6, "tiers": tiers}), worker_factory=TinyWorker)
+    executor.publish(weights())
+    log = Log()
+    try:
+        assert len(list(executor.run(TASKS, log))) == 6
+        lose(cluster, executor.slots[0].spec.node)
+        with pytest.raises(ClusterError, match=r"No actor is left .*node is lost.*hfedmoe resume"):
+            list(executor.run(TASKS, log))
+    finally:
+        executor.close()

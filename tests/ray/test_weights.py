@@ -1,0 +1,81 @@
+"""Versions in the object store: what did not change is not put again, and nothing that comes out can be written."""
+
+import numpy as np
+import pytest
+from tiny_worker import SHAPE, task, weights
+
+from hfedmoe_ray.runtime.weights import WeightStore
+from hfedmoe_ray.types import ExpertKey, PersonalWeights, Weights
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("cluster")]
+
+
+def single(version: int, value: np.ndarray) -> Weights:
+    experts = {key: {"up": value} for key in list(SHAPE.keys())}
+    return Weights(version=version, shared={"router": np.zeros(3)}, experts=experts)
+
+
+def test_only_changed_experts_are_put_again():
+    store = WeightStore()
+    for version in (0, 1):
+        store.publish(weights(version))
+    old, new = (store.refs(task(0, version)) for version in (0, 1))
+    assert old.shared != new.shared
+    assert {key for key in old.experts if old.experts[key] != new.experts[key]} == {ExpertKey(0, 0)}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "kept"),
+    [
+        (np.array([0.0, 1.0]), np.array([0.0, 1.0]), True),
+        (np.array([np.nan, 1.0]), np.array([np.nan, 1.0]), True),
+        (np.array([0.0, 1.0]), np.array([-0.0, 1.0]), False),
+        (np.array([0.0, 1.0]), np.array([0.0, 1.0], dtype=np.float32), False),
+        (np.array([0.0, 1.0]), np.array([[0.0, 1.0]]), False),
+        (np.array(1.0), np.array(1.0), True),
+    ],
+    ids=["equal", "nan", "negative zero", "type", "shape", "scalar"],
+)
+def test_sameness_is_of_bytes(before: np.ndarray, after: np.ndarray, kept: bool):
+    store = WeightStore()
+    store.publish(single(0, before))
+    store.publish(single(1, after))
+    assert (store.refs(task(0, 0)).experts == store.refs(task(0, 1)).experts) is kept
+
+
+def test_only_two_versions_are_kept():
+    store = WeightStore()
+    for version in range(3):
+        store.publish(weights(version))
+    store.refs(task(0, 1))
+    with pytest.raises(KeyError):
+        store.refs(task(0, 0))
+
+
+def test_fetched_arrays_are_shared_memory_that_refuses_writes():
+    store = WeightStore()
+    means = np.arange(100_000.0)
+    published = single(0, np.arange(100_000.0))
+    store.publish(Weights(version=0, shared=published.shared, experts=published.experts, means=means))
+    refs = store.refs(task(0, 0, present=1))
+    one, two = refs.fetch(), refs.fetch()
+    key = ExpertKey(1, 0)
+    assert list(one.experts) == [ExpertKey(0, 0), key]
+    assert one.experts[key]["up"].ctypes.data == two.experts[key]["up"].ctypes.data
+    for array in (one.experts[key]["up"], one.shared["router"], one.means):
+        assert array is not None
+        with pytest.raises(ValueError, match="read-only"):
+            array[0] = 1
+    assert np.array_equal(one.means, means)
+
+
+def test_private_weights_replace_objects_and_keep_theirs_while_unchanged():
+    own = PersonalWeights(shared={"head": np.ones(2)}, experts={ExpertKey(0, 1): {"up": np.ones(2)}})
+    store = WeightStore()
+    store.publish(weights(0, personal={5: own}))
+    store.publish(weights(1, personal={5: own}))
+    private, public = store.refs(task(5, 1, personal=5)), store.refs(task(5, 1))
+    assert {key for key in public.experts if private.experts[key] != public.experts[key]} == {ExpertKey(0, 1)}
+    assert private.shared[-1] == store.refs(task(5, 0, personal=5)).shared[-1]
+    assert set(private.fetch().shared) == {"router", "head"}
+    assert store.refs(task(4, 1, personal=4)) == store.refs(task(4, 1)), "a client without private weights"
