@@ -13,6 +13,7 @@ from hfedmoe_ray.tracking import sections
 from hfedmoe_ray.tracking.formatting import MISSING, duration, percent, plural, points, size
 from hfedmoe_ray.tracking.jsonl import write_atomic
 from hfedmoe_ray.tracking.record import RunRecord, read_run
+from hfedmoe_ray.tracking.troubles import troubles
 
 _STRATEGIES = {"hfedmoe": "HFedMoE", "fedavg": "FedAvg", "random": "random experts", "local": "local training"}
 
@@ -40,7 +41,7 @@ def render(run: RunRecord) -> str:
             sections.budgets(run),
             sections.clients(run),
             sections.phases(run),
-            sections.troubles(run),
+            troubles(run),
             sections.rounds(run),
             sections.configuration(run),
             _footer(run),

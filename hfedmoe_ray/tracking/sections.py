@@ -1,7 +1,7 @@
 """The sections of a report: each a function of the run's record, empty where there is nothing to tell."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -9,14 +9,13 @@ from hfedmoe_ray.tracking import charts
 from hfedmoe_ray.tracking.charts import Bullet, Series
 from hfedmoe_ray.tracking.files import CONFIG
 from hfedmoe_ray.tracking.formatting import MISSING, decimal, duration, percent, plural, short, size
+from hfedmoe_ray.tracking.markup import figure, key, section, table
 from hfedmoe_ray.tracking.record import ClientFacts, RunRecord
-from hfedmoe_ray.tracking.svg import colour
 from hfedmoe_ray.tracking.tiers import TierStatistics, by_tier, mean
 from hfedmoe_ray.types import ClientRecord, ExpertKey, RoundReport
 
 _MOST_CLIENTS = 200
 """Clients drawn in the partition; more would not be told apart."""
-_MOST_TROUBLES = 300
 _PHASES = ("plan", "profile", "publish", "train", "reduce", "evaluate", "checkpoint")
 
 
@@ -46,18 +45,18 @@ def learning(run: RunRecord) -> str:
     figures = []
     if accuracy:
         image = charts.line_chart(accuracy, label="Accuracy by round", write=lambda share: f"{100 * share:.3g} %")
-        figures.append(_figure("Accuracy", charts.legend([s.name for s in accuracy], lines=True) + image))
+        figures.append(figure("Accuracy", charts.legend([s.name for s in accuracy], lines=True) + image))
     if loss:
         image = charts.line_chart(loss, label="Loss by round", write=lambda value: f"{value:.3g}")
-        figures.append(_figure("Loss", charts.legend([s.name for s in loss], lines=True) + image))
+        figures.append(figure("Loss", charts.legend([s.name for s in loss], lines=True) + image))
     if not figures:
-        return _section("Learning", "No round has been measured.")
+        return section("Learning", "No round has been measured.")
     intro = (
         "Each client's own test data have their own mix of classes; it is tested on them with its resident experts."
         if any(report.own_accuracy is not None for report in run.rounds)
         else ""
     )
-    return _section("Learning", intro, f'<div class="pair">{"".join(figures)}</div>')
+    return section("Learning", intro, f'<div class="pair">{"".join(figures)}</div>')
 
 
 def _series(*candidates: tuple[str, Sequence[tuple[int, float | None]]]) -> list[Series]:
@@ -74,7 +73,7 @@ def partition(run: RunRecord) -> str:
         return ""
     title = "Who has which data"
     if not any(map(any, run.partition)):
-        return _section(title, "Each client reads its own data where they are: the server does not know their labels.")
+        return section(title, "Each client reads its own data where they are: the server does not know their labels.")
     shown = run.partition[:_MOST_CLIENTS]
     labels = run.labels or [str(number) for number in range(len(shown[0]))]
     tiers = {client.client: client.tier for client in run.clients}
@@ -96,7 +95,7 @@ def partition(run: RunRecord) -> str:
     intro = f"Training examples by class and client ({kind}); the area of a circle is their number."
     if len(run.partition) > len(shown):
         intro += f" The first {len(shown)} of {len(run.partition)} clients are drawn."
-    return _section(title, intro, _figure("", charts.legend(run.tiers) + image))
+    return section(title, intro, figure("", charts.legend(run.tiers) + image))
 
 
 # ---------------------------------------------------------------------------------------------------------- experts
@@ -117,25 +116,26 @@ def selection(run: RunRecord) -> str:
         f"{sum(count > 0 for count in counts)} of {len(counts)} experts were trained; the most popular {max(counts)} "
         f"times, the least {min(counts)}. The load's coefficient of variation is {spread:.2f} (0 would be even)."
     )
-    figures = _figure(
-        "All rounds", charts.scale("1", f"{max(counts)} times") + _selection_map(total, max(counts), "all rounds")
+    figures = figure(
+        "All rounds", charts.scale("1", f"{max(counts)} times") + selection_map(total, max(counts), "all rounds")
     )
     if len(trained) > 1:
         first, last = trained[0], trained[-1]
         peak = max(count for report in (first, last) for row in report.selected for count in row)
         pair = "".join(
-            _figure(
+            figure(
                 f"Round {report.round}",
                 charts.scale("1", plural(peak, "client"))
-                + _selection_map(report.selected, peak, f"round {report.round}"),
+                + selection_map(report.selected, peak, f"round {report.round}"),
             )
             for report in (first, last)
         )
         figures += f'<div class="pair">{pair}</div>'
-    return _section("Which experts were trained", intro, figures)
+    return section("Which experts were trained", intro, figures)
 
 
-def _selection_map(counts: Sequence[Sequence[int]], peak: int, when: str) -> str:
+def selection_map(counts: Sequence[Sequence[int]], peak: int, when: str) -> str:
+    """How many clients trained each expert, [L][E], coloured from 0 to `peak`, as SVG."""
     return charts.heat_map(
         counts,
         label=f"Clients that trained each expert, {when}",
@@ -169,7 +169,7 @@ def usage(run: RunRecord) -> str:
     intro = f"Mean gate value of each expert over the clients' tokens in round {last.round}"
     intro += f"; the tick is round {first.round}, " if before else "; "
     intro += "the dashed line an even share."
-    return _section("How much the router uses them", intro, f'<div class="many">{strips}</div>')
+    return section("How much the router uses them", intro, f'<div class="many">{strips}</div>')
 
 
 def budgets(run: RunRecord) -> str:
@@ -211,9 +211,9 @@ def budgets(run: RunRecord) -> str:
         '<p class="legend"><span class="key c0"><i></i>sent to the server</span>'
         '<span class="key pale c0"><i></i>received</span></p>'
     )
-    pair = _figure(f"Experts, of {total}", keys + bullets) + _figure("Traffic", traffic_keys + traffic)
+    pair = figure(f"Experts, of {total}", keys + bullets) + figure("Traffic", traffic_keys + traffic)
     intro = "Means per client and round, over the results that were used."
-    return _section("Budgets and what became of them", intro, f'<div class="pair">{pair}</div>{_tier_table(run, rows)}')
+    return section("Budgets and what became of them", intro, f'<div class="pair">{pair}</div>{_tier_table(run, rows)}')
 
 
 def _tier_table(run: RunRecord, rows: Mapping[str, TierStatistics]) -> str:
@@ -234,7 +234,7 @@ def _tier_table(run: RunRecord, rows: Mapping[str, TierStatistics]) -> str:
                 _statuses(row.statuses),
             ]
         )
-    return _table(
+    return table(
         ["Tier", "*Clients", "*Examples each", "*Training loss", "*Time", "*Peak memory", "*Own accuracy", "Results"],
         cells,
     )
@@ -270,7 +270,7 @@ def clients(run: RunRecord) -> str:
         )
     headings = ["*Client", "Tier", "Resources", "*Examples", "*Budget", "*Held", "*Trained", "*Sent", "*Time"]
     intro = "Budget, held and trained are experts; all but the budget are means over the client's rounds."
-    return _section("Clients", intro, _table([*headings, "*Own accuracy", "Results"], cells))
+    return section("Clients", intro, table([*headings, "*Own accuracy", "Results"], cells))
 
 
 def _residents(client: ClientFacts) -> str:
@@ -293,7 +293,7 @@ def _resources(resources: Mapping[str, Any]) -> str:
     return ", ".join(told) or MISSING
 
 
-# ------------------------------------------------------------------------------------------------- time and trouble
+# ------------------------------------------------------------------------------------------------- where time went
 
 
 def phases(run: RunRecord) -> str:
@@ -311,68 +311,16 @@ def phases(run: RunRecord) -> str:
         names=names,
         write=lambda seconds: f"{seconds:.3g} s",
     )
-    shares = _table(
+    shares = table(
         ["Phase", "*Time", "*Share"],
-        [
-            [_key(name, index), duration(totals[name]), percent(totals[name] / spent)]
-            for index, name in enumerate(names)
-        ],
+        [[key(name, index), duration(totals[name]), percent(totals[name] / spent)] for index, name in enumerate(names)],
     )
     longest = max(run.rounds, key=lambda report: report.seconds)
     intro = (
         f"{duration(sum(report.seconds for report in run.rounds))} in all; the longest was round {longest.round} with "
         f"{duration(longest.seconds)}. Phases below half a percent are left out."
     )
-    return _section("Where the time went", intro, f'<div class="pair">{_figure("", image)}<div>{shares}</div></div>')
-
-
-def troubles(run: RunRecord) -> str:
-    """Every result that could not be used, and what else went wrong."""
-    traces = {(e.get("round"), e.get("client")): str(e["traceback"]) for e in run.events if e.get("traceback")}
-    rows = []
-    for result in run.results:
-        if result.status != "ok":
-            trace = traces.get((result.round, result.client))
-            reason = escape(result.reason or "no reason given")
-            detail = f"<details><summary>Traceback</summary><pre>{escape(trace)}</pre></details>" if trace else ""
-            rows.append((result.round, [str(result.round), str(result.client), result.status, reason + detail]))
-    for event in run.events:
-        what = _TROUBLES.get(event["event"])
-        failed_evaluation = event.get("kind") == "evaluate" and event.get("status", "ok") != "ok"
-        if what is None and failed_evaluation:
-            what = f"evaluation {event['status']}"
-        if what is not None:
-            round, client = event.get("round", MISSING), event.get("client", MISSING)
-            order = round if isinstance(round, int) else -1
-            rows.append((order, [str(round), str(client), what, escape(_reason(event))]))
-    title = "What went wrong"
-    if not rows:
-        return _section(
-            title, "Nothing: no client was late, failed, rejected or dropped, and no task had to be repeated."
-        )
-    rows.sort(key=lambda row: row[0])
-    note = ""
-    if len(rows) > _MOST_TROUBLES:
-        note = f"<p>The first {_MOST_TROUBLES} of {len(rows)}; events.jsonl has all.</p>"
-    table = _table(["*Round", "*Client", "What", "Reason"], [cells for _, cells in rows[:_MOST_TROUBLES]], wrap=True)
-    return _section(title, "", table + note)
-
-
-_TROUBLES = {
-    "task_retried": "tried again",
-    "slot_lost": "slot lost",
-    "below_quorum": "below quorum",
-    "warning": "warning",
-}
-
-
-def _reason(event: Mapping[str, Any]) -> str:
-    """An event's own words, else its other fields."""
-    told = event.get("reason") or event.get("message")
-    rest = {
-        k: v for k, v in event.items() if k not in {"time", "event", "round", "client", "kind", "status", "traceback"}
-    }
-    return str(told or ", ".join(f"{name} {value}" for name, value in rest.items()) or MISSING)
+    return section("Where the time went", intro, f'<div class="pair">{figure("", image)}<div>{shares}</div></div>')
 
 
 # ----------------------------------------------------------------------------------------------------- all the rest
@@ -403,46 +351,20 @@ def rounds(run: RunRecord) -> str:
         "Experts: trained by at least one client. Divergence: mean Jensen–Shannon divergence of the clients' expert "
         "usage from their mean, in nats; 0 means that all route alike."
     )
-    return _section("All rounds", intro, _table([*headings, "*Divergence", "*Time", "Results"], cells))
+    return section("All rounds", intro, table([*headings, "*Divergence", "*Time", "Results"], cells))
 
 
 def configuration(run: RunRecord) -> str:
     """The configuration the run was started with, and the versions it was made with."""
     text = (run.run_dir / CONFIG).read_text(encoding="utf-8")
-    return _section("Configuration", "", f"<details><summary>{CONFIG}</summary><pre>{escape(text)}</pre></details>")
+    return section("Configuration", "", f"<details><summary>{CONFIG}</summary><pre>{escape(text)}</pre></details>")
 
 
 # ---------------------------------------------------------------------------------------------------------- pieces
 
 
-def _section(title: str, intro: str, *content: str) -> str:
-    paragraph = f"<p>{escape(intro)}</p>" if intro else ""
-    return f"<section><h2>{escape(title)}</h2>{paragraph}{''.join(content)}</section>\n"
-
-
-def _figure(caption: str, content: str) -> str:
-    heading = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
-    return f'<figure>{heading}<div class="scroll">{content}</div></figure>'
-
-
-def _table(headings: Sequence[str], rows: Iterable[Sequence[str]], *, wrap: bool = False) -> str:
-    """A table of HTML cells; a heading that begins with * has its column aligned as numbers."""
-    kinds = [' class="n"' if heading.startswith("*") else "" for heading in headings]
-    if wrap:
-        kinds[-1] = ' class="reason"'
-    head = "".join(f'<th scope="col"{k}>{escape(h.lstrip("*"))}</th>' for k, h in zip(kinds, headings, strict=True))
-    body = "".join(
-        "<tr>" + "".join(f"<td{k}>{cell}</td>" for k, cell in zip(kinds, row, strict=True)) + "</tr>" for row in rows
-    )
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
 def _tier(run: RunRecord, tier: str) -> str:
-    return _key(tier, _group(run, tier)) if tier else MISSING
-
-
-def _key(name: str, index: int) -> str:
-    return f'<span class="key {colour(index)}"><i></i>{escape(name)}</span>'
+    return key(tier, _group(run, tier)) if tier else MISSING
 
 
 def _group(run: RunRecord, tier: str) -> int:

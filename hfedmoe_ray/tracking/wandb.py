@@ -15,8 +15,10 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from hfedmoe_ray.config.schema import Wandb
-from hfedmoe_ray.tracking import charts
+from hfedmoe_ray.tracking.charts import scale
+from hfedmoe_ray.tracking.formatting import plural
 from hfedmoe_ray.tracking.jsonl import plain
+from hfedmoe_ray.tracking.sections import selection_map
 from hfedmoe_ray.tracking.tiers import by_tier
 from hfedmoe_ray.tracking.versions import software_versions
 from hfedmoe_ray.types import RoundReport
@@ -154,8 +156,10 @@ class WandbTracker:
             ]
             for client in report.clients
         ]
+        peak = max([1, *(count for layer in report.selected for count in layer)])
+        heat_map = scale("1", plural(peak, "client")) + selection_map(report.selected, peak, f"round {report.round}")
         return {
-            "experts/heatmap": wandb.Html(_page(selection_heat_map(report)), inject=False),
+            "experts/heatmap": wandb.Html(_page(heat_map), inject=False),
             "experts/selection": wandb.Table(columns=["layer", "expert", "clients", "usage"], data=selection),
             "clients/budgets": wandb.Table(
                 columns=["client", "tier", "budget", "held", "trained", "status"], data=budgets
@@ -170,24 +174,6 @@ class WandbTracker:
         # `finish` may return before W&B's own process has written the last of an offline file, and the process of a
         # server is killed as soon as its run is over. This waits for that process to end.
         wandb.teardown()
-
-
-def selection_heat_map(report: RoundReport) -> str:
-    """A round's expert selection as SVG: how many clients trained each expert of each layer."""
-    peak = max([1, *(count for layer in report.selected for count in layer)])
-
-    def describe(layer: int, expert: int) -> str:
-        return f"layer {layer}, expert {expert}: trained by {report.selected[layer][expert]}"
-
-    return charts.heat_map(
-        report.selected,
-        label=f"Clients that trained each expert in round {report.round}",
-        rows=[f"layer {layer}" for layer in range(len(report.selected))],
-        columns="expert",
-        peak=peak,
-        describe=describe,
-        write=lambda count: f"{count:.0f}",
-    ) + charts.scale("1 client", f"{peak} clients")
 
 
 def _page(drawing: str) -> str:

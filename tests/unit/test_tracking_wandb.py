@@ -59,7 +59,7 @@ def test_every_round_has_its_heat_map_as_drawing_and_as_table(logged: Path) -> N
         page = (files / line["experts/heatmap.path"]).read_text()
         for layer in range(LAYERS):
             for expert in range(EXPERTS):
-                told = f"layer {layer}, expert {expert}: trained by {report.selected[layer][expert]}<"
+                told = f"layer {layer}, expert {expert}: {report.selected[layer][expert]}<"
                 assert told in page
         table = json.loads((files / line["experts/selection.path"]).read_text())
         assert table["columns"] == ["layer", "expert", "clients", "usage"]
