@@ -178,7 +178,8 @@ class WandbTracker:
 
 def _page(drawing: str) -> str:
     style = files("hfedmoe_ray.tracking").joinpath("report.css").read_text(encoding="utf-8")
-    return f'<!doctype html><meta charset="utf-8"><style>{style} body {{ padding: .5rem }}</style><figure>{drawing}</figure>'
+    style += "body { padding: .5rem }"
+    return f'<!doctype html><meta charset="utf-8"><style>{style}</style><figure>{drawing}</figure>'
 
 
 def resolve_mode(mode: Literal["auto", "online", "offline", "disabled"]) -> Literal["online", "offline", "disabled"]:
