@@ -318,8 +318,6 @@ class Federation:
         with self._phase("evaluate"):
             evaluation = self.evaluate(round)
         self.state.record(round, records, evaluation, time.perf_counter() - started)
-        with self._phase("checkpoint"):
-            save_checkpoint(self.checkpoints, self.state, self.identity, self.experiment.runtime.keep_checkpoints)
         for record in records:
             self.tracker.event("client", asdict(record))
         self.tracker.round(
@@ -334,6 +332,8 @@ class Federation:
                 participation=participation,
             )
         )
+        # Last: a server killed in between repeats the round, and the trackers drop what it had reported of it.
+        save_checkpoint(self.checkpoints, self.state, self.identity, self.experiment.runtime.keep_checkpoints)
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
