@@ -12,6 +12,7 @@ from pathlib import Path
 
 from hfedmoe_ray.config.schema import Model
 from hfedmoe_ray.context import PreparedModel
+from hfedmoe_ray.data.tokenize import load_tokenizer, tokenizer_hash
 from hfedmoe_ray.moe import store
 from hfedmoe_ray.moe.shape import DENSE_FAMILY, check_family, read_shape, upcycled_config
 from hfedmoe_ray.moe.sources import read_config, resolve
@@ -90,7 +91,6 @@ def save_full(prepared: PreparedModel, weights: Weights, directory: Path) -> Non
     """
     import torch
 
-    from hfedmoe_ray.data.tokenize import load_tokenizer
     from hfedmoe_ray.moe.quiet import quiet_transformers
     from hfedmoe_ray.moe.subset import assign_base, read_base, skeleton
 
@@ -124,6 +124,7 @@ def _key(source: Path, model: Model, num_labels: int, seed: int, texts: Sequence
         "files": sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files),
         "config": (source / "config.json").read_text(encoding="utf-8"),
         "upcycle": None if model.upcycle is None else model.upcycle.model_dump(mode="json"),
+        "tokenizer": tokenizer_hash(source),
         "labels": num_labels,
         "seed": seed,
         "texts": hashlib.sha256("\0".join(texts).encode()).hexdigest(),

@@ -70,7 +70,7 @@ def upcycled_config(config: Mapping[str, Any], upcycle: Upcycle) -> dict[str, An
             f"model.upcycle.experts: the {neurons} neurons of a layer cannot be split into {upcycle.experts} equal "
             f"experts. Choose one of {', '.join(map(str, fitting))}, or `how: copy`."
         )
-    dropped = {"model_type", "architectures", "transformers_version", "_name_or_path"}
+    dropped = {"model_type", "architectures", "transformers_version", "_name_or_path", "id2label", "label2id"}
     return {
         **{name: value for name, value in config.items() if name not in dropped},
         "moe_layers": layers,
