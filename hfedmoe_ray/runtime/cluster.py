@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 from ray.exceptions import AuthenticationError
 
@@ -23,6 +24,8 @@ from hfedmoe_ray.packing import NodeCapacity
 from hfedmoe_ray.runtime import timeouts
 from hfedmoe_ray.runtime.machine import object_store_bytes, this_machine
 
+_ROOT, _PREFIX = Path("/tmp"), "hfedmoe-ray-"
+"""Where private clusters keep their files. Not in $TMPDIR: a socket's path, which lies below, must be short."""
 TOKEN_ADVICE = (
     "Ray looks for the token in RAY_AUTH_TOKEN, then in the file named by RAY_AUTH_TOKEN_PATH, then in "
     "~/.ray/auth_token. Copy the one of the cluster's head node (there: `ray get-auth-token`) to one of these places "
@@ -76,8 +79,8 @@ def _capacity(node: Mapping[str, Any]) -> NodeCapacity:
 def _start_private() -> Path:
     """Starts a cluster of this machine alone and returns its directory."""
     machine = this_machine()
-    # Ray's sockets lie in this directory, and a socket's path must be short: not in $TMPDIR.
-    directory = Path(tempfile.mkdtemp(prefix="hfedmoe-ray-", dir="/tmp"))
+    _sweep()
+    directory = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=_ROOT))
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         ray.init(
@@ -97,6 +100,14 @@ def _start_private() -> Path:
             "`hfedmoe doctor`."
         ) from error
     return directory
+
+
+def _sweep() -> None:
+    """Removes what private clusters left whose process was killed."""
+    for directory in _ROOT.glob(f"{_PREFIX}*"):
+        pid = directory.name.removeprefix(_PREFIX).partition("-")[0]
+        if pid.isdecimal() and not psutil.pid_exists(int(pid)) and directory.stat().st_uid == os.getuid():
+            shutil.rmtree(directory, ignore_errors=True)
 
 
 def _join(address: str) -> None:

@@ -69,6 +69,8 @@ def submit(
             f"{target} exists already, and the record of this run would be written there. Choose another name "
             "(name=…), or have it deleted first (--overwrite)."
         )
+    if overwrite and (target / "config.yaml").is_file():
+        shutil.rmtree(target)
     client = _connect(address or os.environ.get("RAY_API_SERVER_ADDRESS") or DEFAULT_ADDRESS)
     with tempfile.TemporaryDirectory(prefix="hfedmoe-job-") as upload:
         fill_upload(Path(upload), dump_experiment(experiment))
@@ -92,8 +94,9 @@ def submit(
     if info.status != "SUCCEEDED":
         show(f"{info.message}\n")
         return info.driver_exit_code or 1
-    if overwrite and (target / "config.yaml").is_file():
-        shutil.rmtree(target)
+    if (target / "summary.json").is_file():
+        show(f"the run is in {target}, which the cluster shares\n")
+        return 0
     files = receiver.write(target)
     show(f"received {', '.join(sorted(file.name for file in files))} in {target}\n")
     return 0

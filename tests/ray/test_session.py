@@ -1,0 +1,89 @@
+"""Whole runs: the same model wherever the clients run, news in order, errors as the classes they were."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from small_run import small_experiment
+
+from hfedmoe_ray.errors import ClusterError, DataError, HFedMoEError
+from hfedmoe_ray.runtime import session
+from hfedmoe_ray.runtime.cluster import connected
+from hfedmoe_ray.runtime.server import News, Outcome
+
+pytestmark = pytest.mark.ray
+
+
+def run(run_dir: Path, *overrides: str) -> tuple[dict[str, Any], list[tuple[str, Any]]]:
+    news: list[tuple[str, Any]] = []
+    experiment = small_experiment([f"name={run_dir.name}", *overrides])
+    summary = session.run(experiment, run_dir, resume=False, render=lambda name, fields: news.append((name, fields)))
+    return summary, news
+
+
+def test_every_way_to_run_gives_the_same_model_and_tells_the_same_story(tmp_path: Path):
+    runs = {
+        "local": run(tmp_path / "local", "backend=local"),
+        "slot": run(tmp_path / "slot", "runtime.slots=1"),
+        "dedicated": run(tmp_path / "dedicated", "actors=dedicated"),
+    }
+    assert not ray.is_initialized()
+    assert len({summary["model_sha256"] for summary, _ in runs.values()}) == 1
+    for name, (summary, news) in runs.items():
+        assert summary["status"] == "finished"
+        assert (tmp_path / name / "summary.json").is_file()
+        stages = [what for what, _ in news if what in ("preparing", "start", "round", "finish")]
+        assert stages == ["preparing", "start", *["round"] * 4, "finish"]
+        assert [fields.round for what, fields in news if what == "round"] == [0, 1, 2, 3]
+        trained = [f["client"] for what, f in news if what == "task_finished" and f["kind"] == "train"]
+        assert sorted(trained) == sorted([0, 1, 2, 3] * 3)
+
+
+def test_an_error_in_the_server_is_the_same_error_in_the_driver(tmp_path: Path):
+    with pytest.raises(DataError, match="missing.jsonl"):
+        run(tmp_path / "broken", f"data.source={tmp_path}/missing.jsonl")
+    assert not ray.is_initialized()
+
+
+@pytest.mark.parametrize(
+    ("address", "what"),
+    [
+        ("127.0.0.1:9", "Nothing answers at runtime.address 127.0.0.1:9"),
+        ("somewhere", "write auto, or host:port"),
+        ("ray://127.0.0.1:10001", "hfedmoe submit"),
+    ],
+)
+def test_a_cluster_that_cannot_be_joined_is_one_clear_paragraph(address: str, what: str):
+    with pytest.raises(ClusterError, match=what), connected(address):
+        pass
+    assert not ray.is_initialized()
+
+
+def test_outcomes_cross_as_text():
+    assert Outcome(summary={"rounds": 1}).result() == {"rounds": 1}
+    with pytest.raises(DataError, match="no column"):
+        Outcome.of(DataError("no column")).result()
+    with pytest.raises(HFedMoEError):
+        Outcome(error="HFedMoEError", message="x").result()
+    with pytest.raises(RuntimeError, match=r"KeyError: 'x'\nTraceback") as caught:
+        try:
+            raise KeyError("x")
+        except KeyError as error:
+            Outcome.of(error).result()
+    assert not isinstance(caught.value, HFedMoEError)
+    with pytest.raises(RuntimeError):
+        Outcome(error="annotations").result()
+
+
+def test_news_is_delivered_once_in_order_and_ends():
+    news = News()
+    assert news.after(0, 0.0) == ([], False)
+    for number in range(3):
+        news.add("event", number)
+    assert news.after(0, 0.0) == ([("event", 0), ("event", 1), ("event", 2)], False)
+    assert news.after(2, 0.0) == ([("event", 2)], False)
+    news.add("event", 3)
+    news.close()
+    assert news.after(3, 10.0) == ([("event", 3)], True)
+    assert news.after(4, 10.0) == ([], True)
