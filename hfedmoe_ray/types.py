@@ -238,6 +238,16 @@ class TaskResult:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Prototypes:
+    """Where the classes lie in front of the task head, as one client sees it."""
+
+    sums: Array
+    """Sum of the features of each class's examples, float32 [C, H]."""
+    counts: Array
+    """Examples of each class, float32 [C]."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ClientUpdate:
     """A parsed and validated update: only what was trained, as writable fp32 arrays."""
 
@@ -252,6 +262,7 @@ class ClientUpdate:
     profile: RoutingProfile | None
     means: Mapping[ExpertKey, tuple[Array, int]]
     """Mean output [H] of held experts over the tokens routed to them, and how many tokens that were."""
+    prototypes: Prototypes | None = None
     payload_bytes: int = 0
 
 

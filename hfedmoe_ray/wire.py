@@ -1,6 +1,7 @@
 """What travels back from a client: safetensors bytes for arrays, JSON for numbers. Nothing else is ever parsed.
 
-Names: `expert.<layer>.<expert>.<tensor>`, `shared.<parameter>`, `mean.<layer>.<expert>`, `profile.<field>`.
+Names: `expert.<layer>.<expert>.<tensor>`, `shared.<parameter>`, `mean.<layer>.<expert>`, `profile.<field>`,
+`prototype.<field>`.
 """
 
 import hashlib
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load, save
 
-from hfedmoe_ray.types import Array, ClientMetrics, ClientUpdate, ExpertKey, RoutingProfile
+from hfedmoe_ray.types import Array, ClientMetrics, ClientUpdate, ExpertKey, Prototypes, RoutingProfile
 
 PROFILE_FIELDS = ("usage", "specific", "kl", "routed")
 
@@ -43,12 +44,15 @@ def pack_update(
     shared: Mapping[str, Array],
     profile: RoutingProfile | None,
     means: Mapping[ExpertKey, Array],
+    prototypes: Prototypes | None = None,
 ) -> bytes:
     """Returns the payload of an update. The tokens behind a mean output are the profile's `routed`."""
     tensors: dict[str, Array] = {f"shared.{name}": value for name, value in shared.items()}
     for key, named in experts.items():
         tensors |= {f"expert.{expert_name(key)}.{name}": value for name, value in named.items()}
     tensors |= {f"mean.{expert_name(key)}": mean for key, mean in means.items()}
+    if prototypes is not None:
+        tensors |= {"prototype.sums": prototypes.sums, "prototype.counts": prototypes.counts}
     if profile is not None:
         tensors |= {f"profile.{name}": getattr(profile, name) for name in PROFILE_FIELDS}
         tensors["profile.tokens"] = np.array([profile.tokens], dtype=np.int64)
@@ -70,6 +74,7 @@ def unpack_update(payload: bytes, metrics: ClientMetrics) -> ClientUpdate:
     shared: dict[str, Array] = {}
     means: dict[ExpertKey, Array] = {}
     profile: dict[str, Array] = {}
+    prototypes: dict[str, Array] = {}
     for name, value in tensors.items():
         kind, _, rest = name.partition(".")
         match kind:
@@ -82,6 +87,8 @@ def unpack_update(payload: bytes, metrics: ClientMetrics) -> ClientUpdate:
                 means[expert_key(rest)] = value
             case "profile":
                 profile[rest] = value
+            case "prototype" if rest in ("sums", "counts"):
+                prototypes[rest] = value
             case _:
                 raise ValueError(f"unknown entry {name!r}")
     parsed = _profile(profile)
@@ -93,6 +100,7 @@ def unpack_update(payload: bytes, metrics: ClientMetrics) -> ClientUpdate:
         trained={expert_key(name): steps for name, steps in metrics.trained.items()},
         profile=parsed,
         means={key: (mean, int(parsed.routed[key]) if parsed else 0) for key, mean in means.items()},
+        prototypes=Prototypes(**prototypes) if len(prototypes) == 2 else None,
         payload_bytes=len(payload),
     )
 

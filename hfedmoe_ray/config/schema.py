@@ -192,6 +192,9 @@ class Model(Section):
     task: Literal["classification"] = "classification"
     upcycle: Upcycle | None = None
     """Needed for dense models; refused for models that are MoE already."""
+    head: Literal["random", "prototypes"] = "random"
+    """Where the new task head starts: at random, or at the class means of the clients' features, of which each client
+    sends sums and counts with its routing profile (federated nearest-class-mean)."""
     trainable: Literal["experts", "top", "full"] = "top"
     """experts: routed experts, routers, task head; top: also attention and norms from the first MoE layer up;
     full: everything."""

@@ -21,9 +21,9 @@ from hfedmoe_ray.federation.evaluation import Evaluation, evaluation_tasks, own_
 from hfedmoe_ray.federation.executor import Executor
 from hfedmoe_ray.federation.state import FederationState
 from hfedmoe_ray.federation.validation import Rejected, accept
-from hfedmoe_ray.moe.prepare import initial_weights, router_layers
+from hfedmoe_ray.moe.prepare import head_parameters, initial_weights, router_layers
 from hfedmoe_ray.strategies import build_strategy
-from hfedmoe_ray.strategies.aggregation import MeanOutputs, Reducer
+from hfedmoe_ray.strategies.aggregation import ClassMeans, MeanOutputs, Reducer
 from hfedmoe_ray.strategies.scores import uniform_plan
 from hfedmoe_ray.tracking.tracker import Tracker
 from hfedmoe_ray.types import (
@@ -115,7 +115,11 @@ class Federation:
         """Round 0: routing profiles of the first cohort, and the accuracy before any training."""
         started = self._begin(0)
         with self._phase("profile"):
-            records = self.profile(0, select_cohort(self.experiment.clients, self.experiment.seed, 1))
+            if self.experiment.model.head == "prototypes":
+                # Every class should have a mean, so everyone is asked, once.
+                records = self.profile(0, range(self.experiment.clients.count))
+            else:
+                records = self.profile(0, select_cohort(self.experiment.clients, self.experiment.seed, 1))
         self._end(0, started, records, {}, None)
 
     def train_round(self, round: int) -> None:
@@ -140,21 +144,30 @@ class Federation:
 
         Returns a record per client profiled; where it is not "ok" the client cannot take part in this round.
         """
-        if not self.strategy.needs_profile:
+        starts_head = round == 0 and self.experiment.model.head == "prototypes"
+        if not self.strategy.needs_profile and not starts_head:
             return []
         plan = uniform_plan(self.strategy.shape, Role.FROZEN)
         newcomers = [client for client in cohort if client not in self.state.profiles]
         results = self.collect([self.task("profile", round, client, plan) for client in newcomers])
         records: list[ClientRecord] = []
-        means = MeanOutputs()
+        means, classes = MeanOutputs(), ClassMeans()
         for update in self._accepted(results, dict.fromkeys(newcomers, plan), records):
             assert update.profile is not None
             self.state.profiles[update.client] = update.profile
             self.state.samples[update.client] = update.samples
             means.add(update)
+            if update.prototypes is not None and starts_head:
+                classes.add(update.prototypes)
         if newcomers:
             weights = self.state.weights
-            self.state.weights = replace(weights, version=weights.version + 1, means=means.result(weights.means))
+            shared = dict(weights.shared)
+            if starts_head:
+                weight, bias = head_parameters(self.context.model)
+                shared[weight], shared[bias] = classes.head(shared[weight], shared[bias])
+            self.state.weights = replace(
+                weights, version=weights.version + 1, shared=shared, means=means.result(weights.means)
+            )
             self.executor.publish(self.state.weights)
         return records
 

@@ -65,12 +65,24 @@ def check_update(update: ClientUpdate, plan: ExpertPlan, weights: Weights, *, tr
     for key, tensors in update.experts.items():
         _check_tensors(tensors, weights.experts[key], f"expert {expert_name(key)}")
     _check_tensors(update.shared, weights.shared if trains else {}, "shared parameters")
+    _check_statistics(update, plan, weights)
+
+
+def _check_statistics(update: ClientUpdate, plan: ExpertPlan, weights: Weights) -> None:
+    """Checks what a client measured: mean outputs, class prototypes, routing profile."""
     present = set(plan.present)
     for key, (mean, _) in update.means.items():
         if key not in present:
             raise Rejected(f"sends the mean output of expert {expert_name(key)}, which it does not hold")
         if weights.means is None or mean.shape != weights.means[key].shape or not np.isfinite(mean).all():
             raise Rejected(f"the mean output of expert {expert_name(key)} has a wrong shape or is not finite")
+    if update.prototypes is not None:
+        sums, counts = update.prototypes.sums, update.prototypes.counts
+        head_shapes = {value.shape for value in weights.shared.values() if value.ndim == 2}
+        if sums.shape not in head_shapes or counts.shape != sums.shape[:1]:
+            raise Rejected("the class prototypes do not have the task head's shape")
+        if not np.isfinite(sums).all() or not (np.isfinite(counts) & (counts >= 0)).all():
+            raise Rejected("the class prototypes hold NaN, infinity or negative counts")
     if update.profile is None:
         raise Rejected("holds no routing profile")
     shape = (len(plan.roles), len(plan.roles[0]))

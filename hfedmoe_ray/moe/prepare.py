@@ -13,6 +13,7 @@ from pathlib import Path
 from hfedmoe_ray.config.schema import Model
 from hfedmoe_ray.context import PreparedModel
 from hfedmoe_ray.data.tokenize import load_tokenizer, tokenizer_hash
+from hfedmoe_ray.errors import ModelError
 from hfedmoe_ray.moe import store
 from hfedmoe_ray.moe.shape import DENSE_FAMILY, check_family, read_shape, upcycled_config
 from hfedmoe_ray.moe.sources import read_config, resolve
@@ -76,6 +77,15 @@ def initial_weights(prepared: PreparedModel, trainable: store.Trainable) -> Weig
 def router_layers(prepared: PreparedModel) -> dict[str, int]:
     """Returns the MoE layer of every router parameter, by its full name in `Weights.shared`."""
     return dict(store.read_meta(prepared.path).router_layers)
+
+
+def head_parameters(prepared: PreparedModel) -> tuple[str, str]:
+    """Returns the full names of the task head's weight and bias; raises ModelError for a head that is not linear."""
+    names = [name for name, group in store.read_meta(prepared.path).groups.items() if group == "head"]
+    match sorted(names):
+        case [bias, weight] if bias.endswith(".bias") and weight.endswith(".weight"):
+            return weight, bias
+    raise ModelError(f"model.head: `prototypes` needs a linear task head with a bias; this model's head is {names}.")
 
 
 def save_full(prepared: PreparedModel, weights: Weights, directory: Path) -> None:

@@ -62,6 +62,8 @@ class SparseModel:
     """Its bytes count what trains in the present binding (before the first one: routers and head)."""
     expert_parameters: dict[ExpertKey, dict[str, Parameter]]
     """Parameters of every TRAIN expert by tensor name."""
+    features: Tensor | None
+    """What entered the task head in the latest forward pass, detached: [B, H] where the model pools before it."""
     shared_parameters: dict[str, Parameter]
     """Routers and other shared parameters that train, by full name."""
 
@@ -84,6 +86,8 @@ class SparseModel:
             setattr(block, self.layout.experts_name, residents)
             self.layout.router(layer).register_forward_hook(self._routed(residents))
         self.module.register_forward_pre_hook(self._begin, with_kwargs=True)
+        self.features = None
+        self.module.get_submodule(self.layout.head_names[0]).register_forward_pre_hook(self._note_features)
         self._base = {name: tensor.to(self.device) for name, tensor in read_base(prepared).items()}
         assign_base(self.module, self._base)
         self._sizes = {name: p.numel() for name, p in self.module.named_parameters()}
@@ -169,6 +173,9 @@ class SparseModel:
 
     def _begin(self, _module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.tape.begin(kwargs.get("attention_mask"))
+
+    def _note_features(self, _head: nn.Module, args: tuple[Tensor, ...]) -> None:
+        self.features = args[0].detach()
 
     def _routed(self, residents: ResidentExperts) -> Any:
         """Makes a forward hook for a router: re-routes where the plan says so, and records."""

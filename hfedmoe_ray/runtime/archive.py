@@ -56,11 +56,6 @@ class Receiver:
         rest, self._rest = self._rest, ""
         return "" if self._take(rest.strip()) else rest
 
-    @property
-    def complete(self) -> bool:
-        """Whether the files have arrived."""
-        return self._data is not None
-
     def write(self, target: Path) -> list[Path]:
         """Writes the files into `target` and returns them.
 

@@ -48,6 +48,7 @@ class LocalExecutor:
     def _execute(self, worker: Worker, task: ClientTask, notify: Notify) -> TaskResult:
         """One task to its result; the deadline is checked wherever the worker asks whether to stop."""
         fields = {"client": task.client, "round": task.round, "kind": task.kind}
+        weights = task_weights(self._versions[task.version], task)
         notify("task_started", {**fields, "attempt": 1})
         limit = self._context.experiment.runtime.deadline_s
         started = time.monotonic()
@@ -58,7 +59,7 @@ class LocalExecutor:
         payload, metrics, reason = b"", None, ""
         status: Status = "ok"
         try:
-            payload, answer = worker.execute(task, task_weights(self._versions[task.version], task), expired)
+            payload, answer = worker.execute(task, weights, expired)
             metrics = parse_metrics(answer)
         except Exception as error:
             if expired():

@@ -16,9 +16,11 @@ from typing import Any
 import ray
 
 from hfedmoe_ray import errors
+from hfedmoe_ray.budget import plan_actors
 from hfedmoe_ray.config.schema import Experiment
 from hfedmoe_ray.errors import HFedMoEError
 from hfedmoe_ray.runtime import timeouts
+from hfedmoe_ray.runtime.cluster import capacity
 from hfedmoe_ray.runtime.federate import federate
 from hfedmoe_ray.runtime.pool import RayExecutor
 
@@ -105,6 +107,8 @@ class ServerActor:
     def run(self) -> Outcome:
         """Runs the experiment to its end, whatever that is."""
         try:
+            # Refused here if the clients do not fit, before minutes of preparation.
+            plan_actors(self._experiment, capacity())
             summary = federate(
                 self._experiment,
                 self._run_dir,

@@ -5,13 +5,14 @@ back exactly what was sent and the fold needs memory for one model, whatever the
 keep their bytes. The three rules - for experts, routers and shared parameters - are independent.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
 
-from hfedmoe_ray.types import Array, ClientUpdate, ExpertKey, ExpertPlan, FloatArray, Weights
+from hfedmoe_ray.types import Array, ClientUpdate, ExpertKey, ExpertPlan, FloatArray, Prototypes, Weights
 
 
 class ExpertRule(Protocol):
@@ -126,6 +127,39 @@ class MeanOutputs:
         for key, mean in self._means.items():
             means[key] = mean.result(means[key])
         return means
+
+
+class ClassMeans:
+    """Folds class prototypes into a task head: federated nearest-class-mean.
+
+    The head's logits order classes by distance to their mean feature. Their scale is a choice (ours): the average
+    example's own class leads by about log C + 2 before anything is trained, sure but not beyond correction.
+    """
+
+    def __init__(self) -> None:
+        """Starts empty."""
+        self._sums: FloatArray | None = None
+        self._counts: FloatArray = np.zeros(0)
+
+    def add(self, prototypes: Prototypes) -> None:
+        """Folds one client's sums and counts."""
+        sums, counts = prototypes.sums.astype(np.float64), prototypes.counts.astype(np.float64)
+        self._sums = sums if self._sums is None else self._sums + sums
+        self._counts = counts if self._counts.size == 0 else self._counts + counts
+
+    def head(self, weight: Array, bias: Array) -> tuple[Array, Array]:
+        """Returns the head's weight [C, H] and bias [C]; a class nobody has keeps a zero row."""
+        if self._sums is None:
+            return weight, bias
+        seen = self._counts > 0
+        centre = self._sums.sum(axis=0) / self._counts.sum()
+        means = np.where(seen[:, None], self._sums / np.maximum(self._counts, 1.0)[:, None] - centre, 0.0)
+        squares = (means**2).sum(axis=1)
+        between = float((squares * self._counts).sum() / self._counts.sum())
+        scale = (math.log(len(seen)) + 2.0) / max(between, 1e-12)
+        rows = means * scale
+        offsets = -scale * squares / 2 - rows @ centre
+        return rows.astype(weight.dtype), np.where(seen, offsets, offsets.min()).astype(bias.dtype)
 
 
 @dataclass

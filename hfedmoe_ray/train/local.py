@@ -18,13 +18,14 @@ from torch.nn.functional import cross_entropy
 from hfedmoe_ray.config.schema import HFedMoE
 from hfedmoe_ray.context import RunContext
 from hfedmoe_ray.data.dataset import Batch, FederatedDataset, Split
+from hfedmoe_ray.errors import ModelError
 from hfedmoe_ray.moe.routing import ProfileAccumulator, batch_statistics
 from hfedmoe_ray.moe.subset import SparseModel
 from hfedmoe_ray.seeds import derive_seed, generator
 from hfedmoe_ray.strategies import build_strategy
 from hfedmoe_ray.train.engine import Engine
 from hfedmoe_ray.train.prefix import PrefixStates, prefix_states
-from hfedmoe_ray.types import Array, ClientMetrics, ClientTask, ExpertKey, TaskWeights
+from hfedmoe_ray.types import Array, ClientMetrics, ClientTask, ExpertKey, Prototypes, TaskWeights
 from hfedmoe_ray.wire import checksum, dump_metrics, expert_name, pack_update
 
 ShouldStop = Callable[[], bool]
@@ -93,14 +94,22 @@ class ClientWorker:
         split = examples.split
         order = generator(task.seed, "profile", task.client).permutation(len(split))[: self._local.profile_examples]
         profile = ProfileAccumulator(self._model.shape, self._specific)
+        classes = len(self._context.data.label_names)
+        sums = torch.zeros(classes, self._model.shape.hidden, dtype=torch.float64, device=self._model.device)
+        counts = torch.zeros(classes, dtype=torch.float64, device=self._model.device)
         loss = 0.0
         self._model.module.eval()
         with torch.inference_mode():
             for start in range(0, len(order), self._local.batch_size):
                 self._poll(should_stop)
                 batch, logits = self._forward(examples, order[start : start + self._local.batch_size])
-                loss += float(cross_entropy(logits.float(), self._labels(batch), reduction="sum"))
+                labels = self._labels(batch)
+                loss += float(cross_entropy(logits.float(), labels, reduction="sum"))
                 profile.add(self._model.tape)
+                if self._experiment.model.head == "prototypes":
+                    sums.index_add_(0, labels, self._features().double())
+                    counts.index_add_(0, labels, torch.ones_like(labels, dtype=torch.float64))
+        prototypes = Prototypes(sums=sums.float().cpu().numpy(), counts=counts.float().cpu().numpy())
         measured = profile.profile()
         metrics = ClientMetrics(
             client=task.client,
@@ -111,7 +120,8 @@ class ClientWorker:
             loss=loss / len(order),
             examples=len(order),
         )
-        return pack_update({}, {}, measured, _without_counts(profile.means())), metrics
+        seen = prototypes if self._experiment.model.head == "prototypes" else None
+        return pack_update({}, {}, measured, _without_counts(profile.means()), seen), metrics
 
     def _train(self, task: ClientTask, examples: _Examples, should_stop: ShouldStop) -> tuple[bytes, ClientMetrics]:
         """Local steps: forward, choose the batch's experts, give only them a gradient (eq. 15)."""
@@ -228,6 +238,16 @@ class ClientWorker:
         bf16 = self._local.precision == "bf16"
         with torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext():
             return batch, self._model.forward(ids, mask, hidden)
+
+    def _features(self) -> Tensor:
+        """What entered the task head in the latest forward pass, [B, H]."""
+        features = self._model.features
+        if features is None or features.dim() != 2:
+            raise ModelError(
+                "model.head: `prototypes` needs a model that pools its tokens before the task head, and this one does "
+                "not. Write `head: random`."
+            )
+        return features
 
     def _labels(self, batch: Batch) -> Tensor:
         return torch.from_numpy(batch.labels).to(self._model.device)

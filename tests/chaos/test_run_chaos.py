@@ -71,8 +71,9 @@ def resume(run_dir: Path) -> dict[str, Any]:
 
 def test_killing_the_driver_kills_everything_and_the_run_can_be_resumed(tmp_path: Path, undisturbed: str):
     process = start(tmp_path)
-    family = psutil.Process(process.pid).children(recursive=True)
-    assert len(family) > 3
+    # Ray's own agents end by themselves too, but take a minute or more to notice.
+    family = [p for p in psutil.Process(process.pid).children(recursive=True) if "Agent" not in p.name()]
+    assert len([p for p in family if p.name().startswith(("ray::ClientActor", "ray::ServerActor"))]) > 1
     process.kill()
     process.wait(timeout=GONE_WITHIN)
     _, alive = psutil.wait_procs(family, timeout=GONE_WITHIN)

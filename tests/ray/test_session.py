@@ -7,7 +7,7 @@ import pytest
 import ray
 from small_run import small_experiment
 
-from hfedmoe_ray.errors import ClusterError, DataError, HFedMoEError
+from hfedmoe_ray.errors import CapacityError, ClusterError, DataError, HFedMoEError
 from hfedmoe_ray.runtime import session
 from hfedmoe_ray.runtime.cluster import connected
 from hfedmoe_ray.runtime.server import News, Outcome
@@ -41,8 +41,12 @@ def test_every_way_to_run_gives_the_same_model_and_tells_the_same_story(tmp_path
 
 
 def test_an_error_in_the_server_is_the_same_error_in_the_driver(tmp_path: Path):
-    with pytest.raises(DataError, match="missing.jsonl"):
-        run(tmp_path / "broken", f"data.source={tmp_path}/missing.jsonl")
+    """Clients that do not fit are refused first, before anything is read."""
+    missing = f"data.source={tmp_path}/missing.jsonl"
+    with pytest.raises(DataError, match=r"missing\.jsonl"):
+        run(tmp_path / "broken", missing)
+    with pytest.raises(CapacityError, match=r"server .*64 CPU"):
+        run(tmp_path / "large", missing, "clients.tiers.2.device=64")
     assert not ray.is_initialized()
 
 

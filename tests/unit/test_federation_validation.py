@@ -13,6 +13,7 @@ from hfedmoe_ray.types import (
     ClientUpdate,
     ExpertKey,
     ExpertPlan,
+    Prototypes,
     Role,
     RoutingProfile,
     TaskResult,
@@ -24,7 +25,7 @@ MINE, OTHER = ExpertKey(0, 0), ExpertKey(0, 1)
 PLAN = ExpertPlan(roles=((Role.TRAIN, Role.ABSENT, Role.TRAIN),))
 OLD = Weights(
     version=0,
-    shared={"head": np.zeros(2, np.float32)},
+    shared={"head": np.zeros((2, 4), np.float32)},
     experts={ExpertKey(0, e): {"w": np.full(3, e, np.float32)} for e in range(3)},
     means=np.zeros((1, 3, 4), np.float32),
 )
@@ -35,7 +36,7 @@ UPDATE = ClientUpdate(
     client=1,
     samples=5,
     experts={MINE: {"w": NEW}},
-    shared={"head": np.ones(2, np.float32)},
+    shared={"head": np.ones((2, 4), np.float32)},
     trained={MINE: 2},
     profile=PROFILE,
     means={},
@@ -78,6 +79,10 @@ def test_a_proper_update_passes_both_checks():
         (changed(profile=None), "no routing profile"),
         (changed(profile=dataclasses.replace(PROFILE, kl=np.full((1, 3), np.nan))), "kl"),
         (changed(profile=dataclasses.replace(PROFILE, usage=np.ones((3, 1)))), "usage"),
+        (changed(prototypes=Prototypes(sums=np.ones((2, 5)), counts=np.ones(2))), "task head's shape"),
+        (changed(prototypes=Prototypes(sums=np.ones((2, 4)), counts=np.ones(3))), "task head's shape"),
+        (changed(prototypes=Prototypes(sums=np.ones((2, 4)), counts=-np.ones(2))), "negative counts"),
+        (changed(prototypes=Prototypes(sums=np.full((2, 4), np.inf), counts=np.ones(2))), "infinity"),
         (changed(means={OTHER: (np.zeros(4, np.float32), 3)}), "does not hold"),
         (changed(means={MINE: (np.zeros(5, np.float32), 3)}), "mean output"),
     ],

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hfedmoe_ray.strategies.aggregation import (
+    ClassMeans,
     MeanOutputs,
     Reducer,
     SparsityAware,
@@ -14,7 +15,7 @@ from hfedmoe_ray.strategies.aggregation import (
     examples_per_layer,
 )
 from hfedmoe_ray.strategies.scores import uniform_plan
-from hfedmoe_ray.types import ClientUpdate, ExpertKey, Role, RoutingProfile, Weights
+from hfedmoe_ray.types import ClientUpdate, ExpertKey, Prototypes, Role, RoutingProfile, Weights
 
 LAYERS, EXPERTS, HIDDEN = 2, 4, 3
 KEYS = [ExpertKey(layer, e) for layer in range(LAYERS) for e in range(EXPERTS)]
@@ -162,3 +163,30 @@ def test_mean_outputs_are_weighted_by_tokens_and_others_kept():
     np.testing.assert_allclose(new[0, 0], 3.0)
     assert (new[1] == old[1]).all()
     assert (old[0, 0] != new[0, 0]).any(), "the old means must not be written"
+
+
+def test_class_means_from_many_clients_make_the_nearest_mean_classifier():
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 3, size=200)
+    features = rng.normal(size=(200, 5)) + 2 * rng.normal(size=(4, 5))[labels]
+    classes = ClassMeans()
+    for part in np.array_split(np.arange(200), 7):
+        one_hot = np.eye(4)[labels[part]]
+        classes.add(
+            Prototypes(
+                sums=(one_hot.T @ features[part]).astype(np.float32), counts=one_hot.sum(axis=0).astype(np.float32)
+            )
+        )
+    weight, bias = classes.head(np.zeros((4, 5), np.float32), np.zeros(4, np.float32))
+    means = np.stack([features[labels == c].mean(axis=0) for c in range(3)])
+    nearest = ((features[:, None] - means) ** 2).sum(axis=-1).argmin(axis=1)
+    logits = features @ weight.T + bias
+    assert (logits[:, :3].argmax(axis=1) == nearest).all()
+    assert not weight[3].any(), "a class that nobody has keeps a zero row"
+    own = logits[np.arange(200), labels]
+    assert 2 < (own - logits[:, :3].mean(axis=1)).mean() < 10, "sure, but not beyond correction"
+
+
+def test_without_prototypes_the_head_stays_as_it_was():
+    weight, bias = np.ones((2, 3), np.float32), np.ones(2, np.float32)
+    assert ClassMeans().head(weight, bias) == (weight, bias)
