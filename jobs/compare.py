@@ -24,8 +24,8 @@ PLACEMENTS = {
     "others absent: drop": "strategy.unselected=drop",
     "others absent: re-route": "strategy.unselected=reroute",
 }
-VARIANTS = {
-    (f"{name}", placement): (f"strategy={name}", override)
+VARIANTS: dict[tuple[str, str], tuple[str, ...]] = {
+    (name, placement): (f"strategy={name}", override)
     for placement, override in PLACEMENTS.items()
     for name in ("hfedmoe", "random")
 }

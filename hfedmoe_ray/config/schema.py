@@ -217,7 +217,9 @@ class Partition(Section):
     @model_validator(mode="after")
     def _key(self) -> Self:
         if (self.how == "natural") != (self.key is not None):
-            raise ValueError("`key` names the column of a natural partition: give both `how: natural` and `key`, or neither")
+            raise ValueError(
+                "`key` is the column of a natural partition: give both `how: natural` and `key`, or neither"
+            )
         return self
 
 
@@ -252,10 +254,13 @@ class Data(Section):
         pattern = "{client}" in self.source
         if pattern != (self.partition.how == "files"):
             raise ValueError(
-                "a source with {client} is read by the clients themselves: it needs `partition.how: files`, and that needs it"
+                "a source with {client} is read by the clients themselves: it needs `partition.how: files`, "
+                "and that needs it"
             )
         if pattern and self.labels is None:
-            raise ValueError("clients read their own files, so the server cannot find the label names: list them in `labels`")
+            raise ValueError(
+                "clients read their own files, so the server cannot find the labels: list them in `labels`"
+            )
         return self
 
 

@@ -6,6 +6,7 @@ loopback sockets on ports that the kernel picks.) The engine is built for the ro
 thrown away after it (0.05 s); nothing of one client's optimizer reaches the next.
 """
 
+import gc
 import logging
 import os
 from collections.abc import Iterable, Sequence
@@ -58,10 +59,18 @@ class Engine:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """Releases the engine, its optimizer state and the gradients."""
+        """Releases the engine, its optimizer state and the gradients.
+
+        `destroy` leaves two hooks on the module, through which every engine ever built would stay alive, and run on
+        each later forward pass; the engine and what it holds refer to each other, so only the collector frees them.
+        """
+        self._engine.module_forward_pre_hook.remove()
+        self._engine.module_forward_post_hook.remove()
         self._engine.destroy()
+        del self._engine
         for parameter in self._parameters:
             parameter.grad = None
+        gc.collect()
 
     def step(self, loss: Tensor, active: Iterable[nn.Parameter]) -> None:
         """One backward pass and optimizer step in which only `active` parameters move.

@@ -1,5 +1,7 @@
 """The DeepSpeed engine: what a batch does not select keeps its exact bytes."""
 
+import weakref
+
 import psutil
 import pytest
 import torch
@@ -91,3 +93,14 @@ def test_nothing_listens_beyond_this_machine():
     with Engine(Sum(), list(Sum().parameters()), LOCAL):
         listening = [c.laddr.ip for c in psutil.Process().net_connections(kind="inet") if c.status == "LISTEN"]
     assert all(address in ("127.0.0.1", "::1") for address in listening)
+
+
+def test_an_engine_leaves_nothing_on_the_module_and_nothing_in_memory():
+    module, alive = Sum(), []
+    for _ in range(3):
+        with Engine(module, list(module.parameters()), LOCAL) as engine:
+            engine.step(module(data(1)[0]).pow(2).mean(), module.parameters())
+            alive.append(weakref.ref(engine._engine))
+    assert [ref() for ref in alive] == [None] * 3
+    assert not module._forward_hooks
+    assert not module._forward_pre_hooks
