@@ -218,7 +218,7 @@ class Partition(Section):
     def _key(self) -> Self:
         if (self.how == "natural") != (self.key is not None):
             raise ValueError(
-                "`key` is the column of a natural partition: give both `how: natural` and `key`, or neither"
+                "`how: natural` and `key`, the column that names the clients, need each other: write both or neither"
             )
         return self
 
@@ -259,7 +259,7 @@ class Data(Section):
             )
         if pattern and self.labels is None:
             raise ValueError(
-                "clients read their own files, so the server cannot find the labels: list them in `labels`"
+                "clients read their own files, so the server cannot find `labels`: list them"
             )
         return self
 

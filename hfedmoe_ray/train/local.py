@@ -20,6 +20,7 @@ from hfedmoe_ray.context import RunContext
 from hfedmoe_ray.data.dataset import Batch, FederatedDataset, Split
 from hfedmoe_ray.errors import ModelError
 from hfedmoe_ray.moe.routing import ProfileAccumulator, batch_statistics
+from hfedmoe_ray.moe.store import check
 from hfedmoe_ray.moe.subset import SparseModel
 from hfedmoe_ray.seeds import derive_seed, generator
 from hfedmoe_ray.strategies import build_strategy
@@ -47,7 +48,12 @@ class ClientWorker:
     """Serves one client after another. Keeps the frozen base model between tasks and nothing of any client."""
 
     def __init__(self, context: RunContext) -> None:
-        """Loads the frozen base and opens the data."""
+        """Loads the frozen base and opens the data.
+
+        Raises:
+            ModelError: Another model lies where this run's should.
+        """
+        check(context.model)
         self._context = context
         self._experiment = context.experiment
         self._local = context.experiment.local
