@@ -123,12 +123,18 @@ def _join(address: str) -> None:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except AuthenticationError as error:
         raise ClusterError(
-            f"The Ray cluster at {address} refuses this process: {first_line(error)} {TOKEN_ADVICE}"
+            f"The Ray cluster at {address} wants a token, and this process has none. {TOKEN_ADVICE}"
         ) from error
     except (ConnectionError, TimeoutError, ValueError) as error:
+        if address == "auto":
+            raise ClusterError(
+                "runtime.address is auto, and no Ray cluster runs on this machine. Start one (`ray start --head`), or "
+                "leave runtime.address out for a private cluster."
+            ) from error
+        # Ray tells only its log, above this message, whether it was the token.
         raise ClusterError(
-            f"There is no Ray cluster to join at {address}: {first_line(error)} Start one on this machine with `ray "
-            "start --head`, correct runtime.address, or leave it out for a private cluster."
+            f"{address} answers, but cannot be joined: either it is not the port of a Ray head node, or it refuses the "
+            f"token of this process. {TOKEN_ADVICE}"
         ) from error
     except RuntimeError as error:
         advice = (
