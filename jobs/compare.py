@@ -2,7 +2,7 @@
 
 python jobs/compare.py configs/compare_20news.yaml [--seeds 0,1,2] [--alphas 0.1,0.3] [--processes 2]
 
-Finished runs are kept in runs/<name>/ and not repeated: an interrupted comparison continues.
+Finished runs are kept in runs/<name>/<run>/ and not repeated: an interrupted comparison continues.
 """
 
 import itertools
@@ -32,12 +32,12 @@ VARIANTS: dict[tuple[str, str], tuple[str, ...]] = {
 VARIANTS["fedavg", "every expert, no budget"] = ("strategy=fedavg",)
 
 
-def run_one(config: str, name: str, overrides: tuple[str, ...]) -> dict[str, Any]:
+def run_one(config: str, output: Path, name: str, overrides: tuple[str, ...]) -> dict[str, Any]:
     """Runs one experiment, or reads its summary if it has been run."""
-    summary = Path("runs") / name / "summary.json"
+    summary = output / name / "summary.json"
     if not summary.exists():
         experiment = load_experiment(Path(config), [f"name={name}", *overrides])
-        session.run(experiment, Path(experiment.output) / name, resume=False, render=lambda *_: None)
+        session.run(experiment, output / name, resume=False, render=lambda *_: None)
     result: dict[str, Any] = json.loads(summary.read_text())
     return result
 
@@ -54,7 +54,8 @@ def spread(values: list[float]) -> str:
 @click.option("--processes", default=2, show_default=True, help="Runs at a time, one thread each.")
 def main(config: str, seeds: str, alphas: str, processes: int) -> None:
     """Compares strategies on equal terms."""
-    base = load_experiment(Path(config), []).name
+    base = load_experiment(Path(config), [])
+    output = Path(base.output) / base.name
     found: dict[tuple[tuple[str, str], str], list[dict[str, Any]]] = {}
     with ProcessPoolExecutor(processes) as pool:
         futures = {}
@@ -62,8 +63,10 @@ def main(config: str, seeds: str, alphas: str, processes: int) -> None:
             VARIANTS.items(), alphas.split(","), seeds.split(",")
         ):
             setting = overrides[-1].split("=")[-1]
-            name = f"{base}/{variant[0]}-{setting}-alpha{alpha}-seed{seed}"
-            job = pool.submit(run_one, config, name, (*overrides, f"seed={seed}", f"data.partition.alpha={alpha}"))
+            name = f"{variant[0]}-{setting}-alpha{alpha}-seed{seed}"
+            job = pool.submit(
+                run_one, config, output, name, (*overrides, f"seed={seed}", f"data.partition.alpha={alpha}")
+            )
             futures[job] = (variant, alpha)
         for job in as_completed(futures):
             found.setdefault(futures[job], []).append(job.result())
