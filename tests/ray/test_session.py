@@ -23,9 +23,9 @@ def run(run_dir: Path, *overrides: str) -> tuple[dict[str, Any], list[tuple[str,
 
 
 def test_every_way_to_run_gives_the_same_model_and_tells_the_same_story(tmp_path: Path):
+    """Pooled actors are compared with this process in tests/chaos, where one of them is killed."""
     runs = {
         "local": run(tmp_path / "local", "backend=local"),
-        "slot": run(tmp_path / "slot", "runtime.slots=1"),
         "dedicated": run(tmp_path / "dedicated", "actors=dedicated"),
     }
     assert not ray.is_initialized()
