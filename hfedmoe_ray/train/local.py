@@ -4,6 +4,7 @@ Both backends run this same class, in one process or in many; one thread compute
 decides the last bits of a matrix product.
 """
 
+import gc
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -62,6 +63,9 @@ class ClientWorker:
             self._data = FederatedDataset(context.data, context.experiment.data)
         self._strategy = build_strategy(self._experiment.strategy, context.model.shape, self._experiment.seed)
         self._specific = self._experiment.strategy.specific if isinstance(self._experiment.strategy, HFedMoE) else "max"
+        # An engine is freed by the garbage collector; what has been loaded so far it need not search each time.
+        gc.collect()
+        gc.freeze()
 
     def execute(self, task: ClientTask, weights: TaskWeights, should_stop: ShouldStop) -> tuple[bytes, bytes]:
         """Runs one task.
