@@ -16,6 +16,7 @@ from hfedmoe_ray.runtime.pool import RayExecutor
 
 pytestmark = [pytest.mark.ray, pytest.mark.chaos]
 TASKS = [task(client) for client in range(6)]
+ROUNDS_UNTIL_NOTICED = 50
 
 
 QUICK = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 3}
@@ -53,8 +54,13 @@ def test_work_of_a_lost_node_moves_to_another(cluster: Cluster, tmp_path: Path):
     try:
         assert {slot.spec.node for slot in executor.slots} == {node.node for node in capacity() if node.cpus}
         assert outcome(list(executor.run(TASKS, log))) == expected
-        lose(cluster, executor.slots[0].spec.node)
-        assert outcome(list(executor.run(TASKS, log))) == expected
+        lost = executor.slots[0].spec.node
+        lose(cluster, lost)
+        # The other slots may finish a round before the loss is noticed; every round's results are the same.
+        for _ in range(ROUNDS_UNTIL_NOTICED):
+            assert outcome(list(executor.run(TASKS, log))) == expected
+            if executor.slots[0].spec.node != lost:
+                break
         assert {slot.spec.node for slot in executor.slots} == {slot.spec.node for slot in executor.slots[1:]}
     finally:
         executor.close()
