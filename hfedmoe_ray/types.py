@@ -221,7 +221,7 @@ class ClientMetrics:
     step_seconds: float = 0.0
     """Wall seconds of the optimizer steps alone."""
     peak_mib: float = 0.0
-    """Unique memory of the process in MiB while weights, gradients and optimizer state are alive (training only)."""
+    """Private memory of the process in MiB while weights, gradients and optimizer state are alive (training only)."""
 
 
 @dataclass(frozen=True, kw_only=True)

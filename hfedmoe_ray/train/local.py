@@ -11,7 +11,6 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 import numpy as np
-import psutil
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -26,6 +25,7 @@ from hfedmoe_ray.moe.subset import SparseModel
 from hfedmoe_ray.seeds import derive_seed, generator
 from hfedmoe_ray.strategies import build_strategy
 from hfedmoe_ray.train.engine import Engine
+from hfedmoe_ray.train.memory import private_mib, return_freed_memory
 from hfedmoe_ray.train.prefix import PrefixStates, prefix_states
 from hfedmoe_ray.types import Array, ClientMetrics, ClientTask, ExpertKey, Prototypes, TaskWeights
 from hfedmoe_ray.wire import checksum, dump_metrics, expert_name, pack_update
@@ -81,6 +81,7 @@ class ClientWorker:
         Raises:
             Stopped: `should_stop` turned true.
         """
+        return_freed_memory()
         started = time.perf_counter()
         # Models with dropout draw from torch's generator: forked, so that neither callers nor tasks share it.
         with _one_thread(), torch.random.fork_rng(devices=[]):
@@ -161,7 +162,7 @@ class ClientWorker:
                 seen += len(indices)
                 step_seconds += time.perf_counter() - started
             # Weights, gradients and optimizer moments are all alive here.
-            peak_mib = _unique_mib()
+            peak_mib = private_mib()
         measured = profile.profile()
         moved: dict[ExpertKey, dict[str, Array]] = {
             key: model.read_expert(key) for key, steps in trained.items() if steps
@@ -283,6 +284,3 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _unique_mib() -> float:
-    """Memory in MiB that this process shares with no other."""
-    return float(psutil.Process().memory_full_info().uss) / 2**20
