@@ -70,7 +70,7 @@ def plan_experiment(experiment: Experiment, shape: ModelShape, nodes: Sequence[N
     return Plan(
         tiers=forecasts,
         nodes=tuple(nodes),
-        slots=_place(experiment, forecasts, nodes),
+        slots=budget.plan_actors(experiment, nodes) if experiment.backend == "ray" else (),
         round_down=share * sum(one.bytes_down * len(one.clients) for one in forecasts),
         round_up=share * sum(one.bytes_up * len(one.clients) for one in forecasts),
     )
@@ -164,18 +164,6 @@ def _profile_bytes(shape: ModelShape, present: int) -> int:
 
 
 # ------------------------------------------------------------------------------------------------------------ fit
-
-
-def _place(
-    experiment: Experiment, forecasts: Sequence[Forecast], nodes: Sequence[NodeCapacity]
-) -> tuple[budget.SlotSpec, ...]:
-    if experiment.backend == "local":
-        return ()
-    if experiment.actors == "dedicated":
-        asked = {client: (one.tier, one.asked) for one in forecasts for client in one.clients}
-        return budget.plan_dedicated([asked[client] for client in sorted(asked)], nodes)
-    demands = budget.tier_demands(experiment.clients, any(node.gpus for node in nodes))
-    return budget.plan_slots(demands, nodes, experiment.runtime.slots)
 
 
 def _memory_advice(experiment: Experiment, shape: ModelShape, one: Forecast, position: int) -> str:

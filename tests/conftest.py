@@ -1,6 +1,7 @@
 """What every test may rely on: no network, one cache of prepared models, further datasets where there are any."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -49,3 +50,21 @@ def shared_data() -> Path:
 def quickstart() -> Path:
     """The configuration everything starts with."""
     return REPOSITORY / "configs" / "quickstart.yaml"
+
+
+@pytest.fixture(scope="module")
+def workers_import_tests() -> Iterator[None]:
+    """Actors inherit PYTHONPATH, and unpickle `tiny_worker` by its name."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+        yield
+
+
+@pytest.fixture(scope="module")
+def cluster(request: pytest.FixtureRequest) -> Iterator[None]:
+    """One private Ray instance per module."""
+    request.getfixturevalue("workers_import_tests")
+    from hfedmoe_ray.runtime.cluster import connected
+
+    with connected(None):
+        yield
