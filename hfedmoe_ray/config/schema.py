@@ -258,9 +258,7 @@ class Data(Section):
                 "and that needs it"
             )
         if pattern and self.labels is None:
-            raise ValueError(
-                "clients read their own files, so the server cannot find `labels`: list them"
-            )
+            raise ValueError("clients read their own files, so the server cannot find `labels`: list them")
         return self
 
 

@@ -105,9 +105,7 @@ class ClientWorker:
         split = examples.split
         order = generator(task.seed, "profile", task.client).permutation(len(split))[: self._local.profile_examples]
         profile = ProfileAccumulator(self._model.shape, self._specific)
-        classes = len(self._context.data.label_names)
-        sums = torch.zeros(classes, self._model.shape.hidden, dtype=torch.float64, device=self._model.device)
-        counts = torch.zeros(classes, dtype=torch.float64, device=self._model.device)
+        prototypes = self._empty_prototypes() if self._experiment.model.head == "prototypes" else None
         loss = 0.0
         self._model.module.eval()
         with torch.inference_mode():
@@ -117,10 +115,9 @@ class ClientWorker:
                 labels = self._labels(batch)
                 loss += float(cross_entropy(logits.float(), labels, reduction="sum"))
                 profile.add(self._model.tape)
-                if self._experiment.model.head == "prototypes":
-                    sums.index_add_(0, labels, self._features().double())
-                    counts.index_add_(0, labels, torch.ones_like(labels, dtype=torch.float64))
-        prototypes = Prototypes(sums=sums.float().cpu().numpy(), counts=counts.float().cpu().numpy())
+                if prototypes is not None:
+                    np.add.at(prototypes.sums, batch.labels, self._features())
+                    np.add.at(prototypes.counts, batch.labels, 1)
         measured = profile.profile()
         metrics = ClientMetrics(
             client=task.client,
@@ -131,8 +128,7 @@ class ClientWorker:
             loss=loss / len(order),
             examples=len(order),
         )
-        seen = prototypes if self._experiment.model.head == "prototypes" else None
-        return pack_update({}, {}, measured, _without_counts(profile.means()), seen), metrics
+        return pack_update({}, {}, measured, _without_counts(profile.means()), prototypes), metrics
 
     def _train(self, task: ClientTask, examples: _Examples, should_stop: ShouldStop) -> tuple[bytes, ClientMetrics]:
         """Local steps: forward, choose the batch's experts, give only them a gradient (eq. 15)."""
@@ -250,7 +246,13 @@ class ClientWorker:
         with torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext():
             return batch, self._model.forward(ids, mask, hidden)
 
-    def _features(self) -> Tensor:
+    def _empty_prototypes(self) -> Prototypes:
+        classes = len(self._context.data.label_names)
+        return Prototypes(
+            sums=np.zeros((classes, self._model.shape.hidden), np.float32), counts=np.zeros(classes, np.float32)
+        )
+
+    def _features(self) -> Array:
         """What entered the task head in the latest forward pass, [B, H]."""
         features = self._model.features
         if features is None or features.dim() != 2:
@@ -258,7 +260,7 @@ class ClientWorker:
                 "model.head: `prototypes` needs a model that pools its tokens before the task head, and this one does "
                 "not. Write `head: random`."
             )
-        return features
+        return features.float().cpu().numpy()
 
     def _labels(self, batch: Batch) -> Tensor:
         return torch.from_numpy(batch.labels).to(self._model.device)
@@ -282,5 +284,3 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
-
-
