@@ -10,6 +10,7 @@ import shutil
 import socket
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -75,11 +76,8 @@ def submit(
     with tempfile.TemporaryDirectory(prefix="hfedmoe-job-") as upload:
         fill_upload(Path(upload), dump_experiment(experiment))
         options = ["--send-files"] * follow + ["--overwrite"] * overwrite
-        job = client.submit_job(
-            entrypoint=" ".join([python, "-u", "jobs/federate.py", *options, "config.yaml"]),
-            runtime_env={"working_dir": upload},
-            metadata={"run": experiment.name},
-        )
+        entrypoint = " ".join([python, "-u", "jobs/federate.py", *options, "config.yaml"])
+        job = _submit_job(client, entrypoint, upload, experiment.name)
     if not follow:
         show(f"submitted {job}; follow it with: ray job logs {job} --follow\n")
         return 0
@@ -100,6 +98,27 @@ def submit(
     files = receiver.write(target)
     show(f"received {', '.join(sorted(file.name for file in files))} in {target}\n")
     return 0
+
+
+def _submit_job(client: JobSubmissionClient, entrypoint: str, upload: str, run: str) -> str:
+    """Hands the job over; a cluster that has just been started is given time until it takes jobs."""
+    until = time.monotonic() + timeouts.JOB_AGENT
+    while True:
+        try:
+            job: str = client.submit_job(
+                entrypoint=entrypoint, runtime_env={"working_dir": upload}, metadata={"run": run}
+            )
+        except RuntimeError as error:
+            if "No available agent" not in str(error):
+                raise
+            if time.monotonic() > until:
+                raise ClusterError(
+                    f"The cluster takes no job: after {timeouts.JOB_AGENT:g} s no node has an agent for jobs running. "
+                    "Ray must be installed as ray[default] on its nodes; their dashboard_agent.log says more."
+                ) from error
+            time.sleep(1.0)
+        else:
+            return job
 
 
 def fill_upload(directory: Path, config: str) -> None:

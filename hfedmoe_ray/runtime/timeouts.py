@@ -5,6 +5,8 @@ How long a client may take for a task is not here but in the configuration (`run
 
 CONNECT = 10.0
 """Opening a connection to a cluster's or a job server's port."""
+JOB_AGENT = 60.0
+"""From a cluster's start until it takes jobs: its dashboard answers before the agent that starts them is there."""
 CLIENT_START = 300.0
 """From creating a client actor until it has imported its libraries and loaded the model, files transferred included."""
 STOP_GRACE = 10.0
