@@ -6,7 +6,7 @@ position in some list.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import Any, Literal, NamedTuple
 
@@ -191,6 +191,13 @@ class Weights:
     """Mean output of every expert over the tokens routed to it, [L, E, H]."""
     personal: Mapping[int, PersonalWeights] | None = None
     """Private weights of clients, laid over the global ones when a task asks for them (`ClientTask.personal`)."""
+
+    def seen_by(self, client: int | None) -> "Weights":
+        """The weights with a client's private ones laid over them, if it has any."""
+        own = None if client is None else (self.personal or {}).get(client)
+        if own is None:
+            return self
+        return replace(self, shared={**self.shared, **own.shared}, experts={**self.experts, **own.experts})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -306,7 +306,7 @@ class Federation:
         if result.status != "ok":
             return result, None
         try:
-            return result, accept(result, plan, self.state.weights)
+            return result, accept(result, plan, self.state.weights.seen_by(result.task.personal))
         except Rejected as rejection:
             return replace(result, status="rejected", reason=str(rejection)), None
 

@@ -1,0 +1,217 @@
+"""Whole runs in one process, on tiny models of both families: budgets kept, the untouched untouched, repeatable."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from moe_models import save_bert, save_mixtral
+
+from hfedmoe_ray.config.schema import Experiment
+from hfedmoe_ray.context import RunContext
+from hfedmoe_ray.errors import CheckpointError, TrainingError
+from hfedmoe_ray.federation.checkpoint import load_checkpoint, run_identity
+from hfedmoe_ray.federation.rounds import run_experiment
+from hfedmoe_ray.moe.prepare import initial_weights
+from hfedmoe_ray.prepare import prepare_run
+from hfedmoe_ray.runtime.local import LocalExecutor
+from hfedmoe_ray.train import local as client_work
+from hfedmoe_ray.types import RoundReport
+
+HFEDMOE = {"name": "hfedmoe", "tau": 0.5}
+STRATEGIES: dict[str, dict[str, Any]] = {
+    "hfedmoe": HFEDMOE,
+    "paper": HFEDMOE | {"resident": "all"},
+    "frozen": HFEDMOE | {"unselected": "frozen"},
+    "drop": HFEDMOE | {"unselected": "drop"},
+    "reroute": HFEDMOE | {"unselected": "reroute"},
+    "random": {"name": "random"},
+    "fedavg": {"name": "fedavg"},
+    "local": {"name": "local"},
+}
+
+
+class Recorder:
+    """Keeps what a run reports."""
+
+    def __init__(self) -> None:
+        self.rounds: list[RoundReport] = []
+        self.facts: dict[str, Any] = {}
+
+    def start(self, _config: Any, facts: Any) -> None:
+        self.facts = dict(facts)
+
+    def event(self, _name: str, _fields: Any) -> None:
+        pass
+
+    def round(self, report: RoundReport) -> None:
+        self.rounds.append(report)
+
+    def finish(self, _summary: Any) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A BERT, a Mixtral, and texts of three classes, each with words of its own."""
+    root = tmp_path_factory.mktemp("sources")
+    save_bert(root / "bert")
+    save_mixtral(root / "mixtral")
+    texts = [(i % 3, " ".join(f"word{3 * ((i + j * j) % 5) + i % 3}" for j in range(3 + i % 7))) for i in range(160)]
+    rows = [{"text": text, "label": f"class {label}"} for label, text in texts]
+    (root / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return root
+
+
+def experiment(sources: Path, family: str = "bert", **changes: Any) -> Experiment:
+    upcycle = {"how": "copy", "experts": 6, "top_k": 2, "layers": [2, 3], "noise": 0.3} if family == "bert" else None
+    config: dict[str, Any] = {
+        "name": "tiny",
+        "backend": "local",
+        "rounds": 2,
+        "strategy": HFEDMOE,
+        "clients": {
+            "count": 4,
+            "tiers": [
+                {"name": "phone", "share": 0.5, "experts": 0.25, "device": 0.1},
+                {"name": "server", "share": 0.5, "experts": 0.5, "device": 0.1},
+            ],
+        },
+        "model": {"source": str(sources / family), "upcycle": upcycle, "trainable": "experts"},
+        "data": {"source": str(sources / "texts.jsonl"), "max_length": 12, "partition": {"how": "iid"}},
+        "local": {"steps": 3, "batch_size": 4, "learning_rate": 1e-2, "profile_examples": 8},
+    }
+    return Experiment.model_validate(config | changes)
+
+
+def run(made: Experiment, run_dir: Path, *, resume: bool = False, stop_after: int | None = None):
+    context = prepare_run(made, run_dir)
+    executor, recorder = LocalExecutor(context), Recorder()
+
+    def should_stop() -> bool:
+        return stop_after is not None and bool(recorder.rounds) and recorder.rounds[-1].round >= stop_after
+
+    try:
+        summary = run_experiment(context, executor, recorder, resume=resume, should_stop=should_stop)
+    finally:
+        executor.close()
+    return context, summary, recorder
+
+
+def final_weights(context: RunContext):
+    return load_checkpoint(context.run_dir / "checkpoints", run_identity(context)).weights
+
+
+@pytest.mark.parametrize("family", ["bert", "mixtral"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_run_trains_what_it_reports_and_nothing_else(sources: Path, tmp_path: Path, family: str, strategy: str):
+    context, summary, recorder = run(experiment(sources, family, strategy=STRATEGIES[strategy]), tmp_path / "run")
+    assert summary["status"] == "finished"
+    assert summary["clients"]["ok"] == sum(len(report.clients) for report in recorder.rounds)
+    assert 0 <= summary["accuracy"] <= 1
+    assert 0 <= summary["own_accuracy"] <= 1
+    budgets = {row["client"]: row["resident_experts"] for row in recorder.facts["clients"]}
+    for report in recorder.rounds[1:]:
+        for record in report.clients:
+            within = strategy in ("hfedmoe", "drop", "reroute", "random")
+            assert record.resident == (budgets[record.client] if within else context.model.shape.total_experts)
+            if strategy not in ("paper", "fedavg", "local"):
+                assert record.trained <= budgets[record.client]
+            assert record.bytes_up >= record.trained * context.model.shape.expert_bytes
+    before, after = initial_weights(context.model, "experts"), final_weights(context)
+    counts = sum(np.array(report.selected) for report in recorder.rounds)
+    for key, tensors in before.experts.items():
+        same = all((tensors[name] == after.experts[key][name]).all() for name in tensors)
+        if counts[key] == 0 or strategy == "local":
+            assert same, f"expert {key} was trained by nobody and changed"
+        elif strategy in ("random", "fedavg"):
+            assert not same, f"expert {key} was trained by {counts[key]} clients and did not change"
+    if strategy == "local":
+        assert sorted(after.personal) == list(budgets)
+        assert any(
+            (own.shared[name] != before.shared[name]).any() for own in after.personal.values() for name in own.shared
+        )
+
+
+def test_a_run_is_a_function_of_its_configuration(sources: Path, tmp_path: Path):
+    results = [run(experiment(sources), tmp_path / name)[1]["model_sha256"] for name in ("one", "two")]
+    other = run(experiment(sources, seed=1), tmp_path / "three")[1]["model_sha256"]
+    assert results[0] == results[1] != other
+
+
+@pytest.mark.parametrize("strategy", ["hfedmoe", "local"])
+def test_a_stopped_run_resumes_to_the_same_model(sources: Path, tmp_path: Path, strategy: str):
+    made = experiment(
+        sources, strategy=STRATEGIES[strategy], rounds=3, clients=experiment(sources).clients.model_dump()
+    )
+    _, undisturbed, whole = run(made, tmp_path / "whole")
+    _, stopped, first = run(made, tmp_path / "cut", stop_after=1)
+    assert stopped["status"] == "stopped"
+    assert [report.round for report in first.rounds] == [0, 1]
+    context, resumed, rest = run(made, tmp_path / "cut", resume=True)
+    assert [report.round for report in rest.rounds] == [2, 3]
+    assert rest.facts["resumed_from"] == 1
+    for key in ("model_sha256", "accuracy", "own_accuracy", "bytes_up", "bytes_down", "clients"):
+        assert resumed[key] == undisturbed[key], key
+    assert [asdict(r)["selected"] for r in first.rounds + rest.rounds] == [asdict(r)["selected"] for r in whole.rounds]
+    with pytest.raises(CheckpointError, match="another experiment"):
+        run(made.model_copy(update={"seed": 5}), context.run_dir, resume=True)
+
+
+def test_with_and_without_the_prefix_cache_the_same_model_within_rounding(sources: Path, tmp_path: Path):
+    made = experiment(sources)
+    off = made.model_copy(update={"local": made.local.model_copy(update={"cache": "off"})})
+    cached, plain = (final_weights(run(one, tmp_path / str(i))[0]) for i, one in enumerate((made, off)))
+    for key, tensors in cached.experts.items():
+        for name, value in tensors.items():
+            np.testing.assert_allclose(value, plain.experts[key][name], rtol=1e-3, atol=1e-4)
+
+
+def test_class_means_start_the_head_above_chance(sources: Path, tmp_path: Path):
+    model = experiment(sources).model.model_copy(update={"head": "prototypes"})
+    _, _, started = run(experiment(sources, rounds=1, model=model.model_dump()), tmp_path / "means")
+    _, _, cold = run(experiment(sources, rounds=1), tmp_path / "random")
+    assert started.rounds[0].test_loss < cold.rounds[0].test_loss
+    assert started.rounds[0].accuracy > 0.5
+
+
+def test_a_client_that_lies_is_left_out_and_a_fault_of_ours_stops_the_run(
+    sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    pack = client_work.pack_update
+    sent: list[int] = []
+
+    def poisoned(experts, shared, *rest):
+        sent.append(1)
+        if experts and len(sent) == 5:
+            shared = {name: value * np.nan for name, value in shared.items()}
+        return pack(experts, shared, *rest)
+
+    monkeypatch.setattr(client_work, "pack_update", poisoned)
+    _, summary, recorder = run(experiment(sources, rounds=1), tmp_path / "lie")
+    assert summary["clients"] == {"ok": 7, "late": 0, "failed": 0, "rejected": 1, "dropped": 0}
+    (rejected,) = [record for record in recorder.rounds[1].clients if record.status == "rejected"]
+    assert "NaN" in rejected.reason
+
+    monkeypatch.setattr(
+        client_work,
+        "pack_update",
+        lambda experts, *rest: pack(
+            {key: {name: value + 1 for name, value in tensors.items()} for key, tensors in experts.items()}, *rest
+        ),
+    )
+    with pytest.raises(TrainingError, match="other than it stood after training"):
+        run(experiment(sources, rounds=1), tmp_path / "fault")
+
+
+def test_the_same_error_in_every_client_ends_the_run_with_its_traceback(
+    sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def broken(*_):
+        raise ZeroDivisionError("what the clients have in common")
+
+    monkeypatch.setattr(client_work, "batch_statistics", broken)
+    with pytest.raises(TrainingError, match=r"4 clients failed with the same error: ZeroDivisionError(?s:.*)in _train"):
+        run(experiment(sources), tmp_path / "run")
