@@ -1,6 +1,7 @@
 """What is installed: declared, pinned within its range, and described by the Makefile."""
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -22,7 +23,11 @@ PINS = {
 
 
 def make(*arguments: str) -> str:
-    done = subprocess.run(["make", *arguments], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    # The tests are started by make themselves: this one must not think it is their child.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    done = subprocess.run(
+        ["make", *arguments], cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=True
+    )
     return done.stdout
 
 
