@@ -112,7 +112,7 @@ def round_report(
     cohort = mean_profile(profiles)
     layers, experts = shape
     usage = cohort.usage if cohort else np.zeros(shape)
-    losses = [record.loss for record in records if record.status == "ok" and record.loss is not None]
+    losses = [record.loss for record in records if record.client in updates and record.loss is not None]
     return RoundReport(
         round=round,
         loss=sum(losses) / len(losses) if losses else None,
