@@ -65,7 +65,7 @@ class ClientActor:
         if missing:
             return Loading(os.getpid(), missing)
         if 0 < self._gpu_share < 1:
-            _cap_gpu_memory(self._gpu_share)
+            cap_gpu_memory(self._gpu_share)
         context = _moved(self._context, {name: path for name, path in found.items() if path is not None})
         self._worker = self._worker_factory(context)
         return Loading(os.getpid(), ())
@@ -120,7 +120,7 @@ def _moved(context: RunContext, paths: Mapping[str, Path]) -> RunContext:
     )
 
 
-def _cap_gpu_memory(share: float) -> None:
+def cap_gpu_memory(share: float) -> None:
     """Makes the budget's share of the GPU a hard limit; Ray itself limits nothing."""
     import torch
 

@@ -1,0 +1,51 @@
+"""What only a GPU can show: the CPU's results on it, and a client's share of its memory as a hard limit."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from moe_models import batch, plan, prepare, save_bert, task_weights
+from torch.nn.functional import cross_entropy
+
+from hfedmoe_ray.config.schema import LocalTraining
+from hfedmoe_ray.moe.subset import SparseModel
+from hfedmoe_ray.runtime.client import cap_gpu_memory
+from hfedmoe_ray.train.engine import Engine
+
+pytestmark = pytest.mark.gpu
+PLAN = plan("TF.T..", ".TF.T.")
+
+
+def trained(prepared, device: str) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Loss before, and one trained expert after, two steps on a device."""
+    model = SparseModel(prepared.path, device)
+    model.bind(PLAN, task_weights(prepared), "top")
+    ids, mask = (tensor.to(device) for tensor in batch())
+    labels = torch.arange(len(ids), device=device) % 5
+    experts = [p for named in model.expert_parameters.values() for p in named.values()]
+    parameters = [*model.shared_parameters.values(), *experts]
+    with Engine(model.module, parameters, LocalTraining(learning_rate=1e-3)) as engine:
+        first = cross_entropy(model.forward(ids, mask), labels)
+        engine.step(first, parameters)
+        engine.step(cross_entropy(model.forward(ids, mask), labels), parameters)
+    key = PLAN.trainable[0]
+    return first.detach().cpu(), {name: torch.from_numpy(array) for name, array in model.read_expert(key).items()}
+
+
+def test_training_on_the_gpu_is_training_on_the_cpu_within_rounding(tmp_path: Path):
+    prepared = prepare(save_bert(tmp_path / "bert"), tmp_path / "cache")
+    (cpu_loss, cpu), (gpu_loss, gpu) = trained(prepared, "cpu"), trained(prepared, "cuda")
+    torch.testing.assert_close(gpu_loss, cpu_loss, rtol=1e-4, atol=1e-5)
+    for name, expected in cpu.items():
+        torch.testing.assert_close(gpu[name], expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_client_cannot_allocate_beyond_its_share():
+    total = torch.cuda.get_device_properties(0).total_memory
+    try:
+        cap_gpu_memory(0.1)
+        with pytest.raises(torch.cuda.OutOfMemoryError):
+            torch.empty(total // 5, dtype=torch.uint8, device="cuda")
+        torch.empty(total // 50, dtype=torch.uint8, device="cuda")
+    finally:
+        cap_gpu_memory(1.0)
