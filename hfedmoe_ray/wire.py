@@ -12,6 +12,7 @@ from dataclasses import asdict
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from hfedmoe_ray.types import Array, ClientMetrics, ClientUpdate, ExpertKey, Prototypes, RoutingProfile
@@ -68,7 +69,7 @@ def unpack_update(payload: bytes, metrics: ClientMetrics) -> ClientUpdate:
     """
     try:
         tensors = load(payload)
-    except Exception as error:  # safetensors raises its own class, which its stubs do not name
+    except (SafetensorError, KeyError, ValueError) as error:  # KeyError: a type that NumPy does not have
         raise ValueError(f"not a safetensors payload: {error}") from error
     experts: dict[ExpertKey, dict[str, Array]] = {}
     shared: dict[str, Array] = {}
