@@ -8,13 +8,13 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
 from hfedmoe_ray.moe.encoder import MoEFeedForward, choose_experts
 from hfedmoe_ray.moe.layout.base import MoELayout
+from hfedmoe_ray.moe.linear import project
 from hfedmoe_ray.types import ExpertKey
 
 
@@ -67,8 +67,8 @@ class MoEEncoderLayout(FusedLayout):
 
     def expert_forward(self, tokens: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
         """See `MoELayout`."""
-        neurons = self.activation(linear(tokens, tensors["up_proj"], tensors["up_bias"]))  # [T, F]
-        return linear(neurons, tensors["down_proj"])
+        neurons = self.activation(project(tokens, tensors["up_proj"], tensors["up_bias"]))  # [T, F]
+        return project(neurons, tensors["down_proj"])
 
     def choose(self, logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
         """See `MoELayout`."""
@@ -88,8 +88,8 @@ class MixtralLayout(FusedLayout):
 
     def expert_forward(self, tokens: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
         """See `MoELayout`."""
-        gate, up = linear(tokens, tensors["gate_up_proj"]).chunk(2, dim=-1)  # [T, F] each
-        return linear(self.activation(gate) * up, tensors["down_proj"])
+        gate, up = project(tokens, tensors["gate_up_proj"]).chunk(2, dim=-1)  # [T, F] each
+        return project(self.activation(gate) * up, tensors["down_proj"])
 
     def choose(self, logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
         """See `MoELayout`."""
