@@ -12,7 +12,7 @@ from hfedmoe_ray.cli import main
 from hfedmoe_ray.errors import HFedMoEError, TrainingError
 from hfedmoe_ray.runtime import session
 
-COMMANDS = ("run", "resume", "plan", "validate", "doctor", "report", "submit")
+COMMANDS = ("run", "resume", "plan", "validate", "doctor", "report", "submit", "bench")
 
 
 @pytest.fixture
@@ -199,3 +199,9 @@ def test_validate_leaves_clients_own_files_alone(quickstart: Path, tmp_path: Pat
     own = [f"data.source={tmp_path}/client-{{client}}.jsonl", "data.partition={how: files}", "data.labels=[x, y]"]
     assert main(["validate", str(quickstart), *own, f"data.test={tmp_path}/test.jsonl"]) == 0
     assert "10 clients read their own files" in capsys.readouterr().out
+
+
+def test_a_benchmark_without_its_repository_says_where_to_get_it(tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.setattr("hfedmoe_ray.cli.measuring._DIRECTORY", tmp_path / "jobs" / "benchmark")
+    assert main(["bench", "memory", "--json", "m.json"]) == 2
+    assert "Clone the repository" in capsys.readouterr().err

@@ -1,0 +1,38 @@
+"""The command that measures what this framework claims: `bench`."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+
+from hfedmoe_ray.errors import ConfigError
+
+BENCHMARKS = {
+    "memory": "a client's private memory at 12.5, 25, 50 and 100 % of the experts, and ten clients on a node",
+    "step": "DeepSpeed against bare PyTorch, what absent and masked experts save, selection, the prefix cache",
+    "bytes": "what an update weighs against what was trained, in every precision",
+}
+_DIRECTORY = Path(__file__).parents[2] / "jobs" / "benchmark"
+
+
+@click.command(
+    short_help="Measure memory, time or bytes on this machine.",
+    context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
+    epilog="\b\n" + "\n".join(f"{name:7} {what}" for name, what in BENCHMARKS.items()),
+)
+@click.argument("name", type=click.Choice(list(BENCHMARKS)))
+@click.argument("options", nargs=-1, type=click.UNPROCESSED)
+def bench(name: str, options: tuple[str, ...]) -> int:
+    """Run a benchmark of jobs/benchmark/ on this machine; --json FILE keeps its figures.
+
+    All take --json FILE and --help; further options are each benchmark's own.
+    """
+    script = _DIRECTORY / f"{name}.py"
+    if not script.is_file():
+        raise ConfigError(
+            f"hfedmoe bench needs {script.relative_to(_DIRECTORY.parents[1])}, a part of the repository but not "
+            "of the installed package. Clone the repository, install it from there (pip install -e .), repeat this."
+        )
+    # A process of its own: what is measured must not share memory with this one, and sets its own environment.
+    return subprocess.run([sys.executable, str(script), *options], check=False).returncode

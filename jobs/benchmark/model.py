@@ -1,0 +1,116 @@
+"""The model that benchmarks measure: a Mixtral with random weights, and texts that mean nothing, made on first use.
+
+113 million parameters in 96 experts (6 layers of 16, top-4) of 117 million in all: 97 % are experts. What a step costs
+and occupies does not depend on the values, so nothing has to be downloaded or trained.
+"""
+
+import json
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from hfedmoe_ray.config.load import load_experiment
+from hfedmoe_ray.config.schema import Experiment
+from hfedmoe_ray.context import RunContext, cache_dir
+from hfedmoe_ray.prepare import prepare_run
+
+SIZES = {
+    "vocab_size": 1000,
+    "hidden_size": 384,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 6,
+    "num_local_experts": 16,
+    "num_experts_per_tok": 4,
+    "max_position_embeddings": 512,
+}
+CLASSES = 8
+EXAMPLES_PER_CLIENT = 64
+CLIENTS = 10
+TEXT_WORDS = 80
+SHARES = (0.125, 0.25, 0.5, 1.0)
+"""Budgets that are compared: shares of the experts. Each is a tier of the experiment."""
+
+
+def experiment(*overrides: str) -> Experiment:
+    """The experiment benchmarks are variations of: ten clients, no cache, one step a round.
+
+    Args:
+        overrides: `key=value`, as on the command line.
+    """
+    source, texts = _source(), _texts()
+    tiers = [
+        {"name": f"share-{share}", "share": 0.25, "experts": share, "device": 0.2, "memory_gib": 8.0}
+        for share in SHARES
+    ]
+    keys = {
+        "name": "benchmark",
+        "rounds": 1,
+        "clients": {"count": CLIENTS, "tiers": tiers},
+        "model": {"source": str(source), "trainable": "top"},
+        "data": {"source": str(texts), "max_length": 64, "test_examples": 64, "own_test": 0.0},
+        "local": {"steps": 1, "batch_size": 8, "cache": "off"},
+        "tracking": {"wandb": {"mode": "disabled"}},
+    }
+    with tempfile.TemporaryDirectory() as directory:
+        file = Path(directory) / "benchmark.yaml"
+        file.write_text(json.dumps(keys))  # JSON is YAML
+        return load_experiment(file, overrides)
+
+
+def prepared(*overrides: str) -> RunContext:
+    """The run context of `experiment(*overrides)`: model and data lie in the cache, some 15 s the first time."""
+    return prepare_run(experiment(*overrides), cache_dir() / "benchmark" / "run")
+
+
+def _source() -> Path:
+    """Directory of the model as transformers saves it."""
+    directory = cache_dir() / "benchmark" / f"mixtral-{_digest(SIZES)}"
+    if directory.is_dir():
+        return directory
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import MixtralConfig, MixtralForSequenceClassification, PreTrainedTokenizerFast
+
+    from hfedmoe_ray.moe.quiet import quiet_transformers
+
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory.parent) as temporary, quiet_transformers():
+        complete = Path(temporary) / "model"
+        words = Tokenizer(models.WordLevel(_vocabulary(), unk_token="[UNK]"))
+        words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", pad_token="[PAD]").save_pretrained(complete)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            config = MixtralConfig(**SIZES, num_labels=CLASSES, pad_token_id=0, bos_token_id=None, eos_token_id=None)
+            MixtralForSequenceClassification(config).save_pretrained(complete)
+        complete.rename(directory)
+    return directory
+
+
+def _texts() -> Path:
+    """File of labelled texts of random words."""
+    file = cache_dir() / "benchmark" / f"texts-{CLIENTS}-{EXAMPLES_PER_CLIENT}.jsonl"
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        rng = np.random.default_rng(0)
+        words = list(_vocabulary())[2:]
+        rows = [
+            {"text": " ".join(rng.choice(words, TEXT_WORDS)), "label": f"class {row % CLASSES}"}
+            for row in range(CLIENTS * EXAMPLES_PER_CLIENT * 5 // 4)  # a part becomes the test split
+        ]
+        partial = file.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        partial.rename(file)
+    return file
+
+
+def _vocabulary() -> dict[str, int]:
+    words = ["[PAD]", "[UNK]", *(f"word{number}" for number in range(SIZES["vocab_size"] - 2))]
+    return {word: number for number, word in enumerate(words)}
+
+
+def _digest(sizes: dict[str, int]) -> str:
+    return "-".join(str(size) for size in sizes.values())
