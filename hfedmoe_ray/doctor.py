@@ -37,8 +37,9 @@ from hfedmoe_ray.config.schema import LocalTraining
 from hfedmoe_ray.train.engine import Engine
 module = torch.nn.Linear(4, 1)
 before = module.weight.detach().clone()
-with Engine(module, list(module.parameters()), LocalTraining()) as engine:
-    engine.step(module(torch.ones(2, 4)).sum(), module.parameters())
+with Engine(module, list(module.parameters()), {}, LocalTraining()) as engine:
+    engine.backward(module(torch.ones(2, 4)).sum(), ())
+    engine.step()
 assert not torch.equal(before, module.weight), "the step changed nothing"
 print(torch.__version__, torch.cuda.device_count())
 """

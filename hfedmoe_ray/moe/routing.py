@@ -85,11 +85,24 @@ class ProfileAccumulator:
         self._routed += tape.counts()
         self._tokens += gates.shape[1]
         for key, (total, tokens) in tape.outputs.items():
-            before, count = self._outputs.get(key, (0.0, 0))
-            self._outputs[key] = (before + _numpy(total), count + tokens)
+            self._add_output(key, _numpy(total), tokens)
+
+    def merge(self, other: "ProfileAccumulator") -> None:
+        """Adds everything another one has seen, such as the forward passes of one batch."""
+        self._gate += other._gate
+        self._gate_log += other._gate_log
+        self._specific = np.maximum(self._specific, other._specific)
+        self._routed += other._routed
+        self._tokens += other._tokens
+        for key, (total, tokens) in other._outputs.items():
+            self._add_output(key, total, tokens)
+
+    def _add_output(self, key: ExpertKey, total: FloatArray, tokens: int) -> None:
+        before, count = self._outputs.get(key, (0.0, 0))
+        self._outputs[key] = (before + total, count + tokens)
 
     def profile(self) -> RoutingProfile:
-        """Returns the profile of everything added.
+        """Returns the profile of everything added: of one batch, it is what eq. 15 selects by.
 
         KL (eq. 11) is streamed exactly: (1/N) sum G log(G / p) = (1/N) sum G log G - p log p with p = (1/N) sum G.
         """
@@ -110,21 +123,6 @@ class ProfileAccumulator:
             for key, (total, tokens) in sorted(self._outputs.items())
             if tokens
         }
-
-
-def batch_statistics(tape: RoutingTape, specific: Specific) -> RoutingProfile:
-    """Returns the profile of the latest forward pass alone (eq. 3, 4 and 11 over one batch; `routed > 0` is its mask).
-
-    Used in every training step: four reductions of an [L, N, E] tensor.
-    """
-    gates = tape.stacked()
-    tokens = gates.shape[1]
-    usage = _numpy(gates.sum(dim=1, dtype=torch.float64)) / max(tokens, 1)
-    gate_log = _numpy(torch.xlogy(gates, gates).sum(dim=1, dtype=torch.float64)) / max(tokens, 1)
-    largest = _numpy(_specific(gates, specific)) if tokens else np.zeros_like(usage)
-    return RoutingProfile(
-        usage=usage, specific=largest, kl=_information(gate_log, usage), routed=tape.counts(), tokens=tokens
-    )
 
 
 def _information(gate_log: FloatArray, usage: FloatArray) -> FloatArray:

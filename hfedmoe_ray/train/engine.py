@@ -9,7 +9,7 @@ thrown away after it (0.05 s); nothing of one client's optimizer reaches the nex
 import gc
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Self
 
 import torch
@@ -18,6 +18,7 @@ from torch._C._distributed_c10d import HashStore
 
 from hfedmoe_ray.config.schema import LocalTraining
 from hfedmoe_ray.train.deepspeed_config import deepspeed_config
+from hfedmoe_ray.types import ExpertKey
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
@@ -31,6 +32,10 @@ logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
+ExpertParameters = Mapping[ExpertKey, Mapping[str, nn.Parameter]]
+"""Parameters of experts by tensor name."""
+
+
 def _join_own_world() -> None:
     """Makes this process the only rank of an in-memory process group, once."""
     if torch.distributed.is_initialized():
@@ -42,12 +47,24 @@ def _join_own_world() -> None:
 
 
 class Engine:
-    """Trains a fixed set of parameters; from each batch only those named to `step` receive a gradient."""
+    """Trains shared parameters and experts; only the experts a batch selects are differentiated and stepped."""
 
-    def __init__(self, module: nn.Module, parameters: Sequence[nn.Parameter], local: LocalTraining) -> None:
-        """Builds a DeepSpeed engine around `module` whose optimizer holds exactly `parameters`."""
+    def __init__(
+        self, module: nn.Module, shared: Sequence[nn.Parameter], experts: ExpertParameters, local: LocalTraining
+    ) -> None:
+        """Builds a DeepSpeed engine around `module` whose optimizer holds exactly these parameters.
+
+        Args:
+            module: The whole model.
+            shared: Parameters that train in every step.
+            experts: Parameters of every expert that may train, by tensor name.
+            local: Learning rate, weight decay, clipping.
+        """
         _join_own_world()
-        self._parameters = tuple(parameters)
+        self._shared = tuple(shared)
+        self._experts = {key: tuple(named.values()) for key, named in experts.items()}
+        self._parameters = [*self._shared, *(p for named in self._experts.values() for p in named)]
+        self._pending = False
         optimizer = torch.optim.AdamW(self._parameters, lr=local.learning_rate, weight_decay=local.weight_decay)
         self._engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=deepspeed_config(local))
         # Reduction between ranks would give every masked parameter a gradient of zeros, which AdamW turns into a
@@ -72,17 +89,25 @@ class Engine:
             parameter.grad = None
         gc.collect()
 
-    def step(self, loss: Tensor, active: Iterable[nn.Parameter]) -> None:
-        """One backward pass and optimizer step in which only `active` parameters move.
+    def backward(self, loss: Tensor, active: Collection[ExpertKey]) -> None:
+        """Adds the gradients of the shared parameters and of the `active` experts to those of earlier calls.
+
+        Autograd is told which gradients are wanted, so it computes no weight gradient of any other expert, nor
+        anything below the lowest parameter that is wanted. (Setting `requires_grad` between the forward and the
+        backward pass would not do: the products would be computed and thrown away.) DeepSpeed's own `backward` cannot
+        be told; at ZeRO stage 0 on one rank it does nothing else.
+        """
+        wanted = [*self._shared, *(p for key in active for p in self._experts[key])]
+        if wanted:
+            torch.autograd.backward(loss, inputs=wanted)
+            self._pending = True
+
+    def step(self) -> None:
+        """Moves the parameters that `backward` was asked for since the last step.
 
         The others keep their exact bytes and their optimizer state: without a gradient AdamW skips a parameter,
         momentum and weight decay included.
         """
-        keep = {id(parameter) for parameter in active}
-        if not keep:
-            return
-        self._engine.backward(loss)
-        for parameter in self._parameters:
-            if id(parameter) not in keep:
-                parameter.grad = None
-        self._engine.step()
+        if self._pending:
+            self._engine.step()
+        self._pending = False

@@ -6,9 +6,10 @@ decides the last bits of a matrix product.
 
 import gc
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from hfedmoe_ray.config.schema import HFedMoE
 from hfedmoe_ray.context import RunContext
 from hfedmoe_ray.data.dataset import Batch, FederatedDataset, Split
 from hfedmoe_ray.errors import ModelError
-from hfedmoe_ray.moe.routing import ProfileAccumulator, batch_statistics
+from hfedmoe_ray.moe.routing import ProfileAccumulator
 from hfedmoe_ray.moe.store import check
 from hfedmoe_ray.moe.subset import SparseModel
 from hfedmoe_ray.seeds import derive_seed, generator
@@ -27,7 +28,7 @@ from hfedmoe_ray.strategies import build_strategy
 from hfedmoe_ray.train.engine import Engine
 from hfedmoe_ray.train.memory import private_mib, return_freed_memory
 from hfedmoe_ray.train.prefix import PrefixStates, prefix_states
-from hfedmoe_ray.types import Array, ClientMetrics, ClientTask, ExpertKey, Prototypes, TaskWeights
+from hfedmoe_ray.types import Array, ClientMetrics, ClientTask, ExpertKey, ExpertPlan, Prototypes, TaskWeights
 from hfedmoe_ray.wire import checksum, dump_metrics, expert_name, pack_update
 
 ShouldStop = Callable[[], bool]
@@ -43,6 +44,22 @@ class _Examples:
 
     split: Split
     states: PrefixStates | None
+
+
+@dataclass
+class _Steps:
+    """What the optimizer steps of one task share, and what they add up to."""
+
+    plan: ExpertPlan
+    rng: np.random.Generator
+    """Of strategies that select by chance."""
+    profile: ProfileAccumulator
+    trained: dict[ExpertKey, int]
+    """Steps in which an expert received a gradient."""
+    loss: float = 0.0
+    """Summed over examples."""
+    examples: int = 0
+    seconds: float = 0.0
 
 
 class ClientWorker:
@@ -104,7 +121,7 @@ class ClientWorker:
         """Forward passes over a sample of the client's data: its routing profile and the experts' mean outputs."""
         split = examples.split
         order = generator(task.seed, "profile", task.client).permutation(len(split))[: self._local.profile_examples]
-        profile = ProfileAccumulator(self._model.shape, self._specific)
+        profile = self._new_profile()
         prototypes = self._empty_prototypes() if self._experiment.model.head == "prototypes" else None
         loss = 0.0
         self._model.module.eval()
@@ -119,65 +136,41 @@ class ClientWorker:
                     np.add.at(prototypes.sums, batch.labels, self._features())
                     np.add.at(prototypes.counts, batch.labels, 1)
         measured = profile.profile()
-        metrics = ClientMetrics(
-            client=task.client,
-            round=task.round,
-            kind="profile",
-            samples=len(split),
-            tokens=measured.tokens,
-            loss=loss / len(order),
-            examples=len(order),
-        )
-        return pack_update({}, {}, measured, _without_counts(profile.means()), prototypes), metrics
+        payload = pack_update({}, {}, measured, _without_counts(profile.means()), prototypes)
+        return payload, _metrics(task, split, tokens=measured.tokens, loss=loss / len(order), examples=len(order))
 
     def _train(self, task: ClientTask, examples: _Examples, should_stop: ShouldStop) -> tuple[bytes, ClientMetrics]:
         """Local steps: forward, choose the batch's experts, give only them a gradient (eq. 15)."""
-        model, split = self._model, examples.split
-        experts = model.expert_parameters
-        before = {expert_name(key): checksum(model.read_expert(key)) for key in task.plan.trainable}
-        trained = dict.fromkeys(task.plan.trainable, 0)
-        profile = ProfileAccumulator(model.shape, self._specific)
+        model, split, keys = self._model, examples.split, task.plan.trainable
+        before = self._checksums(keys)
+        done = _Steps(profile=self._new_profile(), trained=dict.fromkeys(keys, 0))
         rng = generator(task.seed, "select", task.round, task.client)
-        shared = list(model.shared_parameters.values())
-        parameters = shared + [p for key in task.plan.trainable for p in experts[key].values()]
-        loss_sum, seen, step_seconds = 0.0, 0, 0.0
         model.module.train()
-        with Engine(model.module, parameters, self._local) as engine:
+        with Engine(
+            model.module, list(model.shared_parameters.values()), model.expert_parameters, self._local
+        ) as engine:
             for indices in self._batches(task, len(split)):
                 self._poll(should_stop)
-                started = time.perf_counter()
-                batch, logits = self._forward(examples, indices)
-                loss = cross_entropy(logits.float(), self._labels(batch))
-                routing = batch_statistics(model.tape, self._specific)
-                chosen = self._strategy.select(routing, task.plan, rng)
-                engine.step(loss, [*shared, *(p for key in chosen for p in experts[key].values())])
-                profile.add(model.tape)
-                for key in chosen:
-                    trained[key] += int(routing.routed[key] > 0)
-                loss_sum += float(loss.detach()) * len(indices)
-                seen += len(indices)
-                step_seconds += time.perf_counter() - started
+                self._step(engine, task.plan, examples, indices, rng, done)
             # Weights, gradients and optimizer moments are all alive here.
             peak_mib = private_mib()
-        measured = profile.profile()
+        measured = done.profile.profile()
         moved: dict[ExpertKey, dict[str, Array]] = {
-            key: model.read_expert(key) for key, steps in trained.items() if steps
+            key: model.read_expert(key) for key, steps in done.trained.items() if steps
         }
-        metrics = ClientMetrics(
-            client=task.client,
-            round=task.round,
-            kind="train",
-            samples=len(split),
+        metrics = _metrics(
+            task,
+            split,
             tokens=measured.tokens,
-            loss=loss_sum / seen,
-            examples=seen,
-            trained={expert_name(key): steps for key, steps in trained.items() if steps},
+            loss=done.loss / done.examples,
+            examples=done.examples,
+            trained={expert_name(key): done.trained[key] for key in moved},
             before=before,
-            after={expert_name(key): checksum(model.read_expert(key)) for key in task.plan.trainable},
-            step_seconds=step_seconds,
+            after=self._checksums(keys),
+            step_seconds=done.seconds,
             peak_mib=peak_mib,
         )
-        return pack_update(moved, model.read_shared(), measured, _without_counts(profile.means())), metrics
+        return pack_update(moved, model.read_shared(), measured, _without_counts(done.profile.means())), metrics
 
     def _evaluate(self, task: ClientTask, examples: _Examples, should_stop: ShouldStop) -> tuple[bytes, ClientMetrics]:
         """Loss and accuracy of the bound model on a split."""
@@ -193,17 +186,8 @@ class ClientWorker:
                 loss += float(cross_entropy(logits.float(), labels, reduction="sum"))
                 correct += int((logits.argmax(dim=-1) == labels).sum())
                 tokens += int(batch.attention_mask.sum())
-        metrics = ClientMetrics(
-            client=task.client,
-            round=task.round,
-            kind="evaluate",
-            samples=len(split),
-            tokens=tokens,
-            loss=loss / max(len(split), 1),
-            correct=correct,
-            examples=len(split),
-        )
-        return b"", metrics
+        mean = loss / max(len(split), 1)
+        return b"", _metrics(task, split, tokens=tokens, loss=mean, correct=correct, examples=len(split))
 
     # ------------------------------------------------------------------------------------------------- the parts
 
@@ -235,6 +219,24 @@ class ClientWorker:
             yield order[:size]
             order = order[size:]
 
+    def _step(self, engine: Engine, examples: _Examples, indices: Array, done: _Steps) -> None:
+        """One optimizer step on one batch, added to `done`."""
+        started = time.perf_counter()
+        batch, logits = self._forward(examples, indices)
+        loss = cross_entropy(logits.float(), self._labels(batch))
+        seen = self._new_profile()
+        seen.add(self._model.tape)
+        routing = seen.profile()
+        chosen = self._strategy.select(routing, done.plan, done.rng)
+        engine.backward(loss, chosen)
+        engine.step()
+        done.profile.merge(seen)
+        for key in chosen:
+            done.trained[key] += int(routing.routed[key] > 0)
+        done.loss += float(loss.detach()) * len(indices)
+        done.examples += len(indices)
+        done.seconds += time.perf_counter() - started
+
     def _forward(self, examples: _Examples, indices: Array) -> tuple[Batch, Tensor]:
         """Returns the batch and its logits, [B, C]."""
         batch = examples.split.batch(indices)
@@ -245,6 +247,12 @@ class ClientWorker:
         bf16 = self._local.precision == "bf16"
         with torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext():
             return batch, self._model.forward(ids, mask, hidden)
+
+    def _new_profile(self) -> ProfileAccumulator:
+        return ProfileAccumulator(self._model.shape, self._specific)
+
+    def _checksums(self, keys: Sequence[ExpertKey]) -> dict[str, str]:
+        return {expert_name(key): checksum(self._model.read_expert(key)) for key in keys}
 
     def _empty_prototypes(self) -> Prototypes:
         classes = len(self._context.data.label_names)
@@ -269,6 +277,11 @@ class ClientWorker:
     def _poll(should_stop: ShouldStop) -> None:
         if should_stop():
             raise Stopped
+
+
+def _metrics(task: ClientTask, split: Split, **measured: Any) -> ClientMetrics:
+    """Metrics of a task with what was measured in it."""
+    return ClientMetrics(client=task.client, round=task.round, kind=task.kind, samples=len(split), **measured)
 
 
 def _without_counts(means: Mapping[ExpertKey, tuple[Array, int]]) -> dict[ExpertKey, Array]:

@@ -22,12 +22,13 @@ def trained(prepared, device: str) -> tuple[torch.Tensor, dict[str, torch.Tensor
     model.bind(PLAN, task_weights(prepared), "top")
     ids, mask = (tensor.to(device) for tensor in batch())
     labels = torch.arange(len(ids), device=device) % 5
-    experts = [p for named in model.expert_parameters.values() for p in named.values()]
-    parameters = [*model.shared_parameters.values(), *experts]
-    with Engine(model.module, parameters, LocalTraining(learning_rate=1e-3)) as engine:
+    shared, experts = list(model.shared_parameters.values()), model.expert_parameters
+    with Engine(model.module, shared, experts, LocalTraining(learning_rate=1e-3)) as engine:
         first = cross_entropy(model.forward(ids, mask), labels)
-        engine.step(first, parameters)
-        engine.step(cross_entropy(model.forward(ids, mask), labels), parameters)
+        engine.backward(first, PLAN.trainable)
+        engine.step()
+        engine.backward(cross_entropy(model.forward(ids, mask), labels), PLAN.trainable)
+        engine.step()
     key = PLAN.trainable[0]
     return first.detach().cpu(), {name: torch.from_numpy(array) for name, array in model.read_expert(key).items()}
 

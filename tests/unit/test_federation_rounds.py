@@ -214,6 +214,6 @@ def test_the_same_error_in_every_client_ends_the_run_with_its_traceback(
     def broken(*_):
         raise ZeroDivisionError("what the clients have in common")
 
-    monkeypatch.setattr(client_work, "batch_statistics", broken)
+    monkeypatch.setattr(client_work.ClientWorker, "_batches", broken)
     with pytest.raises(TrainingError, match=r"4 clients failed with the same error: ZeroDivisionError(?s:.*)in _train"):
         run(experiment(sources), tmp_path / "run")

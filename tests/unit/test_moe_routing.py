@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hfedmoe_ray.moe.routing import ProfileAccumulator, RoutingTape, batch_statistics
-from hfedmoe_ray.types import ExpertKey, ModelShape
+from hfedmoe_ray.moe.routing import ProfileAccumulator, RoutingTape, Specific
+from hfedmoe_ray.types import ExpertKey, ModelShape, RoutingProfile
 
 LAYERS, EXPERTS, TOP_K, HIDDEN = 2, 5, 2, 3
 SHAPE = ModelShape(
@@ -28,6 +28,13 @@ def record(logits: torch.Tensor, mask: torch.Tensor | None = None) -> RoutingTap
 
 def draw(seed: int, tokens: int, spread: float = 3.0) -> torch.Tensor:
     return spread * torch.randn(LAYERS, tokens, EXPERTS, generator=torch.Generator().manual_seed(seed))
+
+
+def batch_statistics(tape: RoutingTape, specific: Specific) -> RoutingProfile:
+    """The profile of one forward pass."""
+    accumulator = ProfileAccumulator(SHAPE, specific)
+    accumulator.add(tape)
+    return accumulator.profile()
 
 
 @settings(max_examples=40, deadline=None)
@@ -73,8 +80,14 @@ def test_streaming_equals_one_shot(split: list[int]) -> None:
     for part in logits.split(split, dim=1):
         accumulator.add(record(part))
     streamed = accumulator.profile()
+    merged = ProfileAccumulator(SHAPE, "max")
+    for part in logits.split(split, dim=1):
+        one = ProfileAccumulator(SHAPE, "max")
+        one.add(record(part))
+        merged.merge(one)
     for name in ("usage", "specific", "kl", "routed"):
         np.testing.assert_allclose(getattr(streamed, name), getattr(once, name), rtol=1e-6, atol=1e-9, err_msg=name)
+        np.testing.assert_array_equal(getattr(merged.profile(), name), getattr(streamed, name), err_msg=name)
     assert streamed.tokens == 37
     assert streamed.routed.sum() == LAYERS * 37 * TOP_K
 

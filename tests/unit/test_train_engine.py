@@ -9,8 +9,10 @@ from torch import nn
 
 from hfedmoe_ray.config.schema import LocalTraining
 from hfedmoe_ray.train.engine import Engine
+from hfedmoe_ray.types import ExpertKey
 
 LOCAL = LocalTraining(learning_rate=1e-2, weight_decay=0.1, clip_norm=1.0, batch_size=4)
+KEYS = [ExpertKey(0, e) for e in range(3)]
 
 
 class Sum(nn.Module):
@@ -32,11 +34,17 @@ def data(steps):
     return [torch.randn(4, 8, generator=generator) for _ in range(steps)]
 
 
+def experts_of(module):
+    """Its parameters as an engine takes them: no shared ones."""
+    return {KEYS[e]: dict(expert.named_parameters()) for e, expert in enumerate(module.experts)}
+
+
 def train(module, batches, selected, local=LOCAL):
     """Trains with expert `selected(step)` active; yields the bytes of all experts after each step."""
-    with Engine(module, list(module.parameters()), local) as engine:
+    with Engine(module, [], experts_of(module), local) as engine:
         for step, x in enumerate(batches):
-            engine.step(module(x).pow(2).mean(), module.experts[selected(step)].parameters())
+            engine.backward(module(x).pow(2).mean(), [KEYS[selected(step)]])
+            engine.step()
             yield [expert.weight.detach().clone() for expert in module.experts]
 
 
@@ -56,10 +64,10 @@ def test_a_masked_step_leaves_no_trace_in_later_steps():
     module = Sum()
     frozen = [expert.weight.detach().clone() for expert in module.experts]
     interrupted = []
-    with Engine(module, list(module.parameters()), LOCAL) as engine:
+    with Engine(module, [], experts_of(module), LOCAL) as engine:
         for step in (0, 1, 2):
-            active = [] if step == 1 else list(module.experts[0].parameters())
-            engine.step(module(x[step]).pow(2).mean(), active)
+            engine.backward(module(x[step]).pow(2).mean(), [] if step == 1 else [KEYS[0]])
+            engine.step()
         interrupted = [expert.weight.detach().clone() for expert in module.experts]
     assert torch.equal(alone[0], interrupted[0])
     assert torch.equal(frozen[1], interrupted[1])
@@ -90,7 +98,7 @@ def test_a_step_equals_bare_pytorch(clip):
 
 
 def test_nothing_listens_beyond_this_machine():
-    with Engine(Sum(), list(Sum().parameters()), LOCAL):
+    with Engine(Sum(), list(Sum().parameters()), {}, LOCAL):
         listening = [c.laddr.ip for c in psutil.Process().net_connections(kind="inet") if c.status == "LISTEN"]
     assert all(address in ("127.0.0.1", "::1") for address in listening)
 
@@ -98,8 +106,9 @@ def test_nothing_listens_beyond_this_machine():
 def test_an_engine_leaves_nothing_on_the_module_and_nothing_in_memory():
     module, alive = Sum(), []
     for _ in range(3):
-        with Engine(module, list(module.parameters()), LOCAL) as engine:
-            engine.step(module(data(1)[0]).pow(2).mean(), module.parameters())
+        with Engine(module, [], experts_of(module), LOCAL) as engine:
+            engine.backward(module(data(1)[0]).pow(2).mean(), KEYS)
+            engine.step()
             alive.append(weakref.ref(engine._engine))
     assert [ref() for ref in alive] == [None] * 3
     assert not module._forward_hooks
