@@ -143,15 +143,14 @@ class ClientWorker:
         """Local steps: forward, choose the batch's experts, give only them a gradient (eq. 15)."""
         model, split, keys = self._model, examples.split, task.plan.trainable
         before = self._checksums(keys)
-        done = _Steps(profile=self._new_profile(), trained=dict.fromkeys(keys, 0))
         rng = generator(task.seed, "select", task.round, task.client)
+        done = _Steps(plan=task.plan, rng=rng, profile=self._new_profile(), trained=dict.fromkeys(keys, 0))
+        shared = list(model.shared_parameters.values())
         model.module.train()
-        with Engine(
-            model.module, list(model.shared_parameters.values()), model.expert_parameters, self._local
-        ) as engine:
+        with Engine(model.module, shared, model.expert_parameters, self._local) as engine:
             for indices in self._batches(task, len(split)):
                 self._poll(should_stop)
-                self._step(engine, task.plan, examples, indices, rng, done)
+                self._step(engine, examples, indices, done)
             # Weights, gradients and optimizer moments are all alive here.
             peak_mib = private_mib()
         measured = done.profile.profile()
