@@ -18,6 +18,8 @@ FloatArray = npt.NDArray[np.float64]
 
 AbsentMode = Literal["mean", "drop", "reroute"]
 TaskKind = Literal["profile", "train", "evaluate"]
+Fetch = Callable[[], bytes]
+"""Fetches bytes from wherever they are kept."""
 Status = Literal["ok", "late", "failed", "rejected", "dropped"]
 
 
@@ -94,6 +96,11 @@ class ExpertPlan:
         return self.with_role(Role.TRAIN)
 
     @property
+    def needs_means(self) -> bool:
+        """Whether some expert is represented by its mean output."""
+        return self.absent == "mean" and any(Role.ABSENT in row for row in self.roles)
+
+    @property
     def present(self) -> tuple[ExpertKey, ...]:
         """Experts whose weights the client needs."""
         return self.with_role(Role.TRAIN, Role.FROZEN)
@@ -157,6 +164,9 @@ class ClientTask:
     """Client whose private weights are laid over the global ones, if the strategy keeps any."""
     weight: float = 1.0
     """Predicted relative cost, for placing the longest first."""
+    state: Fetch | None = None
+    """The client's own state as its last accepted task left it. It travels with the task here, so that any process can
+    serve the client; on a real device it would never leave it, and it is not counted as traffic."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,7 +178,9 @@ class TaskWeights:
     experts: Mapping[ExpertKey, Mapping[str, Array]]
     """Tensors of every present expert by tensor name."""
     means: Array | None = None
-    """Mean output of every expert over the tokens routed to it, [L, E, H]."""
+    """Mean output of every expert over the tokens routed to it, [L, E, H]; None where the plan has no use for it."""
+    state: bytes = b""
+    """The client's own state (`ClientTask.state`); empty where it has none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,6 +235,8 @@ class ClientMetrics:
     """"layer.expert" -> checksum of each TRAIN expert before the first step."""
     after: Mapping[str, str] = field(default_factory=dict)
     """The same after the last step."""
+    rebuilt: Mapping[str, str] = field(default_factory=dict)
+    """"layer.expert" -> checksum of each trained expert as the server will rebuild it; empty with fp32 uploads."""
     seconds: float = 0.0
     """Wall seconds of the task in its process."""
     step_seconds: float = 0.0
@@ -238,7 +252,9 @@ class TaskResult:
     task: ClientTask
     status: Status
     metrics: ClientMetrics | None = None
-    payload: Callable[[], bytes] | None = None
+    payload: Fetch | None = None
+    state: Fetch | None = None
+    """The client's state after the task, to be kept if the update is accepted; None where it has not changed."""
     reason: str = ""
     """Why it is not "ok", in one line."""
     attempts: int = 1

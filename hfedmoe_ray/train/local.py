@@ -29,7 +29,7 @@ from hfedmoe_ray.train.engine import Engine
 from hfedmoe_ray.train.memory import private_mib, return_freed_memory
 from hfedmoe_ray.train.prefix import PrefixStates, prefix_states
 from hfedmoe_ray.types import Array, ClientMetrics, ClientTask, ExpertKey, ExpertPlan, Prototypes, TaskWeights
-from hfedmoe_ray.wire import checksum, dump_metrics, expert_name, pack_update
+from hfedmoe_ray.wire import Upload, checksum, dump_metrics, expert_name, make_upload, pack_update
 
 ShouldStop = Callable[[], bool]
 
@@ -84,22 +84,25 @@ class ClientWorker:
         gc.collect()
         gc.freeze()
 
-    def execute(self, task: ClientTask, weights: TaskWeights, should_stop: ShouldStop) -> tuple[bytes, bytes]:
+    def execute(self, task: ClientTask, weights: TaskWeights, should_stop: ShouldStop) -> tuple[bytes, bytes, bytes]:
         """Runs one task.
 
         Args:
             task: What to do.
-            weights: The published weights the plan needs; read-only arrays that are never written.
+            weights: The published weights the plan needs, read-only arrays that are never written, and the client's
+                own state.
             should_stop: Polled between steps.
 
         Returns:
-            The payload (safetensors; empty for an evaluation) and the metrics (JSON of `ClientMetrics`).
+            The payload (safetensors; empty for an evaluation), the metrics (JSON of `ClientMetrics`), and the client's
+            state where training changed it, else empty.
 
         Raises:
             Stopped: `should_stop` turned true.
         """
         return_freed_memory()
         started = time.perf_counter()
+        state = b""
         # Models with dropout draw from torch's generator: forked, so that neither callers nor tasks share it.
         with _one_thread(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(task.seed, "torch", task.round, task.client))
@@ -109,11 +112,12 @@ class ClientWorker:
                 case "profile":
                     payload, metrics = self._profile(task, examples, should_stop)
                 case "train":
-                    payload, metrics = self._train(task, examples, should_stop)
+                    upload, metrics = self._train(task, weights, examples, should_stop)
+                    payload, state = upload.payload, upload.state
                 case "evaluate":
                     payload, metrics = self._evaluate(task, examples, should_stop)
         seconds = time.perf_counter() - started
-        return payload, dump_metrics(replace(metrics, seconds=seconds))
+        return payload, dump_metrics(replace(metrics, seconds=seconds)), state
 
     # ------------------------------------------------------------------------------------------ the three tasks
 
@@ -136,10 +140,13 @@ class ClientWorker:
                     np.add.at(prototypes.sums, batch.labels, self._features())
                     np.add.at(prototypes.counts, batch.labels, 1)
         measured = profile.profile()
-        payload = pack_update({}, {}, measured, _without_counts(profile.means()), prototypes)
+        means = _without_counts(profile.means())
+        payload = pack_update({}, {}, measured, means, prototypes, lossy=self._experiment.wire.lossy)
         return payload, _metrics(task, split, tokens=measured.tokens, loss=loss / len(order), examples=len(order))
 
-    def _train(self, task: ClientTask, examples: _Examples, should_stop: ShouldStop) -> tuple[bytes, ClientMetrics]:
+    def _train(
+        self, task: ClientTask, weights: TaskWeights, examples: _Examples, should_stop: ShouldStop
+    ) -> tuple[Upload, ClientMetrics]:
         """Local steps: forward, choose the batch's experts, give only them a gradient (eq. 15)."""
         model, split, keys = self._model, examples.split, task.plan.trainable
         before = self._checksums(keys)
@@ -157,6 +164,8 @@ class ClientWorker:
         moved: dict[ExpertKey, dict[str, Array]] = {
             key: model.read_expert(key) for key, steps in done.trained.items() if steps
         }
+        means = _without_counts(done.profile.means())
+        upload = make_upload(self._experiment.wire, weights, moved, model.read_shared(), profile=measured, means=means)
         metrics = _metrics(
             task,
             split,
@@ -166,10 +175,11 @@ class ClientWorker:
             trained={expert_name(key): done.trained[key] for key in moved},
             before=before,
             after=self._checksums(keys),
+            rebuilt=upload.rebuilt,
             step_seconds=done.seconds,
             peak_mib=peak_mib,
         )
-        return pack_update(moved, model.read_shared(), measured, _without_counts(done.profile.means())), metrics
+        return upload, metrics
 
     def _evaluate(self, task: ClientTask, examples: _Examples, should_stop: ShouldStop) -> tuple[bytes, ClientMetrics]:
         """Loss and accuracy of the bound model on a split."""

@@ -19,6 +19,7 @@ from hfedmoe_ray.prepare import prepare_run
 from hfedmoe_ray.runtime.local import LocalExecutor
 from hfedmoe_ray.train import local as client_work
 from hfedmoe_ray.types import RoundReport
+from hfedmoe_ray.wire import upload
 
 HFEDMOE = {"name": "hfedmoe", "tau": 0.5}
 STRATEGIES: dict[str, dict[str, Any]] = {
@@ -182,23 +183,23 @@ def test_class_means_start_the_head_above_chance(sources: Path, tmp_path: Path):
 def test_a_client_that_lies_is_left_out_and_a_fault_of_ours_stops_the_run(
     sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    pack = client_work.pack_update
+    pack = upload.pack_update
     sent: list[int] = []
 
     def poisoned(experts, shared, *rest):
         sent.append(1)
-        if experts and len(sent) == 5:
+        if len(sent) == 1:
             shared = {name: value * np.nan for name, value in shared.items()}
         return pack(experts, shared, *rest)
 
-    monkeypatch.setattr(client_work, "pack_update", poisoned)
+    monkeypatch.setattr(upload, "pack_update", poisoned)
     _, summary, recorder = run(experiment(sources, rounds=1), tmp_path / "lie")
     assert summary["clients"] == {"ok": 7, "late": 0, "failed": 0, "rejected": 1, "dropped": 0}
     (rejected,) = [record for record in recorder.rounds[1].clients if record.status == "rejected"]
     assert "NaN" in rejected.reason
 
     monkeypatch.setattr(
-        client_work,
+        upload,
         "pack_update",
         lambda experts, *rest: pack(
             {key: {name: value + 1 for name, value in tensors.items()} for key, tensors in experts.items()}, *rest

@@ -51,9 +51,9 @@ def test_what_a_task_reads_cannot_be_written(tmp_path: Path):
 
         def execute(
             self, _task: ClientTask, weights: TaskWeights, _should_stop: Callable[[], bool]
-        ) -> tuple[bytes, bytes]:
+        ) -> tuple[bytes, bytes, bytes]:
             weights.experts[ExpertKey(0, 0)]["up"][0] = 1
-            return b"", b""
+            return b"", b"", b""
 
     executor = LocalExecutor(context(tmp_path), worker_factory=Writer)
     published = weights()
@@ -71,7 +71,7 @@ def test_only_present_experts_and_private_weights_are_given(tmp_path: Path):
     class Recorder(TinyWorker):
         def execute(
             self, task: ClientTask, weights: TaskWeights, should_stop: Callable[[], bool]
-        ) -> tuple[bytes, bytes]:
+        ) -> tuple[bytes, bytes, bytes]:
             seen.append(weights)
             return super().execute(task, weights, should_stop)
 
