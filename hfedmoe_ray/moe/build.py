@@ -114,8 +114,9 @@ def mean_outputs(layout: MoELayout, batches: Iterator[tuple[Tensor, Tensor]]) ->
 
     def note(layer: int) -> Any:
         def hook(_module: nn.Module, args: tuple[Tensor, Tensor, Tensor]) -> None:
-            tokens, index, _ = args
-            for expert in torch.unique(index).tolist():
+            tokens, *dispatch = args
+            index, _ = layout.read_dispatch(*dispatch)
+            for expert in torch.unique(index[index < layout.num_experts]).tolist():
                 routed = tokens[(index == expert).any(dim=1) & real]
                 tensors = layout.read_expert(ExpertKey(layer, expert))
                 totals[layer, expert] += layout.expert_forward(routed, tensors).sum(dim=0)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hfedmoe_ray.moe.layout import MoELayout
+from hfedmoe_ray.moe.layout import MoELayout, Routing
 from hfedmoe_ray.moe.routing import RoutingTape
 from hfedmoe_ray.types import AbsentMode, Array, ExpertKey, Role
 
@@ -50,7 +50,7 @@ class ResidentExperts(nn.Module):
         """TRAIN experts by number, one parameter per tensor so that an optimizer can skip any of them."""
         self._tensors: dict[int, Mapping[str, Tensor]] = {}
         """Tensors of every present expert by number."""
-        self._is_present = torch.zeros(self._layout.num_experts, dtype=torch.bool)  # [E]
+        self._is_present = torch.zeros(self._layout.num_experts + 1, dtype=torch.bool)  # [E + 1]; E is no expert
         self._absent_means: Tensor | None = None  # [E, H], zero where present
         self._reroutes = False
 
@@ -87,7 +87,7 @@ class ResidentExperts(nn.Module):
                 with aliasing():
                     self._tensors[expert] = {name: torch.from_numpy(a).to(device) for name, a in arrays.items()}
         present = torch.tensor([role is not Role.ABSENT for role in roles])
-        self._is_present = present.to(device)
+        self._is_present = torch.cat([present, torch.tensor([False])]).to(device)
         self._reroutes = absent == "reroute" and bool(present.any()) and not bool(present.all())
         if absent == "mean" and not bool(present.all()):
             if means is None:
@@ -102,28 +102,23 @@ class ResidentExperts(nn.Module):
         """Returns the tensors of a present expert."""
         return self._tensors[expert]
 
-    def route(self, logits: Tensor, weights: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the gate weights and experts to use: the router's own or, re-routing, its choice among the present.
-
-        Args:
-            logits: Router logits over all experts, [T, E].
-            weights: The router's own weights, [T, K].
-            index: The router's own choice, [T, K].
-        """
+    def route(self, routing: Routing) -> Routing:
+        """Returns the routing to use: the router's own or, re-routing, its choice among the present experts."""
         if not self._reroutes:
-            return weights, index
+            return routing
         # Equal to cutting the router's rows to the present experts, softmax and renormalisation included.
-        masked = logits.masked_fill(~self._is_present, float("-inf"))
-        return self._layout.choose(masked, min(self._layout.top_k, len(self._tensors)))
+        masked = routing.logits.masked_fill(~self._is_present[:-1], float("-inf"))
+        top_k = min(self._layout.top_k, len(self._tensors))
+        return Routing(routing.logits, *self._layout.choose(self.layer, masked, top_k))
 
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    def forward(self, hidden_states: Tensor, *dispatch: Tensor) -> Tensor:
         """Returns the weighted sum of each token's experts, or what stands in for them: [T, H].
 
         Args:
             hidden_states: Tokens, [T, H].
-            top_k_index: Experts of each token, [T, K].
-            top_k_weights: Their gate weights, [T, K].
+            dispatch: The experts of each token and their gate weights, as the family's blocks hand them over.
         """
+        top_k_index, top_k_weights = self._layout.read_dispatch(*dispatch)
         tokens, top_k = top_k_index.shape
         expert = top_k_index.flatten()  # [T * K]
         pair = self._is_present[expert]
@@ -141,8 +136,8 @@ class ResidentExperts(nn.Module):
             outputs = torch.cat([self._compute(e, x) for e, x in enumerate(inputs) if len(x)])  # [P, H]
             combined = combined.index_add(0, token, (outputs * weight[:, None]).to(combined.dtype))
         if self._absent_means is not None:
-            shares = top_k_weights.new_zeros(tokens, self._layout.num_experts).scatter(1, top_k_index, top_k_weights)
-            combined = combined + (shares @ self._absent_means.to(shares.dtype)).to(combined.dtype)
+            shares = top_k_weights.new_zeros(tokens, len(self._is_present)).scatter(1, top_k_index, top_k_weights)
+            combined = combined + (shares[:, :-1] @ self._absent_means.to(shares.dtype)).to(combined.dtype)
         return combined
 
     def _compute(self, expert: int, tokens: Tensor) -> Tensor:

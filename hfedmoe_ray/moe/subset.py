@@ -46,6 +46,7 @@ def assign_base(model: PreTrainedModel, base: Mapping[str, Tensor]) -> None:
     """Makes non-expert tensors the model's own; raises ModelError if that leaves anything without storage."""
     for name, tensor in base.items():
         assign(model, name, tensor)
+    model.tie_weights()
     missing = on_meta(model)
     if missing:
         raise ModelError(f"the prepared model lacks {', '.join(missing[:5])}. Delete its directory and run again.")
@@ -80,7 +81,7 @@ class SparseModel:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         read_meta(prepared)
         self.module, self.layout = skeleton(prepared)
-        self.tape = RoutingTape(self.layout.layers)
+        self.tape = RoutingTape(self.layout.layers, self.layout.gate_values)
         self._residents = tuple(ResidentExperts(i, self.layout, self.tape) for i in range(self.layout.layers))
         for layer, (block, residents) in enumerate(zip(self.layout.blocks, self._residents, strict=True)):
             setattr(block, self.layout.experts_name, residents)
@@ -122,6 +123,7 @@ class SparseModel:
                 self.shared_parameters[name] = self.module.get_parameter(name)
             else:
                 assign(self.module, name, tensor)
+        self.module.tie_weights()
         for layer, residents in enumerate(self._residents):
             means = None if weights.means is None else weights.means[layer]
             residents.bind(plan.roles[layer], plan.absent, weights.experts, means, self.device)
@@ -180,11 +182,11 @@ class SparseModel:
     def _routed(self, residents: ResidentExperts) -> Any:
         """Makes a forward hook for a router: re-routes where the plan says so, and records."""
 
-        def hook(_router: nn.Module, _args: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> Any:
-            logits, weights, index = output
-            weights, index = residents.route(logits, weights, index)
-            self.tape.record(residents.layer, logits, index)
-            return logits, weights, index
+        def hook(_router: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
+            routers_own = self.layout.read_routing(output)
+            routing = residents.route(routers_own)
+            self.tape.record(residents.layer, routing.logits, routing.index)
+            return output if routing is routers_own else self.layout.write_routing(routing)
 
         return hook
 
