@@ -59,9 +59,8 @@ def prepare_model(
                 directory=complete,
             )
             _publish(complete, directory)
-    return PreparedModel(
-        path=directory.resolve(), sha256=store.read_meta(directory).sha256, shape=read_shape(model, num_labels)
-    )
+    shape = read_shape(model, num_labels, cache)
+    return PreparedModel(path=directory.resolve(), sha256=store.read_meta(directory).sha256, shape=shape)
 
 
 def initial_weights(prepared: PreparedModel, trainable: store.Trainable) -> Weights:

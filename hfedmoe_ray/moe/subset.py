@@ -8,6 +8,7 @@ after another; nothing of a client outlives the next `bind`.
 Legend: L MoE layers, E experts, B batch, S sequence, H hidden, C classes.
 """
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,12 @@ from hfedmoe_ray.types import Array, ExpertKey, ExpertPlan, ModelShape, TaskWeig
 
 def skeleton(directory: Path) -> tuple[PreTrainedModel, MoELayout]:
     """Returns a prepared model on the meta device, without any storage, and its layout."""
-    config = AutoConfig.from_pretrained(directory / CONFIG)
+    return skeleton_from(json.loads((directory / CONFIG).read_text(encoding="utf-8")))
+
+
+def skeleton_from(fields: Mapping[str, Any]) -> tuple[PreTrainedModel, MoELayout]:
+    """Returns the model of a config.json, given as a mapping, on the meta device, and its layout."""
+    config = AutoConfig.for_model(**fields)
     with torch.device("meta"):
         model = AutoModelForSequenceClassification.from_config(config)
     return model, layout_of(model)
