@@ -11,6 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveFloa
 Share = Annotated[float, Field(gt=0.0, le=1.0)]
 UnitInterval = Annotated[float, Field(ge=0.0, le=1.0)]
 NonNegativeFloat = Annotated[float, Field(ge=0.0)]
+Precision = Literal["fp32", "bf16"]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=128)]
 
 
@@ -108,12 +109,39 @@ class Tier(Section):
     """Fraction of a GPU, or of a CPU core where the cluster has no GPU. Above 1 a whole number."""
     memory_gib: PositiveFloat = 2.0
     """Memory of the device in GiB: asked of Ray, and compared with what the client is predicted to need."""
+    precision: Precision | None = None
+    """What the tier's clients train in. Default: `local.precision`."""
+    micro_batch: PositiveInt | None = None
+    """Examples that pass through the model at once while training; gradients are added up over `local.batch_size`.
+    Where `batch_experts` limits the choice, the batch's routing is looked at first: one more forward pass."""
+    checkpoint_activations: bool = False
+    """Keep only what enters each layer and compute the rest again in the backward pass: less memory, more time."""
+    zero_stage: int = 0
+    """ZeRO stage of the tier's DeepSpeed engines: 0, or 1 or 2 where optimizer state is offloaded."""
+    offload_optimizer: bool = False
+    """Keep optimizer state in the host's memory and step there: for GPU clients, with `zero_stage` 1 or 2."""
     num_cpus: NonNegativeFloat | None = None
     """Overrides the CPUs asked of Ray."""
     num_gpus: NonNegativeFloat | None = None
     """Overrides the GPUs asked of Ray."""
     labels: dict[str, str] = {}
     """Ray node labels the client must be placed on, e.g. {site: hospital-a}."""
+
+    @model_validator(mode="after")
+    def _deepspeed(self) -> Self:
+        if self.zero_stage == 3:
+            raise ValueError(
+                "zero_stage is 3, which takes parameters out of their tensors between layers; experts are multiplied "
+                "outside of any layer's own forward pass, and frozen weights shared by the clients of a node would "
+                "become private copies. Write 0, or 2 with `offload_optimizer: true` where GPU memory is short"
+            )
+        if self.zero_stage not in (0, 1, 2):
+            raise ValueError(f"zero_stage is {self.zero_stage}: write 0, 1 or 2")
+        if self.offload_optimizer and self.zero_stage == 0:
+            raise ValueError("offload_optimizer needs ZeRO: write `zero_stage: 2` beside it")
+        if self.offload_optimizer and self.num_gpus == 0:
+            raise ValueError("offload_optimizer moves state from a GPU to the host, but num_gpus is 0: leave one out")
+        return self
 
     @model_validator(mode="after")
     def _whole_devices(self) -> Self:
@@ -272,7 +300,7 @@ class LocalTraining(Section):
     weight_decay: NonNegativeFloat = 0.01
     clip_norm: NonNegativeFloat = 1.0
     """Gradient norm clipping; 0 switches it off."""
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Precision = "fp32"
     """bf16 computes in bfloat16; trainable weights stay fp32."""
     profile_examples: PositiveInt = 64
     """Examples of the forward-only profiling pass before the first round."""

@@ -101,6 +101,8 @@ class SparseModel:
         self.shape = self.layout.shape("experts", self._sizes)
         self.module.requires_grad_(False)
         self.module.eval()
+        # Decoders otherwise keep every layer's keys and values for a next token, which never comes.
+        self.module.config.use_cache = False
         self._trainable: Trainable = "experts"
         self.expert_parameters = {}
         self.shared_parameters = {}

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from hfedmoe_ray.config.schema import HFedMoE
+from hfedmoe_ray.budget import tier_of
+from hfedmoe_ray.config.schema import HFedMoE, Precision, Tier
 from hfedmoe_ray.context import RunContext
 from hfedmoe_ray.data.dataset import Batch, FederatedDataset, Split
 from hfedmoe_ray.errors import ModelError
@@ -25,6 +26,8 @@ from hfedmoe_ray.moe.store import check
 from hfedmoe_ray.moe.subset import SparseModel
 from hfedmoe_ray.seeds import derive_seed, generator
 from hfedmoe_ray.strategies import build_strategy
+from hfedmoe_ray.train.activations import checkpointed_layers
+from hfedmoe_ray.train.deepspeed_config import deepspeed_config
 from hfedmoe_ray.train.engine import Engine
 from hfedmoe_ray.train.memory import private_mib, return_freed_memory
 from hfedmoe_ray.train.prefix import PrefixStates, prefix_states
@@ -50,6 +53,7 @@ class _Examples:
 class _Steps:
     """What the optimizer steps of one task share, and what they add up to."""
 
+    tier: Tier
     plan: ExpertPlan
     rng: np.random.Generator
     """Of strategies that select by chance."""
@@ -75,6 +79,7 @@ class ClientWorker:
         self._context = context
         self._experiment = context.experiment
         self._local = context.experiment.local
+        self._tiers = tier_of(context.experiment.clients)
         with _one_thread():
             self._model = SparseModel(context.model.path)
             self._data = FederatedDataset(context.data, context.experiment.data)
@@ -151,10 +156,20 @@ class ClientWorker:
         model, split, keys = self._model, examples.split, task.plan.trainable
         before = self._checksums(keys)
         rng = generator(task.seed, "select", task.round, task.client)
-        done = _Steps(plan=task.plan, rng=rng, profile=self._new_profile(), trained=dict.fromkeys(keys, 0))
+        done = _Steps(
+            tier=self._tiers[task.client],
+            plan=task.plan,
+            rng=rng,
+            profile=self._new_profile(),
+            trained=dict.fromkeys(keys, 0),
+        )
         shared = list(model.shared_parameters.values())
         model.module.train()
-        with Engine(model.module, shared, model.expert_parameters, self._local) as engine:
+        config = deepspeed_config(self._local, done.tier, model.device.type)
+        with (
+            checkpointed_layers(model.module, done.tier.checkpoint_activations),
+            Engine(model.module, shared, model.expert_parameters, self._local, config) as engine,
+        ):
             for indices in self._batches(task, len(split)):
                 self._poll(should_stop)
                 self._step(engine, examples, indices, done)
@@ -229,33 +244,65 @@ class ClientWorker:
             order = order[size:]
 
     def _step(self, engine: Engine, examples: _Examples, indices: Array, done: _Steps) -> None:
-        """One optimizer step on one batch, added to `done`."""
+        """One optimizer step on one batch, added to `done`.
+
+        Eq. 15 chooses by the routing of the whole batch. A batch that passes in parts is therefore looked at first,
+        without gradients, where the choice may leave an expert out; the parts then add up the gradients of the chosen
+        ones alone. The result is that of the undivided batch within rounding.
+        """
         started = time.perf_counter()
-        batch, logits = self._forward(examples, indices)
-        loss = cross_entropy(logits.float(), self._labels(batch))
+        size = done.tier.micro_batch or len(indices)
+        parts = [indices[start : start + size] for start in range(0, len(indices), size)]
         seen = self._new_profile()
-        seen.add(self._model.tape)
-        routing = seen.profile()
-        chosen = self._strategy.select(routing, done.plan, done.rng)
-        engine.backward(loss, chosen)
+        chosen: frozenset[ExpertKey] | None = None
+        if len(parts) > 1 and self._strategy.selective(done.plan):
+            # Forked, so that dropout draws the same again.
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                for part in parts:
+                    self._forward(examples, part, precision=done.tier.precision)
+                    seen.add(self._model.tape)
+            chosen = self._strategy.select(seen.profile(), done.plan, done.rng)
+        for part in parts:
+            batch, logits = self._forward(examples, part, precision=done.tier.precision, run=engine.forward)
+            loss = cross_entropy(logits.float(), self._labels(batch)) * (len(part) / len(indices))
+            if chosen is None:
+                seen.add(self._model.tape)
+            if len(parts) == 1:
+                chosen = self._strategy.select(seen.profile(), done.plan, done.rng)
+            engine.backward(loss, done.plan.trainable if chosen is None else chosen)
+            done.loss += float(loss.detach()) * len(indices)
         engine.step()
+        routed = seen.profile().routed
+        for key in done.plan.trainable if chosen is None else chosen:
+            done.trained[key] += int(routed[key] > 0)
         done.profile.merge(seen)
-        for key in chosen:
-            done.trained[key] += int(routing.routed[key] > 0)
-        done.loss += float(loss.detach()) * len(indices)
         done.examples += len(indices)
         done.seconds += time.perf_counter() - started
 
-    def _forward(self, examples: _Examples, indices: Array) -> tuple[Batch, Tensor]:
-        """Returns the batch and its logits, [B, C]."""
+    def _forward(
+        self,
+        examples: _Examples,
+        indices: Array,
+        *,
+        precision: Precision | None = None,
+        run: Callable[..., Any] | None = None,
+    ) -> tuple[Batch, Tensor]:
+        """Returns a batch and its logits, [B, C].
+
+        Args:
+            examples: Where the batch comes from.
+            indices: Numbers of its examples.
+            precision: What to compute in. Default: the run's, which everything must be evaluated in.
+            run: Stands in for the module, such as an engine around it.
+        """
         batch = examples.split.batch(indices)
         device = self._model.device
         mask = torch.from_numpy(batch.attention_mask).to(device)
         ids = torch.from_numpy(batch.input_ids).to(device)
         hidden = None if examples.states is None else examples.states.batch(indices, mask.shape[1], device)
-        bf16 = self._local.precision == "bf16"
+        bf16 = (precision or self._local.precision) == "bf16"
         with torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext():
-            return batch, self._model.forward(ids, mask, hidden)
+            return batch, (run or self._model.module)(**self._model.inputs(ids, mask, hidden)).logits
 
     def _new_profile(self) -> ProfileAccumulator:
         return ProfileAccumulator(self._model.shape, self._specific)
