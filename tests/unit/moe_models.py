@@ -136,7 +136,19 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "deepseek_v2": {**DECODER, **LATENT_ATTENTION, "topk_method": "group_limited_greedy"},
     "deepseek_v3": {**DECODER, **LATENT_ATTENTION},
-    "gpt_oss": {**DECODER, "num_hidden_layers": 2, "num_local_experts": 6, "head_dim": 4, "swiglu_limit": 1.0},
+    "gpt_oss": {
+        **DECODER,
+        "num_hidden_layers": 2,
+        "num_local_experts": 6,
+        "head_dim": 4,
+        "swiglu_limit": 1.0,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 2.0,
+            "original_max_position_embeddings": 32,
+        },
+    },
     "switch_transformers": {
         "vocab_size": len(WORDS),
         "d_model": 16,
