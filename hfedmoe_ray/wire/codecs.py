@@ -29,7 +29,7 @@ class Codec(ABC):
     """A way to write fp32 numbers in fewer bytes. Lossy; `decode(encode(x))` is what the receiver will have."""
 
     bytes_per_number: float
-    """Predicted bytes on the wire for each number of a tensor, at most."""
+    """Bytes on the wire for each number of a tensor, about: for predictions."""
 
     @abstractmethod
     def encode(self, values: Array) -> dict[str, Array]:
@@ -61,7 +61,7 @@ def build_codec(wire: Wire) -> Codec | None:
 
 def to_bf16(values: Array) -> Array:
     """Returns fp32 numbers rounded to bfloat16, to nearest and ties to even, as uint16 (NumPy has no bfloat16)."""
-    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+    bits = np.asarray(values, dtype=np.float32).view(np.uint32)
     rounded = (bits + (np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))) >> np.uint32(16)
     return np.where(np.isnan(values), _BF16_NAN, rounded).astype(np.uint16)
 
@@ -98,12 +98,13 @@ class FP16(Codec):
         """See `Codec.encode`."""
         _, exponent = np.frexp(np.abs(values).max(initial=0.0))
         scale = np.float32(np.ldexp(1.0, int(exponent) - 1)) if np.isfinite(values).all() else np.float32(np.nan)
-        return {"fp16": (values / scale).astype(np.float16), "scale": np.array([scale])}
+        return {"fp16": np.asarray(values / scale, dtype=np.float16), "scale": np.array([scale])}
 
     def decode(self, parts: Parts, shape: Shape) -> Array:
         """See `Codec.decode`."""
         _expect(parts, {"fp16": (np.float16, shape), "scale": (np.float32, (1,))})
-        return parts["fp16"].astype(np.float32) * _checked_scale(parts["scale"])
+        values: Array = parts["fp16"].astype(np.float32) * _checked_scale(parts["scale"])
+        return values.reshape(shape)
 
 
 class Int8(Codec):

@@ -118,7 +118,7 @@ def _compress(codec: Codec, start: Tensors, trained: Tensors, residual: Tensors)
     """Encodes the change of every tensor and what is still owed of it."""
     result = _Compressed({}, {}, {})
     for name, value in trained.items():
-        change = value.astype(np.float32) - start[name].astype(np.float32)
+        change = np.subtract(value, start[name], dtype=np.float32)
         if name in residual:
             if residual[name].shape != change.shape:
                 raise ValueError(
@@ -127,7 +127,8 @@ def _compress(codec: Codec, start: Tensors, trained: Tensors, residual: Tensors)
                 )
             change = change + residual[name]
         parts = codec.encode(change)
-        received = codec.decode(parts, change.shape) if np.isfinite(change).all() else change
+        # A diverged tensor goes on its way, for the server to reject it and to drop the state.
+        received = codec.decode(parts, change.shape) if np.isfinite(change).all() else np.zeros_like(change)
         result.parts.update({f"{name}:{part}": array for part, array in parts.items()})
         result.rebuilt[name] = _rebuild(start[name], received)
         result.residual[name] = change - received
@@ -155,8 +156,8 @@ def _decompress(codec: Codec, published: Tensors, parts: Tensors, what: str) -> 
 def _rebuild(published: Array, change: Array) -> Array:
     """What client and server alike take the trained tensor to be."""
     with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is rejected as such
-        total: Array = published.astype(np.float32) + change
-    return total.astype(published.dtype)
+        total = np.add(published, change, dtype=np.float32)
+    return np.asarray(total, dtype=published.dtype)
 
 
 # ---------------------------------------------------------------------------------------------------- client state
