@@ -110,7 +110,7 @@ def predict_memory(experiment: Experiment, shape: ModelShape, resident: int, pre
     the activations of one batch in the MoE layers, where gradients need them.
     """
     trained = shape.shared_bytes + resident * shape.expert_bytes
-    frozen = shape.frozen_bytes + (present - resident) * shape.expert_bytes
+    frozen = shape.frozen_bytes + (present - resident) * shape.expert_bytes + present * shape.base_expert_bytes
     return PROCESS_BYTES + frozen + TRAINED_COPIES * trained + _activation_bytes(experiment, shape)
 
 
@@ -161,7 +161,7 @@ def _activation_bytes(experiment: Experiment, shape: ModelShape) -> int:
     Per token and MoE layer about 20 vectors of H (attention, norms, residuals), and for each of its top-k experts the
     input and output (H) and two vectors of the expert's inner size F, where an expert is about 2 H F numbers.
     """
-    inner = shape.expert_bytes / BYTES / (2 * shape.hidden)
+    inner = (shape.dense_expert_bytes or shape.expert_bytes) / BYTES / (2 * shape.hidden)
     per_token = 20 * shape.hidden + shape.top_k * 2 * (shape.hidden + inner)
     tokens = experiment.local.batch_size * experiment.data.max_length
     return int(tokens * shape.layers * per_token * BYTES)

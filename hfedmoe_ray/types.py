@@ -23,6 +23,10 @@ Fetch = Callable[[], bytes]
 Status = Literal["ok", "late", "failed", "rejected", "dropped"]
 
 
+LORA_A, LORA_B = "lora_A", "lora_B"
+"""What the names of two low-rank factors differ in: "up_proj.lora_A" and "up_proj.lora_B" belong together."""
+
+
 class ExpertKey(NamedTuple):
     """One routed expert: its MoE layer (0..L-1, counting only MoE layers) and its number in that layer (0..E-1)."""
 
@@ -58,7 +62,12 @@ class ModelShape:
     shared_bytes: int
     """Bytes of routers and of the shared parameters that train, as sent (fp32)."""
     frozen_bytes: int
-    """Bytes of everything that never trains and never travels."""
+    """Bytes of everything outside experts that never trains and never travels."""
+    base_expert_bytes: int = 0
+    """Bytes of the frozen matrices of one expert that trains by LoRA, as they lie in memory: shared by the processes
+    of a node, never sent. 0 where whole experts train."""
+    dense_expert_bytes: int = 0
+    """Bytes of one whole expert in fp32, where only its LoRA factors train; 0 where it trains itself."""
 
     @property
     def total_experts(self) -> int:

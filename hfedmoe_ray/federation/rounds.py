@@ -95,7 +95,9 @@ class Federation:
         if resume:
             self.state = load_checkpoint(self.checkpoints, self.identity)
         else:
-            self.state = FederationState(weights=initial_weights(context.model, self.experiment.model.trainable))
+            model = self.experiment.model
+            weights = initial_weights(context.model, model.trainable, model.lora, self.experiment.seed)
+            self.state = FederationState(weights=weights)
         self.resumed_from = self.state.round if resume else None
 
     def run(self, should_stop: Callable[[], bool]) -> bool:

@@ -92,6 +92,8 @@ def build(
             sha256=sha256,
             groups=groups,
             router_layers=layout.router_layers,
+            projections=layout.projections,
+            transposed=layout.transposed,
             upcycling=upcycling,
         ),
     )

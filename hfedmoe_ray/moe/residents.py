@@ -11,11 +11,13 @@ Legend: T tokens, H hidden, E experts, K top-k, P pairs of a token and a present
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from hfedmoe_ray.moe.adapters import AdaptedExperts
 from hfedmoe_ray.moe.layout import MoELayout, Routing
 from hfedmoe_ray.moe.routing import RoutingTape
 from hfedmoe_ray.types import AbsentMode, Array, ExpertKey, Role
@@ -37,9 +39,17 @@ def aliasing() -> Iterator[None]:
 class ResidentExperts(nn.Module):
     """Present and absent experts of one layer."""
 
-    def __init__(self, layer: int, layout: MoELayout, tape: RoutingTape) -> None:
-        """Makes a layer in which every expert is absent; `bind` fills it."""
+    def __init__(self, layer: int, layout: MoELayout, tape: RoutingTape, adapted: AdaptedExperts | None = None) -> None:
+        """Makes a layer in which every expert is absent; `bind` fills it.
+
+        Args:
+            layer: Number of the MoE layer.
+            layout: The model's layout.
+            tape: Where mean outputs are recorded.
+            adapted: The frozen experts under LoRA factors, which are then what is bound; None: experts are dense.
+        """
         super().__init__()
+        self._adapted = adapted
         self.layer = layer
         self._layout = layout
         self._tape = tape
@@ -49,7 +59,9 @@ class ResidentExperts(nn.Module):
         self.trained = nn.ModuleDict()
         """TRAIN experts by number, one parameter per tensor so that an optimizer can skip any of them."""
         self._tensors: dict[int, Mapping[str, Tensor]] = {}
-        """Tensors of every present expert by number."""
+        """Tensors of every present expert by number, as they are published: dense ones, or LoRA factors."""
+        self._weights: dict[int, Mapping[str, Any]] = {}
+        """What the layout computes with (a `Weight` by name): the same tensors, or frozen ones under their factors."""
         self._is_present = torch.zeros(self._layout.num_experts + 1, dtype=torch.bool)  # [E + 1]; E is no expert
         self._absent_means: Tensor | None = None  # [E, H], zero where present
         self._reroutes = False
@@ -78,14 +90,19 @@ class ResidentExperts(nn.Module):
         for expert, role in enumerate(roles):
             if role is Role.ABSENT:
                 continue
-            arrays = self._arrays(ExpertKey(self.layer, expert), experts)
+            key = ExpertKey(self.layer, expert)
+            arrays = self._arrays(key, experts)
+            tensors: dict[str, Tensor]
             if role is Role.TRAIN:
                 private = {name: nn.Parameter(torch.tensor(array, device=device)) for name, array in arrays.items()}
-                self.trained[str(expert)] = nn.ParameterDict(private)
-                self._tensors[expert] = private
+                # torch allows no dot in the name of a parameter, and those of factors have one.
+                self.trained[str(expert)] = nn.ParameterDict({n.replace(".", "_"): p for n, p in private.items()})
+                tensors = dict(private)
             else:
                 with aliasing():
-                    self._tensors[expert] = {name: torch.from_numpy(a).to(device) for name, a in arrays.items()}
+                    tensors = {name: torch.from_numpy(a).to(device) for name, a in arrays.items()}
+            self._tensors[expert] = tensors
+            self._weights[expert] = self._adapted.weights(key, tensors) if self._adapted else tensors
         present = torch.tensor([role is not Role.ABSENT for role in roles])
         self._is_present = torch.cat([present, torch.tensor([False])]).to(device)
         self._reroutes = absent == "reroute" and bool(present.any()) and not bool(present.all())
@@ -99,7 +116,7 @@ class ResidentExperts(nn.Module):
         return {name: tensor for name, tensor in self._tensors[expert].items() if isinstance(tensor, nn.Parameter)}
 
     def tensors_of(self, expert: int) -> Mapping[str, Tensor]:
-        """Returns the tensors of a present expert."""
+        """Returns the tensors of a present expert as they are published."""
         return self._tensors[expert]
 
     def route(self, routing: Routing) -> Routing:
@@ -141,14 +158,14 @@ class ResidentExperts(nn.Module):
         return combined
 
     def _compute(self, expert: int, tokens: Tensor) -> Tensor:
-        outputs = self._layout.expert_forward(tokens, self._tensors[expert])
+        outputs = self._layout.expert_forward(tokens, self._weights[expert])
         self._tape.record_output(ExpertKey(self.layer, expert), outputs)
         return outputs
 
     def _arrays(self, key: ExpertKey, experts: Mapping[ExpertKey, Mapping[str, Array]]) -> dict[str, Array]:
         arrays = experts.get(key, {})
         shapes = {name: np.shape(array) for name, array in arrays.items()}
-        expected = dict(self._layout.expert_shapes)
+        expected = dict(self._adapted.factor_shapes if self._adapted else self._layout.expert_shapes)
         if shapes != expected:
             raise ValueError(f"weights of expert {key.layer}.{key.expert}: got {shapes}, expected {expected}")
         return {name: arrays[name] for name in expected}

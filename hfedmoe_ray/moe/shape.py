@@ -1,8 +1,8 @@
 """A model's MoE shape and sizes from its config.json: planning before anything is loaded.
 
 Our own encoder is counted by arithmetic, without torch. A model of a transformers family is built once without storage
-and counted; the answer is kept, so that torch is needed the first time only. Tests hold every number equal to the real
-model's. Legend: L MoE layers, E experts, H hidden.
+and counted; the answer is kept, so that torch is needed the first time only (with LoRA, each time). Tests hold every
+number equal to the real model's. Legend: L MoE layers, E experts, H hidden.
 """
 
 import hashlib
@@ -17,6 +17,7 @@ from typing import Any
 from hfedmoe_ray.config.schema import Model, Upcycle
 from hfedmoe_ray.context import cache_dir
 from hfedmoe_ray.errors import ConfigError, ModelError
+from hfedmoe_ray.moe.factors import adapted_shape
 from hfedmoe_ray.moe.sources import read_config, resolve
 from hfedmoe_ray.types import ModelShape
 
@@ -48,7 +49,7 @@ def read_shape(model: Model, num_labels: int = 0, cache: Path | None = None) -> 
 
     Raises:
         ModelError: The source cannot be found, or its family is not known.
-        ConfigError: `model.upcycle` does not fit the model.
+        ConfigError: `model.upcycle` or `model.lora` does not fit the model.
     """
     config = read_config(resolve(model.source, model.revision, config_only=True))
     family = check_family(config, model.upcycle)
@@ -56,8 +57,24 @@ def read_shape(model: Model, num_labels: int = 0, cache: Path | None = None) -> 
         assert model.upcycle is not None
         config = upcycled_config(config, model.upcycle)
     if family in (DENSE_FAMILY, ENCODER_FAMILY):
-        return _encoder_shape(config, model, num_labels)
-    return _counted_shape(config, model, num_labels, cache or cache_dir())
+        family = ENCODER_FAMILY
+        shape = _encoder_shape(config, model, num_labels)
+    else:
+        shape = _counted_shape(config, model, num_labels, cache or cache_dir())
+    if model.lora is None:
+        return shape
+    # Which linear maps a family has is for its modules to say: they are built without storage.
+    from hfedmoe_ray.moe.subset import skeleton_from
+
+    _, layout = skeleton_from({**config, "model_type": family})
+    return adapted_shape(
+        shape,
+        model.lora,
+        model.trainable,
+        expert_shapes=layout.expert_shapes,
+        transposed=layout.transposed,
+        projections=layout.projections,
+    )
 
 
 def check_family(config: Mapping[str, Any], upcycle: Upcycle | None) -> str:

@@ -20,7 +20,10 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
+from hfedmoe_ray.config.schema import Lora
 from hfedmoe_ray.errors import ModelError
+from hfedmoe_ray.moe.adapters import AdaptedExperts, adapt_attention
+from hfedmoe_ray.moe.factors import adapted_shape, attention_shapes, replaces
 from hfedmoe_ray.moe.layout import MoELayout, layout_of
 from hfedmoe_ray.moe.layout.base import assign, on_meta
 from hfedmoe_ray.moe.residents import ResidentExperts
@@ -74,31 +77,39 @@ class SparseModel:
     shared_parameters: dict[str, Parameter]
     """Routers and other shared parameters that train, by full name."""
 
-    def __init__(self, prepared: Path, device: torch.device | str | None = None) -> None:
+    def __init__(self, prepared: Path, device: torch.device | str | None = None, *, lora: Lora | None = None) -> None:
         """Loads the frozen base of a prepared model; no expert is present yet.
 
         Args:
             prepared: Directory of the prepared model.
             device: Where to compute. Default: a GPU if torch sees one.
+            lora: What trains are factors over the frozen experts, and over attention if it says so.
 
         Raises:
-            ModelError: The directory holds no prepared model.
+            ModelError: The directory holds no prepared model, or not the quantised experts that `lora` asks for.
         """
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         read_meta(prepared)
         self.module, self.layout = skeleton(prepared)
         self.tape = RoutingTape(self.layout.layers, self.layout.gate_values)
-        self._residents = tuple(ResidentExperts(i, self.layout, self.tape) for i in range(self.layout.layers))
+        self._lora = lora
+        adapted = AdaptedExperts(prepared, lora, self.layout, self.device) if lora else None
+        self._residents = tuple(ResidentExperts(i, self.layout, self.tape, adapted) for i in range(self.layout.layers))
         for layer, (block, residents) in enumerate(zip(self.layout.blocks, self._residents, strict=True)):
             setattr(block, self.layout.experts_name, residents)
             self.layout.router(layer).register_forward_hook(self._routed(residents))
         self.module.register_forward_pre_hook(self._begin, with_kwargs=True)
         self.features = None
         self.module.get_submodule(self.layout.head_names[0]).register_forward_pre_hook(self._note_features)
-        self._base = {name: tensor.to(self.device) for name, tensor in read_base(prepared).items()}
-        assign_base(self.module, self._base)
         self._sizes = {name: p.numel() for name, p in self.module.named_parameters()}
-        self.shape = self.layout.shape("experts", self._sizes)
+        base, renamed = read_base(prepared), {}
+        if lora and lora.attention:
+            renamed = adapt_attention(self.module, self.layout.projections, lora)
+            shapes = attention_shapes(self.layout.projections, lora.rank)
+            base |= {name: torch.zeros(shape) for name, shape in shapes.items()}
+        self._base = {renamed.get(name, name): tensor.to(self.device) for name, tensor in base.items()}
+        assign_base(self.module, self._base)
+        self.shape = self._shape("experts")
         self.module.requires_grad_(False)
         self.module.eval()
         # Decoders otherwise keep every layer's keys and values for a next token, which never comes.
@@ -122,7 +133,7 @@ class SparseModel:
         if shape != (self.layout.num_experts,) * self.layout.layers:
             raise ValueError(f"the plan has {shape} experts a layer, the model {self.layout.num_experts}")
         # Every parameter is made anew, so that nothing an optimizer or engine did to the old ones is left.
-        trains = set(self.layout.shared_names(trainable))
+        trains = self._trains(trainable)
         self.shared_parameters = {}
         for name, tensor in self._base.items():
             if name in trains:
@@ -136,7 +147,7 @@ class SparseModel:
             means = None if weights.means is None else weights.means[layer]
             residents.bind(plan.roles[layer], plan.absent, weights.experts, means, self.device)
         self.expert_parameters = {key: self._residents[key.layer].parameters_of(key.expert) for key in plan.trainable}
-        self.shape = self.layout.shape(trainable, self._sizes)
+        self.shape = self._shape(trainable)
         self._trainable = trainable
         self.tape.begin(None)
 
@@ -166,12 +177,33 @@ class SparseModel:
         return self.module.prefix(batch.long(), mask.long())
 
     def read_expert(self, key: ExpertKey) -> dict[str, Array]:
-        """Returns fp32 copies of the tensors of a present expert."""
+        """Returns fp32 copies of the tensors of a present expert as they are published: dense, or LoRA factors."""
         return {name: _copy(tensor) for name, tensor in self._residents[key.layer].tensors_of(key.expert).items()}
 
     def read_shared(self) -> dict[str, Array]:
         """Returns fp32 copies of the routers and the other shared parameters that train."""
         return {name: _copy(parameter) for name, parameter in self.shared_parameters.items()}
+
+    def _trains(self, trainable: Trainable) -> set[str]:
+        """Full names of the shared parameters that train."""
+        names = set(self.layout.shared_names(trainable))
+        if self._lora is None or not self._lora.attention:
+            return names
+        projections = self.layout.projections
+        return {n for n in names if not replaces(n, projections)} | set(attention_shapes(projections, self._lora.rank))
+
+    def _shape(self, trainable: Trainable) -> ModelShape:
+        layout, shape = self.layout, self.layout.shape(trainable, self._sizes)
+        if self._lora is None:
+            return shape
+        return adapted_shape(
+            shape,
+            self._lora,
+            trainable,
+            expert_shapes=layout.expert_shapes,
+            transposed=layout.transposed,
+            projections=layout.projections,
+        )
 
     def _private(self, name: str, base: Tensor, weights: TaskWeights) -> Tensor:
         array = weights.shared.get(name)

@@ -81,7 +81,7 @@ class ClientWorker:
         self._local = context.experiment.local
         self._tiers = tier_of(context.experiment.clients)
         with _one_thread():
-            self._model = SparseModel(context.model.path)
+            self._model = SparseModel(context.model.path, lora=context.experiment.model.lora)
             self._data = FederatedDataset(context.data, context.experiment.data)
         self._strategy = build_strategy(self._experiment.strategy, context.model.shape, self._experiment.seed)
         self._specific = self._experiment.strategy.specific if isinstance(self._experiment.strategy, HFedMoE) else "max"

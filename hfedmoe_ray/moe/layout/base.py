@@ -20,9 +20,10 @@ from transformers import PreTrainedModel
 
 from hfedmoe_ray.errors import ModelError
 from hfedmoe_ray.moe.routing import softmax_gates
-from hfedmoe_ray.moe.store import TRAINABLE_GROUPS, Group, Trainable
+from hfedmoe_ray.moe.store import TRAINABLE_GROUPS, Group, LinearSize, Trainable
 from hfedmoe_ray.types import ExpertKey, ModelShape
 
+_ATTENTION = re.compile(r"attention|attn", re.IGNORECASE)
 _ATTENTION_OR_NORM = re.compile(r"attention|attn|norm", re.IGNORECASE)
 _TRANSFORMER_LAYER = re.compile(r".*?\.\d+\.")
 """From a block's full name: the transformer layer it is in, up to the first number."""
@@ -75,6 +76,12 @@ class MoELayout(ABC):
         self.block_names = tuple(name for name, _ in blocks)
         self.groups = self._group_parameters()
         """Group of every parameter by its full name."""
+        self.projections = {
+            name: LinearSize(module.out_features, module.in_features, module.bias is not None)
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear) and _ATTENTION.search(name) and self.groups[f"{name}.weight"] == "top"
+        }
+        """Full name and size of every linear map of attention from the first MoE layer up: what LoRA adapts there."""
 
     # --------------------------------------------------------------------------------- what a family has to say
 
