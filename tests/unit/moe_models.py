@@ -1,9 +1,13 @@
 """Tiny random source models, saved as transformers saves them, with a tokenizer of twenty words."""
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
@@ -20,6 +24,8 @@ from transformers import (
 
 from hfedmoe_ray.config.schema import Model
 from hfedmoe_ray.context import PreparedModel
+from hfedmoe_ray.moe import layout as layouts
+from hfedmoe_ray.moe import shape
 from hfedmoe_ray.moe.prepare import initial_weights, prepare_model
 from hfedmoe_ray.types import AbsentMode, ExpertKey, ExpertPlan, Role, TaskWeights
 
@@ -166,6 +172,30 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
 }
 """Configurations of transformers' families: each has two MoE layers of 6 experts, top-2 (Switch top-1)."""
+
+
+DOCUMENTED = "minimax_m2"
+"""The family that docs/adding-a-family.md adds."""
+
+
+@contextmanager
+def known_to_the_package(family: str) -> Iterator[None]:
+    """Adds the documented family by executing the blocks of the document, for as long as it is needed."""
+    if family != DOCUMENTED:
+        yield
+        return
+    text = (Path(__file__).parents[2] / "docs" / "adding-a-family.md").read_text(encoding="utf-8")
+    layout, configuration = re.findall(r"^```python\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    assert layout.count("\n") < 60
+    names: dict[str, Any] = {"__name__": "documented_family"}
+    exec(compile(layout, "docs/adding-a-family.md", "exec"), names)
+    added: dict[str, dict[str, Any]] = {}
+    exec(configuration, {"FAMILIES": added, "DECODER": DECODER})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(FAMILIES, family, added[family])
+        patch.setitem(layouts.FAMILIES, family, names["MiniMaxM2Layout"])
+        patch.setattr(shape, "MOE_FAMILIES", (*shape.MOE_FAMILIES, family))
+        yield
 
 
 def save_family(family: str, directory: Path, **changes: Any) -> Path:

@@ -14,7 +14,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from moe_models import FAMILIES, LABELS, batch, model_section, plan, prepare, save_bert, save_family, task_weights
+from moe_models import (
+    DOCUMENTED,
+    FAMILIES,
+    LABELS,
+    batch,
+    known_to_the_package,
+    model_section,
+    plan,
+    prepare,
+    save_bert,
+    save_family,
+    task_weights,
+)
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import (
@@ -69,17 +81,21 @@ class Case:
         return self.sparse
 
 
-@pytest.fixture(scope="module", params=[ENCODER_FAMILY, *FAMILIES])
-def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
-    root = tmp_path_factory.mktemp(request.param)
-    if request.param == ENCODER_FAMILY:
+@pytest.fixture(scope="module", params=[ENCODER_FAMILY, *FAMILIES, DOCUMENTED])
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
+    with known_to_the_package(request.param):
+        yield make_case(request.param, tmp_path_factory.mktemp(request.param))
+
+
+def make_case(family: str, root: Path) -> Case:
+    if family == ENCODER_FAMILY:
         # The encoder's source is a dense model: its own export takes the source's place.
         upcycle = {"how": "copy", "experts": 6, "top_k": 2, "layers": [1, 3], "noise": 0.3}
         dense = prepare(save_bert(root / "bert"), root / "cache", upcycle=upcycle)
         source = root / "source"
         save_full(dense, initial_weights(dense, "top"), source)
     else:
-        source = save_family(request.param, root / "source")
+        source = save_family(family, root / "source")
     prepared = prepare(source, root / "cache")
     whole = AutoModelForSequenceClassification.from_pretrained(
         source, num_labels=LABELS, dtype=torch.float32, ignore_mismatched_sizes=True
@@ -88,7 +104,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     for name, array in weights.shared.items():
         if name.split(".")[0] in layout_of(whole).head_names:
             whole.get_parameter(name).data.copy_(torch.tensor(array))
-    return Case(request.param, source, prepared, whole, SparseModel(prepared.path), weights)
+    return Case(family, source, prepared, whole, SparseModel(prepared.path), weights)
 
 
 def backward(model: PreTrainedModel | SparseModel) -> Tensor:
@@ -136,12 +152,11 @@ def cut(whole: PreTrainedModel, family: str) -> PreTrainedModel:
     with torch.no_grad():
         for name, tensor in [*whole.named_parameters(), *whole.named_buffers()]:
             block = next((i for i, block in enumerate(large_layout.block_names) if name.startswith(block)), None)
-            router = block is not None and name.startswith(
-                f"{large_layout.block_names[block]}.{large_layout.gate_name}."
-            )
             if large_layout.groups.get(name) != "expert":
                 target = dict([*small.named_parameters(), *small.named_buffers()])[name]
-                target.copy_(tensor[list(PRESENT[block])] if router and block is not None else tensor)
+                # Whatever has a row per expert: the router, and correction biases wherever they are.
+                rowwise = block is not None and len(tensor) == large_layout.num_experts
+                target.copy_(tensor[list(PRESENT[block])] if rowwise and block is not None else tensor)
         for layer, present in enumerate(PRESENT):
             for row, expert in enumerate(present):
                 small_layout.write_expert(ExpertKey(layer, row), large_layout.read_expert(ExpertKey(layer, expert)))
@@ -219,7 +234,7 @@ def test_a_layer_may_be_empty(case: Case, absent: str) -> None:
 
 
 def test_gate_values_are_a_distribution_over_all_experts(case: Case) -> None:
-    """Softmax of transformers' own logits, except for DeepSeek-V3: its sigmoids, scaled."""
+    """Softmax of transformers' own logits, except where routers use sigmoids: those, scaled."""
     ids, mask = batch()
     sparse, layout, logits = case.bind(CUT), layout_of(case.whole), []
     # The first layer's router reads the same in both models, whatever is absent.
@@ -230,9 +245,8 @@ def test_gate_values_are_a_distribution_over_all_experts(case: Case) -> None:
     gates = sparse.tape.stacked()
     torch.testing.assert_close(gates.sum(dim=-1), torch.ones(gates.shape[:2]))
     real = logits[0].flatten(end_dim=-2)[mask.bool().flatten()]
-    expected = (
-        real.sigmoid() / real.sigmoid().sum(-1, keepdim=True) if case.family == "deepseek_v3" else real.softmax(-1)
-    )
+    scores = real.sigmoid() if case.family in ("deepseek_v3", DOCUMENTED) else real.softmax(-1)
+    expected = scores / scores.sum(dim=-1, keepdim=True)
     torch.testing.assert_close(gates[0], expected, rtol=1e-5, atol=1e-6)
 
 
