@@ -267,14 +267,16 @@ class ClientWorker:
             loss = cross_entropy(logits.float(), self._labels(batch)) * (len(part) / len(indices))
             if chosen is None:
                 seen.add(self._model.tape)
+            routing = seen.profile()
             if len(parts) == 1:
-                chosen = self._strategy.select(seen.profile(), done.plan, done.rng)
-            engine.backward(loss, done.plan.trainable if chosen is None else chosen)
+                chosen = self._strategy.select(routing, done.plan, done.rng)
+            # An expert without a token has no gradient, and must not move by momentum either.
+            active = [key for key in done.plan.trainable if (chosen is None or key in chosen) and routing.routed[key]]
+            engine.backward(loss, active)
             done.loss += float(loss.detach()) * len(indices)
         engine.step()
-        routed = seen.profile().routed
-        for key in done.plan.trainable if chosen is None else chosen:
-            done.trained[key] += int(routed[key] > 0)
+        for key in active:
+            done.trained[key] += 1
         done.profile.merge(seen)
         done.examples += len(indices)
         done.seconds += time.perf_counter() - started
