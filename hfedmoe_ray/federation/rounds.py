@@ -215,6 +215,7 @@ class Federation:
             router_rule=strategy.router_rule,
             shared_rule=strategy.shared_rule,
             literal_router=strategy.literal_router,
+            average=self.experiment.model.lora.average if self.experiment.model.lora else "factors",
         )
         means = MeanOutputs()
         private = dict(state.weights.personal or {})
