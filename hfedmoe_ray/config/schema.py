@@ -195,7 +195,8 @@ class Upcycle(Section):
     """E, experts in each MoE layer."""
     top_k: PositiveInt = 4
     layers: tuple[Annotated[int, Field(ge=0)], ...] | None = None
-    """Numbers of the layers whose FFN is upcycled. Default: the upper half."""
+    """Numbers of the layers whose FFN is upcycled. Default: the upper half of a bert. A llama or mistral becomes a
+    Mixtral, all of whose layers are Mixtures of Experts: leave it out."""
     noise: NonNegativeFloat = 0.02
     """copy: standard deviation of the noise as a share of the weights' own."""
     calibration_steps: Annotated[int, Field(ge=0)] = 200

@@ -16,8 +16,9 @@ from hfedmoe_ray.data.tokenize import load_tokenizer, tokenizer_hash
 from hfedmoe_ray.errors import ModelError
 from hfedmoe_ray.moe import store
 from hfedmoe_ray.moe.factors import adapted_shape, initial_experts, initial_shared
-from hfedmoe_ray.moe.shape import DENSE_FAMILY, check_family, read_shape, upcycled_config
+from hfedmoe_ray.moe.shape import check_family, read_shape
 from hfedmoe_ray.moe.sources import read_config, resolve
+from hfedmoe_ray.moe.upcycle.target import upcycled_config
 from hfedmoe_ray.types import Weights
 
 
@@ -39,8 +40,8 @@ def prepare_model(
     """
     source = resolve(model.source, model.revision)
     config = read_config(source)
-    dense = check_family(config, model.upcycle) == DENSE_FAMILY
-    if dense and model.upcycle is not None:
+    check_family(config, model.upcycle)
+    if model.upcycle is not None:
         upcycled_config(config, model.upcycle)  # refuses what does not fit before anything is loaded
     directory = cache / "models" / _key(source, model, num_labels, seed, calibration_texts)
     if not (directory / store.META).is_file():
@@ -52,7 +53,6 @@ def prepare_model(
             complete.mkdir()
             build(
                 source=source,
-                dense=dense,
                 model=model,
                 num_labels=num_labels,
                 seed=seed,

@@ -16,12 +16,12 @@ from typing import Any
 
 from hfedmoe_ray.config.schema import Model, Upcycle
 from hfedmoe_ray.context import cache_dir
-from hfedmoe_ray.errors import ConfigError, ModelError
+from hfedmoe_ray.errors import ModelError
 from hfedmoe_ray.moe.factors import adapted_shape
 from hfedmoe_ray.moe.sources import read_config, resolve
+from hfedmoe_ray.moe.upcycle.target import DENSE_FAMILIES, upcycled_config
 from hfedmoe_ray.types import ModelShape
 
-DENSE_FAMILY = "bert"
 ENCODER_FAMILY = "hfedmoe_encoder"
 MOE_FAMILIES = (
     ENCODER_FAMILY,
@@ -52,12 +52,10 @@ def read_shape(model: Model, num_labels: int = 0, cache: Path | None = None) -> 
         ConfigError: `model.upcycle` or `model.lora` does not fit the model.
     """
     config = read_config(resolve(model.source, model.revision, config_only=True))
-    family = check_family(config, model.upcycle)
-    if family == DENSE_FAMILY:
-        assert model.upcycle is not None
+    check_family(config, model.upcycle)
+    if model.upcycle is not None:
         config = upcycled_config(config, model.upcycle)
-    if family in (DENSE_FAMILY, ENCODER_FAMILY):
-        family = ENCODER_FAMILY
+    if config["model_type"] == ENCODER_FAMILY:
         shape = _encoder_shape(config, model, num_labels)
     else:
         shape = _counted_shape(config, model, num_labels, cache or cache_dir())
@@ -66,7 +64,7 @@ def read_shape(model: Model, num_labels: int = 0, cache: Path | None = None) -> 
     # Which linear maps a family has is for its modules to say: they are built without storage.
     from hfedmoe_ray.moe.subset import skeleton_from
 
-    _, layout = skeleton_from({**config, "model_type": family})
+    _, layout = skeleton_from(config)
     return adapted_shape(
         shape,
         model.lora,
@@ -80,48 +78,20 @@ def read_shape(model: Model, num_labels: int = 0, cache: Path | None = None) -> 
 def check_family(config: Mapping[str, Any], upcycle: Upcycle | None) -> str:
     """Returns the family of a config.json; raises ModelError unless it is MoE, or dense with `upcycle`."""
     family = str(config["model_type"])
-    if family not in (DENSE_FAMILY, *MOE_FAMILIES):
+    if family not in (*DENSE_FAMILIES, *MOE_FAMILIES):
         raise ModelError(
-            f"model.source: models of the family {family!r} are not supported. Supported are {DENSE_FAMILY} (dense; "
-            f"made a Mixture of Experts by `model.upcycle`) and {', '.join(MOE_FAMILIES)}. "
-            "How to add a family: docs/adding-a-family.md."
+            f"model.source: models of the family {family!r} are not supported. Supported are "
+            f"{', '.join(DENSE_FAMILIES)} (dense; made a Mixture of Experts by `model.upcycle`) and "
+            f"{', '.join(MOE_FAMILIES)}. How to add a family: docs/adding-a-family.md."
         )
-    if family == DENSE_FAMILY and upcycle is None:
+    if family in DENSE_FAMILIES and upcycle is None:
         raise ModelError(
             "model.upcycle is missing: the model is dense and has no experts to choose from. "
             "Write e.g. `upcycle: {how: split, experts: 16, top_k: 4}`."
         )
-    if family != DENSE_FAMILY and upcycle is not None:
+    if family not in DENSE_FAMILIES and upcycle is not None:
         raise ModelError(f"model.upcycle: the model is a Mixture of Experts already ({family}). Remove `upcycle`.")
     return family
-
-
-def upcycled_config(config: Mapping[str, Any], upcycle: Upcycle) -> dict[str, Any]:
-    """Returns the config.json of a dense BERT after upcycling; raises ConfigError if that is not possible."""
-    depth, neurons = int(config["num_hidden_layers"]), int(config["intermediate_size"])
-    layers = sorted(upcycle.layers) if upcycle.layers is not None else list(range(depth // 2, depth))
-    if layers[-1] >= depth:
-        raise ConfigError(
-            f"model.upcycle.layers: there is no layer {layers[-1]}; the model has layers 0 to {depth - 1}."
-        )
-    if upcycle.how == "split" and neurons % upcycle.experts:
-        fitting = [count for count in range(2, min(neurons, 256) + 1) if neurons % count == 0]
-        raise ConfigError(
-            f"model.upcycle.experts: the {neurons} neurons of a layer cannot be split into {upcycle.experts} equal "
-            f"experts. Choose one of {', '.join(map(str, fitting))}, or `how: copy`."
-        )
-    dropped = {"model_type", "architectures", "transformers_version", "_name_or_path", "id2label", "label2id"}
-    return {
-        **{name: value for name, value in config.items() if name not in dropped},
-        "moe_layers": layers,
-        "num_experts": upcycle.experts,
-        "num_experts_per_tok": upcycle.top_k,
-        "expert_size": neurons // upcycle.experts if upcycle.how == "split" else neurons,
-        "combine": "sum" if upcycle.how == "split" else "mean",
-        "hidden_dropout_prob": 0.0,
-        "attention_probs_dropout_prob": 0.0,
-        "tie_word_embeddings": False,
-    }
 
 
 def _encoder_shape(config: Mapping[str, Any], model: Model, num_labels: int) -> ModelShape:

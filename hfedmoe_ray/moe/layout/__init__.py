@@ -16,6 +16,7 @@ from hfedmoe_ray.moe.layout.fused import (
 )
 from hfedmoe_ray.moe.layout.gpt_oss import GptOssLayout
 from hfedmoe_ray.moe.layout.switch import SwitchLayout
+from hfedmoe_ray.moe.upcycle.target import DENSE_FAMILIES
 
 FAMILIES: dict[str, type[MoELayout]] = {
     layout.family: layout
@@ -44,7 +45,8 @@ def layout_of(model: PreTrainedModel) -> MoELayout:
     if family not in FAMILIES:
         raise ModelError(
             f"model.source: no layout is known for models of the family {family!r}. Known are {', '.join(FAMILIES)}; "
-            "a dense bert becomes one of them with `model.upcycle`. How to add a family: docs/adding-a-family.md."
+            f"a dense {' or '.join(DENSE_FAMILIES)} becomes one of them with `model.upcycle`. How to add a family: "
+            "docs/adding-a-family.md."
         )
     return FAMILIES[family](model)
 
