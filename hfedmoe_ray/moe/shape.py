@@ -137,7 +137,7 @@ def _counted_shape(config: Mapping[str, Any], model: Model, num_labels: int, cac
     """Counts the parameters of the model built without storage, or reads what was counted before."""
     dropped = {"architectures", "id2label", "label2id", "num_labels", "transformers_version", "_name_or_path"}
     fields = {name: value for name, value in config.items() if name not in dropped}
-    parts = [fields, num_labels, model.trainable, version("transformers")]
+    parts = [fields, num_labels, model.trainable, version("transformers"), list(ModelShape.__dataclass_fields__)]
     key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
     path = cache / "shapes" / f"{key}.json"
     if path.is_file():

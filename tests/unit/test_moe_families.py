@@ -8,7 +8,7 @@ import copy
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +46,7 @@ from hfedmoe_ray.moe.prepare import initial_weights, save_full
 from hfedmoe_ray.moe.shape import ENCODER_FAMILY, MOE_FAMILIES, read_shape
 from hfedmoe_ray.moe.store import read_means
 from hfedmoe_ray.moe.subset import SparseModel
+from hfedmoe_ray.train.activations import checkpointed_layers
 from hfedmoe_ray.types import ExpertKey, ExpertPlan, TaskWeights, Weights
 
 ALL_TRAIN = plan("TTTTTT", "TTTTTT")
@@ -168,9 +169,11 @@ def test_the_names_known_without_torch_are_the_layouts() -> None:
     assert {ENCODER_FAMILY, *FAMILIES} == set(MOE_FAMILIES)
 
 
-def test_holding_every_expert_is_the_untouched_model(case: Case) -> None:
-    """Logits, and the gradients of everything that trains."""
-    sparse = case.bind(ALL_TRAIN)
+@pytest.mark.parametrize("trainable", ["top", "full"])
+def test_holding_every_expert_is_the_untouched_model(case: Case, trainable: str) -> None:
+    """Logits, and the gradients of everything that trains: with `full`, tied embeddings and dense layers too."""
+    case = replace(case, weights=task_weights(case.prepared, trainable))
+    sparse = case.bind(ALL_TRAIN, trainable)
     torch.testing.assert_close(backward(sparse), backward(case.whole), rtol=1e-5, atol=1e-6)
     everyone = tuple(range(6))
     assert_same_gradients(sparse, case.whole, (everyone, everyone))
@@ -290,15 +293,30 @@ def test_a_training_step_moves_what_trains_and_a_new_binding_forgets_it(case: Ca
     assert torch.equal(case.bind(CUT, "top").forward(ids, mask), fresh)
 
 
+def test_layers_computed_twice_have_the_same_gradients(case: Case) -> None:
+    """Activation checkpointing runs routers and experts again, with the same dropout."""
+    sparse, found = case.bind(CUT), []
+    sparse.module.train()
+    for on in (False, True):
+        sparse.module.zero_grad()
+        with torch.random.fork_rng(), checkpointed_layers(sparse.module, on):
+            torch.manual_seed(0)
+            backward(sparse)
+        found.append({name: p.grad for name, p in sparse.module.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys()
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, rtol=1e-6, atol=1e-8)
+
+
 def test_transformers_reads_what_is_saved(case: Case, tmp_path: Path) -> None:
     """Trained weights arrive: the same logits from the Auto class, and a backbone that lacks nothing."""
     trained = {key: {n: a + 0.1 for n, a in tensors.items()} for key, tensors in case.weights.experts.items()}
     shared = {name: array * 1.1 for name, array in case.weights.shared.items()}
     save_full(case.prepared, Weights(version=1, shared=shared, experts=trained), tmp_path)
-    case.sparse.bind(ALL_TRAIN, TaskWeights(shared=shared, experts=trained), "top")
+    sparse = replace(case, weights=TaskWeights(shared=shared, experts=trained)).bind(ALL_TRAIN)
     ids, mask = batch()
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path, dtype=torch.float32).eval()
-    expected = case.sparse.forward(ids, mask)
+    expected = sparse.forward(ids, mask)
     torch.testing.assert_close(loaded(input_ids=ids, attention_mask=mask).logits, expected, rtol=1e-5, atol=1e-5)
     if case.family == ENCODER_FAMILY:
         return
