@@ -10,7 +10,7 @@ from math import floor
 from typing import Literal
 
 from hfedmoe_ray.config.schema import Clients, Experiment, Tier
-from hfedmoe_ray.errors import CapacityError
+from hfedmoe_ray.errors import CapacityError, ConfigError
 from hfedmoe_ray.packing import GIB, NodeCapacity, Packing, ResourceSpec, table
 from hfedmoe_ray.types import ModelShape
 
@@ -26,8 +26,13 @@ def resources(tier: Tier, gpus_available: bool) -> ResourceSpec:
 
     `device` is a fraction of a GPU where the cluster has any, and then comes with `GPU_CLIENT_CPUS`; elsewhere it is
     a fraction of a CPU core. `num_gpus` and `num_cpus` override either; `num_gpus: 0` makes a CPU client.
+
+    Raises:
+        ConfigError: The tier offloads its optimizer from a GPU that its clients will not have.
     """
     num_gpus = tier.num_gpus if tier.num_gpus is not None else (tier.device if gpus_available else 0.0)
+    if tier.offload_optimizer and not num_gpus:
+        raise no_gpu_to_offload(tier)
     num_cpus = tier.num_cpus if tier.num_cpus is not None else (GPU_CLIENT_CPUS if num_gpus else tier.device)
     return ResourceSpec(
         num_cpus=num_cpus, num_gpus=num_gpus, memory_bytes=int(tier.memory_gib * GIB), labels=dict(tier.labels)
@@ -50,6 +55,15 @@ def tier_of(clients: Clients) -> tuple[Tier, ...]:
         dealt[behind] += 1
         order.append(clients.tiers[behind])
     return tuple(order)
+
+
+def no_gpu_to_offload(tier: Tier) -> ConfigError:
+    """The error of a tier that offloads its optimizer where its clients compute on the CPU."""
+    return ConfigError(
+        f"clients.tiers: tier {tier.name} has `offload_optimizer: true`, which keeps optimizer state in the host's "
+        "memory instead of a GPU's, but here its clients compute on the CPU: there is nothing to move. Write "
+        "`offload_optimizer: false` and `zero_stage: 0`."
+    )
 
 
 def expert_counts(tier: Tier, shape: ModelShape) -> tuple[int, int]:

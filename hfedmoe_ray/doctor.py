@@ -33,11 +33,14 @@ PROBE_TIMEOUT_S = 120.0
 # One optimizer step, as a client makes it. PATH is empty: nothing can be compiled.
 _TRAIN_PROBE = """
 import torch
-from hfedmoe_ray.config.schema import LocalTraining
+from hfedmoe_ray.config.schema import LocalTraining, Tier
+from hfedmoe_ray.train.deepspeed_config import deepspeed_config
 from hfedmoe_ray.train.engine import Engine
+local = LocalTraining()
+config = deepspeed_config(local, Tier(name="any", share=1, experts=1), "cpu")
 module = torch.nn.Linear(4, 1)
 before = module.weight.detach().clone()
-with Engine(module, list(module.parameters()), {}, LocalTraining()) as engine:
+with Engine(module, list(module.parameters()), {}, local, config) as engine:
     engine.backward(module(torch.ones(2, 4)).sum(), ())
     engine.step()
 assert not torch.equal(before, module.weight), "the step changed nothing"

@@ -13,6 +13,7 @@ from hfedmoe_ray.config.schema import Experiment, Placement, Tier
 from hfedmoe_ray.errors import CapacityError
 from hfedmoe_ray.packing import GIB, NodeCapacity, ResourceSpec
 from hfedmoe_ray.types import ModelShape
+from hfedmoe_ray.wire import build_codec
 
 PROCESS_BYTES = 320 * 2**20
 """Private memory of an actor that has imported torch, transformers and DeepSpeed and holds no model (measured)."""
@@ -93,8 +94,10 @@ def forecast(experiment: Experiment, shape: ModelShape, *, gpus_available: bool)
                     present=present,
                     batch=batch,
                     memory_bytes=predict_memory(experiment, shape, resident, present),
-                    bytes_down=shape.shared_bytes + present * shape.expert_bytes + _means_bytes(shape, present),
-                    bytes_up=shape.shared_bytes + resident * shape.expert_bytes + _profile_bytes(shape, present),
+                    bytes_down=shape.shared_bytes
+                    + present * shape.expert_bytes
+                    + _means_bytes(experiment, shape, present),
+                    bytes_up=predict_upload(experiment, shape, resident, present),
                 )
             )
     return tuple(forecasts)
@@ -107,8 +110,19 @@ def predict_memory(experiment: Experiment, shape: ModelShape, resident: int, pre
     the activations of one batch in the MoE layers, where gradients need them.
     """
     trained = shape.shared_bytes + resident * shape.expert_bytes
-    frozen = shape.frozen_bytes + (present - resident) * shape.expert_bytes
+    frozen = shape.frozen_bytes + (present - resident) * shape.expert_bytes + present * shape.base_expert_bytes
     return PROCESS_BYTES + frozen + TRAINED_COPIES * trained + _activation_bytes(experiment, shape)
+
+
+def predict_upload(experiment: Experiment, shape: ModelShape, resident: int, present: int) -> int:
+    """Returns the predicted bytes of an update in which every resident trained, at the configured precision.
+
+    Trained tensors, the routing profile (four float64 of [L, E]) and the mean output of every expert held.
+    """
+    codec = build_codec(experiment.wire)
+    number, mean = (BYTES, BYTES) if codec is None else (codec.bytes_per_number, BYTES // 2)
+    trained = shape.shared_bytes + resident * shape.expert_bytes
+    return ceil(trained / BYTES * number) + 4 * 8 * shape.total_experts + present * shape.hidden * mean
 
 
 def check_memory(experiment: Experiment, shape: ModelShape, forecasts: Sequence[Forecast]) -> None:
@@ -147,20 +161,17 @@ def _activation_bytes(experiment: Experiment, shape: ModelShape) -> int:
     Per token and MoE layer about 20 vectors of H (attention, norms, residuals), and for each of its top-k experts the
     input and output (H) and two vectors of the expert's inner size F, where an expert is about 2 H F numbers.
     """
-    inner = shape.expert_bytes / BYTES / (2 * shape.hidden)
+    inner = (shape.dense_expert_bytes or shape.expert_bytes) / BYTES / (2 * shape.hidden)
     per_token = 20 * shape.hidden + shape.top_k * 2 * (shape.hidden + inner)
     tokens = experiment.local.batch_size * experiment.data.max_length
     return int(tokens * shape.layers * per_token * BYTES)
 
 
-def _means_bytes(shape: ModelShape, present: int) -> int:
-    """Mean outputs [L, E, H] stand in for absent experts."""
-    return shape.total_experts * shape.hidden * BYTES if present < shape.total_experts else 0
-
-
-def _profile_bytes(shape: ModelShape, present: int) -> int:
-    """The routing profile (four float64 of [L, E]) and the mean output of every expert held."""
-    return 4 * 8 * shape.total_experts + present * shape.hidden * BYTES
+def _means_bytes(experiment: Experiment, shape: ModelShape, present: int) -> int:
+    """Mean outputs [L, E, H], where they stand in for absent experts."""
+    strategy = experiment.strategy
+    needed = isinstance(strategy, Placement) and strategy.unselected == "mean" and present < shape.total_experts
+    return shape.total_experts * shape.hidden * BYTES if needed else 0
 
 
 # ------------------------------------------------------------------------------------------------------------ fit

@@ -18,7 +18,13 @@ FloatArray = npt.NDArray[np.float64]
 
 AbsentMode = Literal["mean", "drop", "reroute"]
 TaskKind = Literal["profile", "train", "evaluate"]
+Fetch = Callable[[], bytes]
+"""Fetches bytes from wherever they are kept."""
 Status = Literal["ok", "late", "failed", "rejected", "dropped"]
+
+
+LORA_A, LORA_B = "lora_A", "lora_B"
+"""What the names of two low-rank factors differ in: "up_proj.lora_A" and "up_proj.lora_B" belong together."""
 
 
 class ExpertKey(NamedTuple):
@@ -56,7 +62,12 @@ class ModelShape:
     shared_bytes: int
     """Bytes of routers and of the shared parameters that train, as sent (fp32)."""
     frozen_bytes: int
-    """Bytes of everything that never trains and never travels."""
+    """Bytes of everything outside experts that never trains and never travels."""
+    base_expert_bytes: int = 0
+    """Bytes of the frozen matrices of one expert that trains by LoRA, as they lie in memory: shared by the processes
+    of a node, never sent. 0 where whole experts train."""
+    dense_expert_bytes: int = 0
+    """Bytes of one whole expert in fp32, where only its LoRA factors train; 0 where it trains itself."""
 
     @property
     def total_experts(self) -> int:
@@ -92,6 +103,11 @@ class ExpertPlan:
     def trainable(self) -> tuple[ExpertKey, ...]:
         """Experts that may train."""
         return self.with_role(Role.TRAIN)
+
+    @property
+    def needs_means(self) -> bool:
+        """Whether some expert is represented by its mean output."""
+        return self.absent == "mean" and any(Role.ABSENT in row for row in self.roles)
 
     @property
     def present(self) -> tuple[ExpertKey, ...]:
@@ -157,6 +173,9 @@ class ClientTask:
     """Client whose private weights are laid over the global ones, if the strategy keeps any."""
     weight: float = 1.0
     """Predicted relative cost, for placing the longest first."""
+    state: Fetch | None = None
+    """The client's own state as its last accepted task left it. It travels with the task here, so that any process can
+    serve the client; on a real device it would never leave it, and it is not counted as traffic."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,7 +187,9 @@ class TaskWeights:
     experts: Mapping[ExpertKey, Mapping[str, Array]]
     """Tensors of every present expert by tensor name."""
     means: Array | None = None
-    """Mean output of every expert over the tokens routed to it, [L, E, H]."""
+    """Mean output of every expert over the tokens routed to it, [L, E, H]; None where the plan has no use for it."""
+    state: bytes = b""
+    """The client's own state (`ClientTask.state`); empty where it has none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,6 +244,8 @@ class ClientMetrics:
     """"layer.expert" -> checksum of each TRAIN expert before the first step."""
     after: Mapping[str, str] = field(default_factory=dict)
     """The same after the last step."""
+    rebuilt: Mapping[str, str] = field(default_factory=dict)
+    """"layer.expert" -> checksum of each trained expert as the server will rebuild it; empty with fp32 uploads."""
     seconds: float = 0.0
     """Wall seconds of the task in its process."""
     step_seconds: float = 0.0
@@ -238,7 +261,9 @@ class TaskResult:
     task: ClientTask
     status: Status
     metrics: ClientMetrics | None = None
-    payload: Callable[[], bytes] | None = None
+    payload: Fetch | None = None
+    state: Fetch | None = None
+    """The client's state after the task, to be kept if the update is accepted; None where it has not changed."""
     reason: str = ""
     """Why it is not "ok", in one line."""
     attempts: int = 1

@@ -38,18 +38,25 @@ TIERS = [
     {"name": "server", "share": 0.5, "experts": 0.5, "device": 0.2, "memory_gib": 0.2},
 ]
 NEVER = threading.Event()
+STATE_REPEATS = 5_000
 
 
 class TinyWorker:
-    """Its payload is a digest of everything it was given, so that any difference in inputs shows in the result."""
+    """Its payload is a digest of everything it was given, so that any difference in inputs shows in the result.
+
+    The same digest, repeated to a size that no longer travels inside a message, is the client's new state.
+    """
 
     def __init__(self, context: RunContext) -> None:
         self._run_dir = context.run_dir
         self._base = (context.model.path / "base.bin").read_bytes() + (context.data.path / "rows.bin").read_bytes()
 
-    def execute(self, task: ClientTask, weights: TaskWeights, should_stop: Callable[[], bool]) -> tuple[bytes, bytes]:
+    def execute(
+        self, task: ClientTask, weights: TaskWeights, should_stop: Callable[[], bool]
+    ) -> tuple[bytes, bytes, bytes]:
         self._misbehave(task.client, should_stop)
         digest = hashlib.sha256(self._base + f"{task.seed} {task.round} {task.client}".encode())
+        digest.update(weights.state)
         for name in sorted(weights.shared):
             digest.update(name.encode() + weights.shared[name].tobytes())
         for key in sorted(weights.experts):
@@ -64,7 +71,7 @@ class TinyWorker:
             tokens=sum(array.flags.writeable for array in arrays),
             loss=float(os.environ.get("OMP_NUM_THREADS", "0")),
         )
-        return digest.digest() + bytes(200_000), dump_metrics(metrics)
+        return digest.digest() + bytes(200_000), dump_metrics(metrics), digest.digest() * STATE_REPEATS
 
     def _misbehave(self, client: int, should_stop: Callable[[], bool]) -> None:
         kill = self._run_dir / f"kill-{client}"

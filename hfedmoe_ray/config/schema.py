@@ -11,6 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveFloa
 Share = Annotated[float, Field(gt=0.0, le=1.0)]
 UnitInterval = Annotated[float, Field(ge=0.0, le=1.0)]
 NonNegativeFloat = Annotated[float, Field(ge=0.0)]
+Precision = Literal["fp32", "bf16"]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=128)]
 
 
@@ -108,12 +109,39 @@ class Tier(Section):
     """Fraction of a GPU, or of a CPU core where the cluster has no GPU. Above 1 a whole number."""
     memory_gib: PositiveFloat = 2.0
     """Memory of the device in GiB: asked of Ray, and compared with what the client is predicted to need."""
+    precision: Precision | None = None
+    """What the tier's clients train in. Default: `local.precision`."""
+    micro_batch: PositiveInt | None = None
+    """Examples that pass through the model at once while training; gradients are added up over `local.batch_size`.
+    Where `batch_experts` limits the choice, the batch's routing is looked at first: one more forward pass."""
+    checkpoint_activations: bool = False
+    """Keep only what enters each layer and compute the rest again in the backward pass: less memory, more time."""
+    zero_stage: int = 0
+    """ZeRO stage of the tier's DeepSpeed engines: 0, or 1 or 2 where optimizer state is offloaded."""
+    offload_optimizer: bool = False
+    """Keep optimizer state in the host's memory and step there: for GPU clients, with `zero_stage` 1 or 2."""
     num_cpus: NonNegativeFloat | None = None
     """Overrides the CPUs asked of Ray."""
     num_gpus: NonNegativeFloat | None = None
     """Overrides the GPUs asked of Ray."""
     labels: dict[str, str] = {}
     """Ray node labels the client must be placed on, e.g. {site: hospital-a}."""
+
+    @model_validator(mode="after")
+    def _deepspeed(self) -> Self:
+        if self.zero_stage == 3:
+            raise ValueError(
+                "zero_stage is 3, which takes parameters out of their tensors between layers; experts are multiplied "
+                "outside of any layer's own forward pass, and frozen weights shared by the clients of a node would "
+                "become private copies. Write 0, or 2 with `offload_optimizer: true` where GPU memory is short"
+            )
+        if self.zero_stage not in (0, 1, 2):
+            raise ValueError(f"zero_stage is {self.zero_stage}: write 0, 1 or 2")
+        if self.offload_optimizer and self.zero_stage == 0:
+            raise ValueError("offload_optimizer needs ZeRO: write `zero_stage: 2` beside it")
+        if self.offload_optimizer and self.num_gpus == 0:
+            raise ValueError("offload_optimizer moves state from a GPU to the host, but num_gpus is 0: leave one out")
+        return self
 
     @model_validator(mode="after")
     def _whole_devices(self) -> Self:
@@ -167,7 +195,8 @@ class Upcycle(Section):
     """E, experts in each MoE layer."""
     top_k: PositiveInt = 4
     layers: tuple[Annotated[int, Field(ge=0)], ...] | None = None
-    """Numbers of the layers whose FFN is upcycled. Default: the upper half."""
+    """Numbers of the layers whose FFN is upcycled. Default: the upper half of a bert. A llama or mistral becomes a
+    Mixtral, all of whose layers are Mixtures of Experts: leave it out."""
     noise: NonNegativeFloat = 0.02
     """copy: standard deviation of the noise as a share of the weights' own."""
     calibration_steps: Annotated[int, Field(ge=0)] = 200
@@ -180,6 +209,32 @@ class Upcycle(Section):
         if self.layers is not None and (not self.layers or len(set(self.layers)) != len(self.layers)):
             raise ValueError("layers must name at least one layer, each once")
         return self
+
+
+class Lora(Section):
+    """Low-rank adaptation of the experts: every matrix W becomes W + (alpha / rank) B A.
+
+    Only the factors A [rank, in] and B [out, rank] train and travel; W, and an expert's biases, stay as they are on
+    each node's disk.
+    """
+
+    rank: PositiveInt = 8
+    alpha: PositiveFloat = 16.0
+    base: Literal["fp32", "int8", "nf4"] = "fp32"
+    """Form of the frozen W, memory-mapped once per node: exact, or quantised when the model is prepared and
+    dequantised at each use. int8: one scale a row, a quarter of the bytes; nf4: 4 bits and a scale for every 64
+    numbers, about a seventh (needs the package bitsandbytes, on CPU too)."""
+    attention: bool = False
+    """Adapt attention from the first MoE layer up in the same way. Its matrices are then frozen whatever `trainable`
+    says: `experts` trains them by factors instead of not at all, `top` by factors instead of in full."""
+    average: Literal["svd", "factors"] = "svd"
+    """What the server averages. svd: the products B A, exactly, and of the mean the best approximation of this rank;
+    factors: A and B each by itself, which is quicker and is not the mean of the products."""
+
+    @property
+    def scale(self) -> float:
+        """Factor of the product B A."""
+        return self.alpha / self.rank
 
 
 class Model(Section):
@@ -198,6 +253,17 @@ class Model(Section):
     trainable: Literal["experts", "top", "full"] = "top"
     """experts: routed experts, routers, task head; top: also attention and norms from the first MoE layer up;
     full: everything."""
+    lora: Lora | None = None
+    """Train low-rank factors of the experts instead of the experts themselves. Default: whole experts train."""
+
+    @model_validator(mode="after")
+    def _adapts_what_is_frozen(self) -> Self:
+        if self.lora is not None and self.lora.attention and self.trainable == "full":
+            raise ValueError(
+                "`trainable: full` trains attention itself, so `lora.attention` has nothing to adapt: write "
+                "`trainable: top` (or `experts`), or leave `lora.attention` out"
+            )
+        return self
 
 
 class Partition(Section):
@@ -272,12 +338,53 @@ class LocalTraining(Section):
     weight_decay: NonNegativeFloat = 0.01
     clip_norm: NonNegativeFloat = 1.0
     """Gradient norm clipping; 0 switches it off."""
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Precision = "fp32"
     """bf16 computes in bfloat16; trainable weights stay fp32."""
     profile_examples: PositiveInt = 64
     """Examples of the forward-only profiling pass before the first round."""
     cache: Literal["auto", "off"] = "auto"
     """auto: hidden states below the first trainable layer are computed once per client and kept on its node."""
+
+
+class Wire(Section):
+    """How a client's update travels to the server."""
+
+    upload: Literal["fp32", "bf16", "fp16", "int8", "topk"] = "fp32"
+    """fp32: the trained tensors as they are. The others send the change since the published weights in fewer bytes:
+    bf16 and fp16 half as many, int8 about a quarter (a scale for each row), topk only the numbers that changed most."""
+    share: Share | None = None
+    """topk: share of each tensor's numbers that is sent, 8 bytes each. Default: 0.01."""
+    error_feedback: bool | None = None
+    """Whether a client keeps what the precision lost and adds it to its next update. Default: with topk only."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.share is not None and self.upload != "topk":
+            raise ValueError(
+                f"share belongs to `upload: topk`; {self.upload} sends every number: leave share out, or write "
+                "`upload: topk`"
+            )
+        if self.error_feedback and not self.lossy:
+            raise ValueError(
+                "fp32 loses nothing, so there is no error to feed back: leave error_feedback out, or write another "
+                "upload (bf16, fp16, int8, topk)"
+            )
+        return self
+
+    @property
+    def lossy(self) -> bool:
+        """Whether the server receives something else than what was trained."""
+        return self.upload != "fp32"
+
+    @property
+    def kept_share(self) -> float:
+        """`share` or its default."""
+        return 0.01 if self.share is None else self.share
+
+    @property
+    def feeds_back(self) -> bool:
+        """`error_feedback` or its default."""
+        return self.upload == "topk" if self.error_feedback is None else self.error_feedback
 
 
 class Evaluation(Section):
@@ -346,6 +453,7 @@ class Experiment(Section):
     model: Model
     data: Data
     local: LocalTraining = LocalTraining()
+    wire: Wire = Wire()
     evaluate: Evaluation = Evaluation()
     runtime: Runtime = Runtime()
     tracking: Tracking = Tracking()

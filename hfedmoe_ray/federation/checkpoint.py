@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 from hfedmoe_ray.context import RunContext
 from hfedmoe_ray.errors import CheckpointError
 from hfedmoe_ray.federation.state import FederationState
-from hfedmoe_ray.types import Array, ExpertKey, PersonalWeights, RoutingProfile, Weights
+from hfedmoe_ray.types import Array, ExpertKey, Fetch, PersonalWeights, RoutingProfile, Weights
 from hfedmoe_ray.wire import PROFILE_FIELDS, expert_key, expert_name
 
 _SCALARS = ("round", "bytes_up", "bytes_down", "seconds", "peak_client_mib")
@@ -49,6 +49,8 @@ def save_checkpoint(directory: Path, state: FederationState, identity: str, keep
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     save_file(_tensors(state), partial / "state.safetensors")
+    for client, fetch in state.clients.items():
+        (partial / _client_file(client)).write_bytes(fetch())
     fields = {
         "identity": identity,
         "version": state.weights.version,
@@ -57,6 +59,7 @@ def save_checkpoint(directory: Path, state: FederationState, identity: str, keep
         "accuracies": state.accuracies,
         "own_accuracies": {str(client): value for client, value in state.own_accuracies.items()},
         "statuses": dict(state.statuses),
+        "clients": sorted(state.clients),
         **{scalar: getattr(state, scalar) for scalar in _SCALARS},
     }
     (partial / "state.json").write_text(json.dumps(fields, indent=1))
@@ -93,6 +96,7 @@ def load_checkpoint(directory: Path, identity: str) -> FederationState:
     try:
         fields = json.loads((path / "state.json").read_text())
         tensors = load_file(path / "state.safetensors")
+        clients = {client: (path / _client_file(client)).read_bytes() for client in fields["clients"]}
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(
             f"checkpoint {path} is damaged ({error}). Write the name of an older round-* directory into {latest}, "
@@ -103,7 +107,7 @@ def load_checkpoint(directory: Path, identity: str) -> FederationState:
             f"checkpoint {path} was written by another experiment (configuration, model or data differ), and "
             "continuing it would mix the two. Resume with the run's own config.yaml, or use another name."
         )
-    return _state(fields, tensors)
+    return _state(fields, tensors, clients)
 
 
 def _tensors(state: FederationState) -> dict[str, Array]:
@@ -127,7 +131,7 @@ def _named(
     return tensors
 
 
-def _state(fields: Mapping[str, Any], tensors: Mapping[str, Array]) -> FederationState:
+def _state(fields: Mapping[str, Any], tensors: Mapping[str, Array], clients: Mapping[int, bytes]) -> FederationState:
     shared: dict[str, dict[str, Array]] = {}
     experts: dict[str, dict[ExpertKey, dict[str, Array]]] = {}
     profiles: dict[int, dict[str, Array]] = {}
@@ -166,8 +170,17 @@ def _state(fields: Mapping[str, Any], tensors: Mapping[str, Array]) -> Federatio
         accuracies=[(int(round), float(accuracy)) for round, accuracy in fields["accuracies"]],
         own_accuracies={int(client): value for client, value in fields["own_accuracies"].items()},
         statuses=Counter(fields["statuses"]),
+        clients={client: _held(state) for client, state in clients.items()},
         **{scalar: fields[scalar] for scalar in _SCALARS},
     )
+
+
+def _held(state: bytes) -> Fetch:
+    return lambda: state
+
+
+def _client_file(client: int) -> str:
+    return f"client-{client}.bin"
 
 
 def _flush(path: Path) -> None:

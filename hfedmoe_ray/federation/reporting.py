@@ -15,12 +15,11 @@ from hfedmoe_ray.context import RunContext
 from hfedmoe_ray.federation.evaluation import Evaluation
 from hfedmoe_ray.federation.state import FederationState, model_sha256
 from hfedmoe_ray.types import (
-    Array,
     ClientInfo,
     ClientRecord,
+    ClientTask,
     ClientUpdate,
     ExpertKey,
-    ExpertPlan,
     FloatArray,
     RoundReport,
     RoutingProfile,
@@ -32,14 +31,18 @@ _PACKAGES = ("torch", "ray", "deepspeed", "transformers", "peft", "datasets", "w
 _STATUSES = ("ok", "late", "failed", "rejected", "dropped")
 
 
-def published_bytes(weights: Weights, plan: ExpertPlan) -> int:
-    """Returns the bytes a client fetches for a plan: shared arrays, present experts, mean outputs if it needs them."""
-    arrays: list[Array] = [*weights.shared.values()]
-    for key in plan.present:
-        arrays += weights.experts[key].values()
-    total = sum(array.nbytes for array in arrays)
-    needs_means = plan.absent == "mean" and len(plan.present) < len(weights.experts)
-    return total + (weights.means.nbytes if needs_means and weights.means is not None else 0)
+def published_bytes(weights: Weights, task: ClientTask) -> int:
+    """Returns the bytes of the arrays a client fetches for a task: shared ones, present experts, means if needed.
+
+    What is private to the client (`ClientTask.personal`, `ClientTask.state`) lies with it and is not counted.
+    """
+    own = None if task.personal is None else (weights.personal or {}).get(task.personal)
+    arrays = [array for name, array in weights.shared.items() if own is None or name not in own.shared]
+    for key in task.plan.present:
+        arrays += weights.experts[key].values() if own is None or key not in own.experts else ()
+    if task.plan.needs_means and weights.means is not None:
+        arrays.append(weights.means)
+    return sum(array.nbytes for array in arrays)
 
 
 def client_record(result: TaskResult, tier: str, update: ClientUpdate | None, weights: Weights) -> ClientRecord:
@@ -57,7 +60,7 @@ def client_record(result: TaskResult, tier: str, update: ClientUpdate | None, we
         resident=len(result.task.plan.present),
         trained=len(update.trained) if update else 0,
         bytes_up=update.payload_bytes if update else 0,
-        bytes_down=published_bytes(weights, result.task.plan),
+        bytes_down=published_bytes(weights, result.task),
         seconds=metrics.seconds if metrics else 0.0,
         step_seconds=metrics.step_seconds if metrics else 0.0,
         peak_mib=metrics.peak_mib if metrics else 0.0,

@@ -95,7 +95,9 @@ class Federation:
         if resume:
             self.state = load_checkpoint(self.checkpoints, self.identity)
         else:
-            self.state = FederationState(weights=initial_weights(context.model, self.experiment.model.trainable))
+            model = self.experiment.model
+            weights = initial_weights(context.model, model.trainable, model.lora, self.experiment.seed)
+            self.state = FederationState(weights=weights)
         self.resumed_from = self.state.round if resume else None
 
     def run(self, should_stop: Callable[[], bool]) -> bool:
@@ -213,6 +215,7 @@ class Federation:
             router_rule=strategy.router_rule,
             shared_rule=strategy.shared_rule,
             literal_router=strategy.literal_router,
+            average=self.experiment.model.lora.average if self.experiment.model.lora else "factors",
         )
         means = MeanOutputs()
         private = dict(state.weights.personal or {})
@@ -280,6 +283,7 @@ class Federation:
             version=self.state.weights.version,
             personal=client if client in (self.state.weights.personal or {}) else None,
             weight=float(len(plan.present)),
+            state=self.state.clients.get(client) if kind == "train" else None,
         )
 
     def facts(self) -> dict[str, Any]:
@@ -294,19 +298,26 @@ class Federation:
     def _accepted(
         self, results: Iterable[TaskResult], plans: Mapping[int, ExpertPlan], records: list[ClientRecord]
     ) -> Iterator[ClientUpdate]:
-        """Yields the updates that may be used, one payload in memory at a time, and records how each client fared."""
+        """Yields the updates that may be used, one payload in memory at a time, and records how each client fared.
+
+        The state a client returned is kept with its update, or discarded with it: what an update that was late, failed
+        or rejected says was sent has not arrived.
+        """
         for delivered in results:
             client = delivered.task.client
             result, update = self._accept(delivered, plans[client])
             records.append(reporting.client_record(result, self.tiers[client].name, update, self.state.weights))
             if update is not None:
+                if delivered.state is not None:
+                    self.state.clients[client] = delivered.state
                 yield update
 
     def _accept(self, result: TaskResult, plan: ExpertPlan) -> tuple[TaskResult, ClientUpdate | None]:
         if result.status != "ok":
             return result, None
         try:
-            return result, accept(result, plan, self.state.weights.seen_by(result.task.personal))
+            start = self.state.weights.seen_by(result.task.personal)
+            return result, accept(result, plan, start, self.experiment.wire)
         except Rejected as rejection:
             return replace(result, status="rejected", reason=str(rejection)), None
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from hfedmoe_ray.federation.evaluation import Evaluation
-from hfedmoe_ray.types import ClientRecord, RoutingProfile, Weights
+from hfedmoe_ray.types import ClientRecord, Fetch, RoutingProfile, Weights
 from hfedmoe_ray.wire import checksum, expert_name
 
 
@@ -25,6 +25,8 @@ class FederationState:
     """Latest accuracy of each client on its own test split."""
     statuses: Counter[str] = field(default_factory=Counter)
     """Client results by status, over all rounds."""
+    clients: dict[int, Fetch] = field(default_factory=dict)
+    """The clients' own states, of those that have any: kept here in their stead, and never read."""
     bytes_up: int = 0
     bytes_down: int = 0
     seconds: float = 0.0

@@ -9,17 +9,24 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from hfedmoe_ray.config.schema import Wire
 from hfedmoe_ray.errors import TrainingError
 from hfedmoe_ray.types import Array, ClientMetrics, ClientUpdate, ExpertPlan, TaskResult, Weights
-from hfedmoe_ray.wire import PROFILE_FIELDS, checksum, expert_key, expert_name, unpack_update
+from hfedmoe_ray.wire import PROFILE_FIELDS, checksum, expert_key, expert_name, read_upload
 
 
 class Rejected(Exception):
     """An update that must not be averaged; the message is the reason, in one line."""
 
 
-def accept(result: TaskResult, plan: ExpertPlan, weights: Weights) -> ClientUpdate:
+def accept(result: TaskResult, plan: ExpertPlan, weights: Weights, wire: Wire) -> ClientUpdate:
     """Fetches, parses and checks the update of a task that ended well.
+
+    Args:
+        result: How the task ended.
+        plan: What the client was given to do.
+        weights: The weights it started from.
+        wire: How updates travel in this run.
 
     Raises:
         Rejected: It must not be used.
@@ -31,12 +38,12 @@ def accept(result: TaskResult, plan: ExpertPlan, weights: Weights) -> ClientUpda
     if (metrics.client, metrics.round, metrics.kind) != (result.task.client, result.task.round, result.task.kind):
         raise Rejected(f"answers for client {metrics.client}, round {metrics.round}, {metrics.kind}")
     try:
-        update = unpack_update(result.payload(), metrics)
+        update = read_upload(result.payload(), metrics, wire, weights)
     except ValueError as error:
         raise Rejected(f"cannot be read: {error}") from error
     check_update(update, plan, weights, trains=result.task.kind == "train")
     if result.task.kind == "train":
-        check_canary(update, metrics, plan, weights)
+        check_canary(update, metrics, plan, weights, lossy=wire.lossy)
     return update
 
 
@@ -106,11 +113,14 @@ def _check_tensors(sent: Mapping[str, Array], expected: Mapping[str, Array], wha
             raise Rejected(f"{what}: {name} holds NaN or infinity")
 
 
-def check_canary(update: ClientUpdate, metrics: ClientMetrics, plan: ExpertPlan, weights: Weights) -> None:
+def check_canary(
+    update: ClientUpdate, metrics: ClientMetrics, plan: ExpertPlan, weights: Weights, *, lossy: bool = False
+) -> None:
     """Proves what was trained, from checksums before and after.
 
     Every trainable expert must have started from the published bytes; one that took a step must have changed and
-    been sent as it stood; one that took none must be unchanged.
+    been sent as it stood, or, where the upload is lossy, arrive as the client knows it to; one that took none must be
+    unchanged.
 
     Raises:
         TrainingError: If any of this does not hold.
@@ -126,7 +136,10 @@ def check_canary(update: ClientUpdate, metrics: ClientMetrics, plan: ExpertPlan,
         if key in update.experts:
             if started == ended:
                 raise TrainingError(_told(metrics, f"took {update.trained[key]} steps on expert {name}, unchanged"))
-            if checksum(update.experts[key]) != ended:
+            arrived = checksum(update.experts[key])
+            if lossy and arrived != metrics.rebuilt.get(name):
+                raise TrainingError(_told(metrics, f"sent expert {name} other than it arrived"))
+            if not lossy and arrived != ended:
                 raise TrainingError(_told(metrics, f"sent expert {name} other than it stood after training"))
         elif started != ended:
             raise TrainingError(_told(metrics, f"changed expert {name} without a step on it"))

@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, BertModel, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 
 from hfedmoe_ray.config.schema import Model
 from hfedmoe_ray.data.tokenize import load_tokenizer, pad_id, tokenize
@@ -24,7 +25,7 @@ from hfedmoe_ray.errors import ModelError
 from hfedmoe_ray.moe.layout import MoELayout, layout_of
 from hfedmoe_ray.moe.quiet import quiet_transformers
 from hfedmoe_ray.moe.store import CONFIG, Meta, Tensors, write_meta
-from hfedmoe_ray.moe.upcycle import ffn_inputs, upcycle
+from hfedmoe_ray.moe.upcycle.assemble import upcycle
 from hfedmoe_ray.seeds import derive_seed
 from hfedmoe_ray.types import Array, ExpertKey
 
@@ -34,16 +35,15 @@ _BATCH_TEXTS = 32
 _MEAN_TEXTS = 64
 """Calibration texts from which the experts' first mean outputs are measured."""
 _HEAD_STD = 0.02
+_PLAIN_DTYPES = {"F64", "F32", "F16", "BF16"}
+"""Of a safetensors file: weights that are numbers by themselves."""
 
 
-def build(
-    *, source: Path, dense: bool, model: Model, num_labels: int, seed: int, texts: Sequence[str], directory: Path
-) -> None:
+def build(*, source: Path, model: Model, num_labels: int, seed: int, texts: Sequence[str], directory: Path) -> None:
     """Builds a model and writes it into an existing directory (files: see `store`).
 
     Args:
         source: Directory of the source model.
-        dense: Whether it is dense and has to be upcycled.
         model: Section `model` of the configuration.
         num_labels: Classes of the new head.
         seed: Run seed; decides clustering, noise, calibration batches and the head.
@@ -57,13 +57,9 @@ def build(
     tokenizer.save_pretrained(directory)
     upcycling: list[dict[str, Any]] = []
     with _one_thread(), quiet_transformers():
-        if dense:
-            assert model.upcycle is not None
-            bert = _load(BertModel, source, ("pooler",), add_pooling_layer=False)
-            layers = model.upcycle.layers or range(bert.config.num_hidden_layers)
-            calibrates = model.upcycle.how == "split" and model.upcycle.calibration_steps > 0
-            inputs = ffn_inputs(bert, layers, _batches(tokenizer, texts)) if calibrates else {}
-            module, reports = upcycle(bert, model.upcycle, num_labels, seed, inputs)
+        if model.upcycle is not None:
+            dense = _load(AutoModel, source, ("pooler",), config=_unquantised(source))
+            module, reports = upcycle(dense, model.upcycle, num_labels, seed, _batches(tokenizer, texts))
             upcycling = [asdict(report) for report in reports]
         else:
             module = _load(AutoModelForSequenceClassification, source, ("score", "classifier"), num_labels=num_labels)
@@ -92,6 +88,8 @@ def build(
             sha256=sha256,
             groups=groups,
             router_layers=layout.router_layers,
+            projections=layout.projections,
+            transposed=layout.transposed,
             upcycling=upcycling,
         ),
     )
@@ -114,8 +112,9 @@ def mean_outputs(layout: MoELayout, batches: Iterator[tuple[Tensor, Tensor]]) ->
 
     def note(layer: int) -> Any:
         def hook(_module: nn.Module, args: tuple[Tensor, Tensor, Tensor]) -> None:
-            tokens, index, _ = args
-            for expert in torch.unique(index).tolist():
+            tokens, *dispatch = args
+            index, _ = layout.read_dispatch(*dispatch)
+            for expert in torch.unique(index[index < layout.num_experts]).tolist():
                 routed = tokens[(index == expert).any(dim=1) & real]
                 tensors = layout.read_expert(ExpertKey(layer, expert))
                 totals[layer, expert] += layout.expert_forward(routed, tensors).sum(dim=0)
@@ -131,6 +130,28 @@ def mean_outputs(layout: MoELayout, batches: Iterator[tuple[Tensor, Tensor]]) ->
         handle.remove()
     means: Array = (totals / counts.clamp_min(1)).float().numpy()
     return means
+
+
+def _unquantised(source: Path) -> PreTrainedConfig:
+    """Returns a model's configuration without its `quantization_config`; raises ModelError if that is not just a trace.
+
+    A model that was quantised once and saved again in full precision may still name it.
+    """
+    config = AutoConfig.from_pretrained(source)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+        dtypes: set[str] = set()
+        for path in source.glob("*.safetensors"):
+            with safe_open(path, framework="pt") as file:
+                dtypes.update(file.get_slice(name).get_dtype() for name in file.keys())  # noqa: SIM118 - not a mapping
+        packed = sorted(dtypes - _PLAIN_DTYPES)
+        if packed:
+            raise ModelError(
+                f"model.source: the weights in {source} are quantised ({', '.join(packed)}), and a quantised model "
+                "cannot be upcycled. Load it with transformers, call dequantize(), save_pretrained() it, and give that "
+                "directory."
+            )
+    return config
 
 
 def _load(model_class: Any, source: Path, may_differ: tuple[str, ...], **arguments: Any) -> Any:

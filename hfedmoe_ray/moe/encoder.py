@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, BertCon
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.models.bert.modeling_bert import BertAttention, BertEmbeddings, BertLayer, BertPreTrainedModel
 
@@ -116,7 +117,7 @@ class MoEFeedForward(nn.Module):
         return (self.experts(tokens, index, weights) + self.output_bias).view_as(hidden_states)
 
 
-class MoEEncoderLayer(nn.Module):
+class MoEEncoderLayer(GradientCheckpointingLayer):
     """A BERT layer whose feed-forward part is a Mixture of Experts."""
 
     def __init__(self, config: MoEEncoderConfig, layer: int) -> None:

@@ -10,13 +10,15 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from hfedmoe_ray.config.schema import Model
+from hfedmoe_ray.config.schema import Lora, Model
 from hfedmoe_ray.context import PreparedModel
 from hfedmoe_ray.data.tokenize import load_tokenizer, tokenizer_hash
 from hfedmoe_ray.errors import ModelError
 from hfedmoe_ray.moe import store
-from hfedmoe_ray.moe.shape import DENSE_FAMILY, check_family, read_shape, upcycled_config
+from hfedmoe_ray.moe.factors import adapted_shape, initial_experts, initial_shared
+from hfedmoe_ray.moe.shape import check_family, read_shape
 from hfedmoe_ray.moe.sources import read_config, resolve
+from hfedmoe_ray.moe.upcycle.target import upcycled_config
 from hfedmoe_ray.types import Weights
 
 
@@ -34,12 +36,12 @@ def prepare_model(
 
     Raises:
         ModelError: The source cannot be found, loaded or understood, or `upcycle` is missing or out of place.
-        ConfigError: `upcycle` does not fit the model.
+        ConfigError: `upcycle` or `lora` does not fit the model.
     """
     source = resolve(model.source, model.revision)
     config = read_config(source)
-    dense = check_family(config, model.upcycle) == DENSE_FAMILY
-    if dense and model.upcycle is not None:
+    check_family(config, model.upcycle)
+    if model.upcycle is not None:
         upcycled_config(config, model.upcycle)  # refuses what does not fit before anything is loaded
     directory = cache / "models" / _key(source, model, num_labels, seed, calibration_texts)
     if not (directory / store.META).is_file():
@@ -51,7 +53,6 @@ def prepare_model(
             complete.mkdir()
             build(
                 source=source,
-                dense=dense,
                 model=model,
                 num_labels=num_labels,
                 seed=seed,
@@ -59,19 +60,42 @@ def prepare_model(
                 directory=complete,
             )
             _publish(complete, directory)
-    return PreparedModel(
-        path=directory.resolve(), sha256=store.read_meta(directory).sha256, shape=read_shape(model, num_labels)
-    )
+    meta = store.read_meta(directory)
+    shape = read_shape(model.model_copy(update={"lora": None}), num_labels, cache)
+    if model.lora is not None:
+        shapes = store.read_expert_shapes(directory)
+        shape = adapted_shape(
+            shape,
+            model.lora,
+            model.trainable,
+            expert_shapes=shapes,
+            transposed=meta.transposed,
+            projections=meta.projections,
+        )
+        if model.lora.base != "fp32":
+            from hfedmoe_ray.moe.quantised import quantise_experts
+
+            quantise_experts(directory, model.lora.base)
+    return PreparedModel(path=directory.resolve(), sha256=meta.sha256, shape=shape)
 
 
-def initial_weights(prepared: PreparedModel, trainable: store.Trainable) -> Weights:
-    """Returns version 0 of the weights: all experts, routers and the shared parameters that train, mean outputs."""
-    return Weights(
-        version=0,
-        shared=store.read_shared(prepared.path, trainable),
-        experts=store.read_experts(prepared.path),
-        means=store.read_means(prepared.path),
-    )
+def initial_weights(
+    prepared: PreparedModel, trainable: store.Trainable, lora: Lora | None = None, seed: int = 0
+) -> Weights:
+    """Returns version 0 of the weights: what trains of experts and shared parameters, and the experts' mean outputs.
+
+    Args:
+        prepared: The prepared model.
+        trainable: Which shared parameters train.
+        lora: LoRA, where factors train instead of experts.
+        seed: Run seed, from which factors are drawn.
+    """
+    if lora is None:
+        shared, experts = store.read_shared(prepared.path, trainable), store.read_experts(prepared.path)
+    else:
+        shared = initial_shared(prepared, trainable, lora, seed)
+        experts = initial_experts(prepared, lora, seed)
+    return Weights(version=0, shared=shared, experts=experts, means=store.read_means(prepared.path))
 
 
 def router_layers(prepared: PreparedModel) -> dict[str, int]:
@@ -88,8 +112,10 @@ def head_parameters(prepared: PreparedModel) -> tuple[str, str]:
     raise ModelError(f"model.head: `prototypes` needs a linear task head with a bias; this model's head is {names}.")
 
 
-def save_full(prepared: PreparedModel, weights: Weights, directory: Path) -> None:
+def save_full(prepared: PreparedModel, weights: Weights, directory: Path, lora: Lora | None = None) -> None:
     """Writes the whole model with trained weights through save_pretrained, tokenizer included.
+
+    LoRA factors are merged into the matrices they adapt; over quantised experts, into what these stand for.
 
     A model of a transformers family is read back by transformers alone; an upcycled encoder by
     `MoEEncoderForSequenceClassification`, or the Auto classes once `hfedmoe_ray.moe.encoder` is imported.
@@ -98,19 +124,24 @@ def save_full(prepared: PreparedModel, weights: Weights, directory: Path) -> Non
         prepared: The prepared model: whatever `weights` lacks comes from it.
         weights: Trained weights.
         directory: Where to write; made if need be.
+        lora: What `weights` was trained with, if it holds factors.
     """
     import torch
 
+    from hfedmoe_ray.moe.adapters import AdaptedExperts, merge_attention
     from hfedmoe_ray.moe.quiet import quiet_transformers
     from hfedmoe_ray.moe.subset import assign_base, read_base, skeleton
 
     module, layout = skeleton(prepared.path)
     for block in layout.blocks:
         getattr(block, layout.experts_name).to_empty(device="cpu")
-    trained = {name: torch.tensor(array) for name, array in weights.shared.items()}
-    assign_base(module, read_base(prepared.path) | trained)
+    shared = {name: torch.tensor(array) for name, array in weights.shared.items()}
+    base = read_base(prepared.path)
+    assign_base(module, base | (merge_attention(base, shared, layout.projections, lora.scale) if lora else shared))
+    adapted = AdaptedExperts(prepared.path, lora, layout, torch.device("cpu")) if lora else None
     for key, arrays in (store.read_experts(prepared.path) | dict(weights.experts)).items():
-        layout.write_expert(key, {name: torch.tensor(array) for name, array in arrays.items()})
+        tensors = {name: torch.tensor(array) for name, array in arrays.items()}
+        layout.write_expert(key, adapted.merged(key, tensors) if adapted and key in weights.experts else tensors)
     with quiet_transformers():
         module.save_pretrained(directory)
     load_tokenizer(prepared.path).save_pretrained(directory)

@@ -11,12 +11,14 @@ Legend: T tokens, H hidden, E experts, K top-k, P pairs of a token and a present
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hfedmoe_ray.moe.layout import MoELayout
+from hfedmoe_ray.moe.adapters import AdaptedExperts
+from hfedmoe_ray.moe.layout import MoELayout, Routing
 from hfedmoe_ray.moe.routing import RoutingTape
 from hfedmoe_ray.types import AbsentMode, Array, ExpertKey, Role
 
@@ -37,24 +39,30 @@ def aliasing() -> Iterator[None]:
 class ResidentExperts(nn.Module):
     """Present and absent experts of one layer."""
 
-    def __init__(self, layer: int, layout: MoELayout, tape: RoutingTape) -> None:
-        """Makes a layer in which every expert is absent; `bind` fills it."""
+    def __init__(self, layer: int, layout: MoELayout, tape: RoutingTape, adapted: AdaptedExperts | None = None) -> None:
+        """Makes a layer in which every expert is absent; `bind` fills it.
+
+        Args:
+            layer: Number of the MoE layer.
+            layout: The model's layout.
+            tape: Where mean outputs are recorded.
+            adapted: The frozen experts under LoRA factors, which are then what is bound; None: experts are dense.
+        """
         super().__init__()
+        self._adapted = adapted
         self.layer = layer
         self._layout = layout
         self._tape = tape
-        self._clear()
-
-    def release(self) -> None:
-        """Lets go of every expert: all are absent."""
         self._clear()
 
     def _clear(self) -> None:
         self.trained = nn.ModuleDict()
         """TRAIN experts by number, one parameter per tensor so that an optimizer can skip any of them."""
         self._tensors: dict[int, Mapping[str, Tensor]] = {}
-        """Tensors of every present expert by number."""
-        self._is_present = torch.zeros(self._layout.num_experts, dtype=torch.bool)  # [E]
+        """Tensors of every present expert by number, as they are published: dense ones, or LoRA factors."""
+        self._weights: dict[int, Mapping[str, Any]] = {}
+        """What the layout computes with (a `Weight` by name): the same tensors, or frozen ones under their factors."""
+        self._is_present = torch.zeros(self._layout.num_experts + 1, dtype=torch.bool)  # [E + 1]; E is no expert
         self._absent_means: Tensor | None = None  # [E, H], zero where present
         self._reroutes = False
 
@@ -82,16 +90,21 @@ class ResidentExperts(nn.Module):
         for expert, role in enumerate(roles):
             if role is Role.ABSENT:
                 continue
-            arrays = self._arrays(ExpertKey(self.layer, expert), experts)
+            key = ExpertKey(self.layer, expert)
+            arrays = self._arrays(key, experts)
+            tensors: dict[str, Tensor]
             if role is Role.TRAIN:
                 private = {name: nn.Parameter(torch.tensor(array, device=device)) for name, array in arrays.items()}
-                self.trained[str(expert)] = nn.ParameterDict(private)
-                self._tensors[expert] = private
+                # torch allows no dot in the name of a parameter, and those of factors have one.
+                self.trained[str(expert)] = nn.ParameterDict({n.replace(".", "_"): p for n, p in private.items()})
+                tensors = dict(private)
             else:
                 with aliasing():
-                    self._tensors[expert] = {name: torch.from_numpy(a).to(device) for name, a in arrays.items()}
+                    tensors = {name: torch.from_numpy(a).to(device) for name, a in arrays.items()}
+            self._tensors[expert] = tensors
+            self._weights[expert] = self._adapted.weights(key, tensors) if self._adapted else tensors
         present = torch.tensor([role is not Role.ABSENT for role in roles])
-        self._is_present = present.to(device)
+        self._is_present = torch.cat([present, torch.tensor([False])]).to(device)
         self._reroutes = absent == "reroute" and bool(present.any()) and not bool(present.all())
         if absent == "mean" and not bool(present.all()):
             if means is None:
@@ -103,38 +116,26 @@ class ResidentExperts(nn.Module):
         return {name: tensor for name, tensor in self._tensors[expert].items() if isinstance(tensor, nn.Parameter)}
 
     def tensors_of(self, expert: int) -> Mapping[str, Tensor]:
-        """Returns the tensors of a present expert."""
+        """Returns the tensors of a present expert as they are published."""
         return self._tensors[expert]
 
-    def frozen_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor of the FROZEN experts, by layer.expert.name."""
-        for expert, tensors in self._tensors.items():
-            for name, tensor in tensors.items():
-                if not isinstance(tensor, nn.Parameter):
-                    yield f"{self.layer}.{expert}.{name}", tensor
-
-    def route(self, logits: Tensor, weights: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the gate weights and experts to use: the router's own or, re-routing, its choice among the present.
-
-        Args:
-            logits: Router logits over all experts, [T, E].
-            weights: The router's own weights, [T, K].
-            index: The router's own choice, [T, K].
-        """
+    def route(self, routing: Routing) -> Routing:
+        """Returns the routing to use: the router's own or, re-routing, its choice among the present experts."""
         if not self._reroutes:
-            return weights, index
+            return routing
         # Equal to cutting the router's rows to the present experts, softmax and renormalisation included.
-        masked = logits.masked_fill(~self._is_present, float("-inf"))
-        return self._layout.choose(masked, min(self._layout.top_k, len(self._tensors)))
+        masked = routing.logits.masked_fill(~self._is_present[:-1], float("-inf"))
+        top_k = min(self._layout.top_k, len(self._tensors))
+        return Routing(routing.logits, *self._layout.choose(self.layer, masked, top_k))
 
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    def forward(self, hidden_states: Tensor, *dispatch: Tensor) -> Tensor:
         """Returns the weighted sum of each token's experts, or what stands in for them: [T, H].
 
         Args:
             hidden_states: Tokens, [T, H].
-            top_k_index: Experts of each token, [T, K].
-            top_k_weights: Their gate weights, [T, K].
+            dispatch: The experts of each token and their gate weights, as the family's blocks hand them over.
         """
+        top_k_index, top_k_weights = self._layout.read_dispatch(*dispatch)
         tokens, top_k = top_k_index.shape
         expert = top_k_index.flatten()  # [T * K]
         pair = self._is_present[expert]
@@ -152,19 +153,19 @@ class ResidentExperts(nn.Module):
             outputs = torch.cat([self._compute(e, x) for e, x in enumerate(inputs) if len(x)])  # [P, H]
             combined = combined.index_add(0, token, (outputs * weight[:, None]).to(combined.dtype))
         if self._absent_means is not None:
-            shares = top_k_weights.new_zeros(tokens, self._layout.num_experts).scatter(1, top_k_index, top_k_weights)
-            combined = combined + (shares @ self._absent_means.to(shares.dtype)).to(combined.dtype)
+            shares = top_k_weights.new_zeros(tokens, len(self._is_present)).scatter(1, top_k_index, top_k_weights)
+            combined = combined + (shares[:, :-1] @ self._absent_means.to(shares.dtype)).to(combined.dtype)
         return combined
 
     def _compute(self, expert: int, tokens: Tensor) -> Tensor:
-        outputs = self._layout.expert_forward(tokens, self._tensors[expert])
+        outputs = self._layout.expert_forward(tokens, self._weights[expert])
         self._tape.record_output(ExpertKey(self.layer, expert), outputs)
         return outputs
 
     def _arrays(self, key: ExpertKey, experts: Mapping[ExpertKey, Mapping[str, Array]]) -> dict[str, Array]:
         arrays = experts.get(key, {})
         shapes = {name: np.shape(array) for name, array in arrays.items()}
-        expected = dict(self._layout.expert_shapes)
+        expected = dict(self._adapted.factor_shapes if self._adapted else self._layout.expert_shapes)
         if shapes != expected:
             raise ValueError(f"weights of expert {key.layer}.{key.expert}: got {shapes}, expected {expected}")
         return {name: arrays[name] for name in expected}

@@ -1,9 +1,11 @@
 """What the routers did: recorded in each forward pass, streamed into a client's routing profile.
 
-Gate values G_e(x) are softmax over all E experts, in float32, of real tokens only (padding is left out by the
-attention mask). Legend: L MoE layers, E experts, N real tokens of a batch, K top-k, H hidden.
+Gate values G_e(x) are softmax over all E experts (a family may define them otherwise: `MoELayout.gate_values`), in
+float32, of real tokens only (padding is left out by the attention mask). Legend: L MoE layers, E experts, N real tokens
+of a batch, K top-k, H hidden.
 """
 
+from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
@@ -15,12 +17,18 @@ from hfedmoe_ray.types import Array, ExpertKey, FloatArray, ModelShape, RoutingP
 Specific = Literal["max", "q99"]
 
 
+def softmax_gates(logits: Tensor) -> Tensor:
+    """Returns softmax over all E experts, float32 [..., E]."""
+    return torch.softmax(logits.float(), dim=-1)
+
+
 class RoutingTape:
     """The routing of the latest forward pass, layer by layer. Everything on it is detached."""
 
-    def __init__(self, layers: int) -> None:
-        """Makes an empty tape for L layers."""
+    def __init__(self, layers: int, gate_values: Callable[[Tensor], Tensor] = softmax_gates) -> None:
+        """Makes an empty tape for L layers; `gate_values` makes of logits [N, E] values that sum to 1 over E."""
         self._layers = layers
+        self._gate_values = gate_values
         self.begin(None)
 
     def begin(self, attention_mask: Tensor | None) -> None:
@@ -30,17 +38,17 @@ class RoutingTape:
         self.probabilities: list[Tensor | None] = [None] * self._layers
         """Gate values, [N, E] float32 per layer."""
         self.index: list[Tensor | None] = [None] * self._layers
-        """The experts each token was sent to, [N, K] per layer (after re-routing, where that is done)."""
+        """The experts each token was sent to, [N, K] per layer (after re-routing, where that is done); E: to none."""
         self.outputs: dict[ExpertKey, tuple[Tensor, int]] = {}
         """Sum of each held expert's outputs [H], before gate weights, and the number of tokens behind it."""
 
     @torch.no_grad()
     def record(self, layer: int, logits: Tensor, index: Tensor) -> None:
-        """Notes the router logits [T, E] over all experts and the chosen experts [T, K] of one layer."""
-        logits, index = logits.detach(), index.detach()
+        """Notes the router logits [T, E] or [B, S, E] over all experts, and the chosen experts [T, K], of one layer."""
+        logits, index = logits.detach().flatten(end_dim=-2), index.detach()
         if self.real is not None:
             logits, index = logits[self.real], index[self.real]
-        self.probabilities[layer] = torch.softmax(logits.float(), dim=-1)
+        self.probabilities[layer] = self._gate_values(logits)
         self.index[layer] = index
 
     @torch.no_grad()
@@ -56,7 +64,10 @@ class RoutingTape:
         """Returns how many tokens were sent to each expert, [L, E]."""
         experts = _recorded(self.probabilities[0]).shape[-1]
         return np.stack(
-            [torch.bincount(_recorded(index).flatten(), minlength=experts).cpu().numpy() for index in self.index]
+            [
+                torch.bincount(_recorded(index).flatten(), minlength=experts + 1)[:experts].cpu().numpy()
+                for index in self.index
+            ]
         ).astype(np.float64)
 
 

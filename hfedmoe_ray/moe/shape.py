@@ -1,87 +1,97 @@
-"""A model's MoE shape and sizes by arithmetic on its config.json: planning before anything is loaded.
+"""A model's MoE shape and sizes from its config.json: planning before anything is loaded.
 
-Torch-free; a test holds every number equal to the real model's. Legend: L MoE layers, E experts, H hidden, F ffn.
+Our own encoder is counted by arithmetic, without torch. A model of a transformers family is built once without storage
+and counted; the answer is kept, so that torch is needed the first time only (with LoRA, each time). Tests hold every
+number equal to the real model's. Legend: L MoE layers, E experts, H hidden.
 """
 
+import hashlib
+import json
+import os
 from collections.abc import Mapping
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from hfedmoe_ray.config.schema import Model, Upcycle
-from hfedmoe_ray.errors import ConfigError, ModelError
+from hfedmoe_ray.context import cache_dir
+from hfedmoe_ray.errors import ModelError
+from hfedmoe_ray.moe.factors import adapted_shape
 from hfedmoe_ray.moe.sources import read_config, resolve
+from hfedmoe_ray.moe.upcycle.target import DENSE_FAMILIES, upcycled_config
 from hfedmoe_ray.types import ModelShape
 
-DENSE_FAMILY = "bert"
-MOE_FAMILIES = ("hfedmoe_encoder", "mixtral")
+ENCODER_FAMILY = "hfedmoe_encoder"
+MOE_FAMILIES = (
+    ENCODER_FAMILY,
+    "mixtral",
+    "olmoe",
+    "qwen2_moe",
+    "qwen3_moe",
+    "deepseek_v2",
+    "deepseek_v3",
+    "gpt_oss",
+    "switch_transformers",
+)
+"""Families with a layout, by transformers' model_type: the keys of `moe.layout.FAMILIES`, readable without torch."""
 _BYTES = 4
 """Everything is trained, sent and counted in fp32."""
 
 
-def read_shape(model: Model, num_labels: int = 0) -> ModelShape:
+def read_shape(model: Model, num_labels: int = 0, cache: Path | None = None) -> ModelShape:
     """Returns the shape of a configured model without loading it.
 
     Args:
         model: Section `model` of the configuration.
         num_labels: Classes, C. 0 where they are not known yet: the head, a few kilobytes, is then not counted.
+        cache: Cache directory; shapes lie in `shapes/<key>.json`. Default: `cache_dir()`.
 
     Raises:
         ModelError: The source cannot be found, or its family is not known.
-        ConfigError: `model.upcycle` does not fit the model.
+        ConfigError: `model.upcycle` or `model.lora` does not fit the model.
     """
     config = read_config(resolve(model.source, model.revision, config_only=True))
-    family = check_family(config, model.upcycle)
-    if family == DENSE_FAMILY:
-        assert model.upcycle is not None
+    check_family(config, model.upcycle)
+    if model.upcycle is not None:
         config = upcycled_config(config, model.upcycle)
-    if family == "mixtral":
-        return _mixtral_shape(config, model, num_labels)
-    return _encoder_shape(config, model, num_labels)
+    if config["model_type"] == ENCODER_FAMILY:
+        shape = _encoder_shape(config, model, num_labels)
+    else:
+        shape = _counted_shape(config, model, num_labels, cache or cache_dir())
+    if model.lora is None:
+        return shape
+    # Which linear maps a family has is for its modules to say: they are built without storage.
+    from hfedmoe_ray.moe.subset import skeleton_from
+
+    _, layout = skeleton_from(config)
+    return adapted_shape(
+        shape,
+        model.lora,
+        model.trainable,
+        expert_shapes=layout.expert_shapes,
+        transposed=layout.transposed,
+        projections=layout.projections,
+    )
 
 
 def check_family(config: Mapping[str, Any], upcycle: Upcycle | None) -> str:
     """Returns the family of a config.json; raises ModelError unless it is MoE, or dense with `upcycle`."""
     family = str(config["model_type"])
-    if family not in (DENSE_FAMILY, *MOE_FAMILIES):
+    if family not in (*DENSE_FAMILIES, *MOE_FAMILIES):
         raise ModelError(
-            f"model.source: models of the family {family!r} are not supported. Supported are {DENSE_FAMILY} (dense; "
-            f"made a Mixture of Experts by `model.upcycle`) and {', '.join(MOE_FAMILIES)}."
+            f"model.source: models of the family {family!r} are not supported. Supported are "
+            f"{', '.join(DENSE_FAMILIES)} (dense; made a Mixture of Experts by `model.upcycle`) and "
+            f"{', '.join(MOE_FAMILIES)}. How to add a family: docs/adding-a-family.md."
         )
-    if family == DENSE_FAMILY and upcycle is None:
+    if family in DENSE_FAMILIES and upcycle is None:
         raise ModelError(
             "model.upcycle is missing: the model is dense and has no experts to choose from. "
             "Write e.g. `upcycle: {how: split, experts: 16, top_k: 4}`."
         )
-    if family != DENSE_FAMILY and upcycle is not None:
+    if family not in DENSE_FAMILIES and upcycle is not None:
         raise ModelError(f"model.upcycle: the model is a Mixture of Experts already ({family}). Remove `upcycle`.")
     return family
-
-
-def upcycled_config(config: Mapping[str, Any], upcycle: Upcycle) -> dict[str, Any]:
-    """Returns the config.json of a dense BERT after upcycling; raises ConfigError if that is not possible."""
-    depth, neurons = int(config["num_hidden_layers"]), int(config["intermediate_size"])
-    layers = sorted(upcycle.layers) if upcycle.layers is not None else list(range(depth // 2, depth))
-    if layers[-1] >= depth:
-        raise ConfigError(
-            f"model.upcycle.layers: there is no layer {layers[-1]}; the model has layers 0 to {depth - 1}."
-        )
-    if upcycle.how == "split" and neurons % upcycle.experts:
-        fitting = [count for count in range(2, min(neurons, 256) + 1) if neurons % count == 0]
-        raise ConfigError(
-            f"model.upcycle.experts: the {neurons} neurons of a layer cannot be split into {upcycle.experts} equal "
-            f"experts. Choose one of {', '.join(map(str, fitting))}, or `how: copy`."
-        )
-    dropped = {"model_type", "architectures", "transformers_version", "_name_or_path", "id2label", "label2id"}
-    return {
-        **{name: value for name, value in config.items() if name not in dropped},
-        "moe_layers": layers,
-        "num_experts": upcycle.experts,
-        "num_experts_per_tok": upcycle.top_k,
-        "expert_size": neurons // upcycle.experts if upcycle.how == "split" else neurons,
-        "combine": "sum" if upcycle.how == "split" else "mean",
-        "hidden_dropout_prob": 0.0,
-        "attention_probs_dropout_prob": 0.0,
-        "tie_word_embeddings": False,
-    }
 
 
 def _encoder_shape(config: Mapping[str, Any], model: Model, num_labels: int) -> ModelShape:
@@ -107,29 +117,6 @@ def _encoder_shape(config: Mapping[str, Any], model: Model, num_labels: int) -> 
     )
 
 
-def _mixtral_shape(config: Mapping[str, Any], model: Model, num_labels: int) -> ModelShape:
-    # What a config.json leaves out has transformers' defaults.
-    hidden, size, depth = config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]
-    heads = config["num_attention_heads"]
-    key_heads = config.get("num_key_value_heads") or (heads if "num_key_value_heads" in config else 8)
-    head = config.get("head_dim") or hidden // heads
-    experts = config.get("num_local_experts", 8)
-    attention = 2 * hidden * heads * head + 2 * hidden * key_heads * head
-    return _shape(
-        model,
-        layers=depth,
-        experts=experts,
-        top_k=config.get("num_experts_per_tok", 2),
-        hidden=hidden,
-        expert=3 * hidden * size,
-        groups=(
-            depth * experts * hidden + num_labels * hidden,
-            depth * (attention + 2 * hidden) + hidden,
-            config["vocab_size"] * hidden,
-        ),
-    )
-
-
 def _shape(
     model: Model, *, layers: int, experts: int, top_k: int, hidden: int, expert: int, groups: tuple[int, int, int]
 ) -> ModelShape:
@@ -144,3 +131,26 @@ def _shape(
         shared_bytes=_BYTES * sum(groups[:training]),
         frozen_bytes=_BYTES * sum(groups[training:]),
     )
+
+
+def _counted_shape(config: Mapping[str, Any], model: Model, num_labels: int, cache: Path) -> ModelShape:
+    """Counts the parameters of the model built without storage, or reads what was counted before."""
+    dropped = {"architectures", "id2label", "label2id", "num_labels", "transformers_version", "_name_or_path"}
+    fields = {name: value for name, value in config.items() if name not in dropped}
+    parts = [fields, num_labels, model.trainable, version("transformers"), list(ModelShape.__dataclass_fields__)]
+    key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
+    path = cache / "shapes" / f"{key}.json"
+    if path.is_file():
+        return ModelShape(**json.loads(path.read_text(encoding="utf-8")))
+
+    from hfedmoe_ray.moe.subset import skeleton_from
+
+    module, layout = skeleton_from({**fields, "num_labels": max(num_labels, 1)})
+    uncounted = {"expert"} if num_labels else {"expert", "head"}
+    sizes = {name: p.numel() for name, p in module.named_parameters() if layout.groups[name] not in uncounted}
+    shape = layout.shape(model.trainable, sizes)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    partial.write_text(json.dumps(asdict(shape)), encoding="utf-8")
+    partial.replace(path)  # at once: another process may be reading
+    return shape

@@ -5,6 +5,8 @@
                                    it does not know, AutoTokenizer warns
     base.safetensors               every parameter and buffer that is not an expert's, by full name
     experts.safetensors            every expert tensor as "layer.expert.name"
+    experts.int8.safetensors       the same with quantised matrices, where LoRA trains over them (`quantised`);
+    experts.nf4.safetensors        made when first asked for
     means.safetensors              mean output of every expert over calibration tokens, [L, E, H]
     meta.json                      family, what each parameter is, hash of all tensors, what upcycling cost
 
@@ -18,7 +20,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from safetensors import safe_open
@@ -28,7 +30,7 @@ from hfedmoe_ray.context import PreparedModel
 from hfedmoe_ray.errors import ModelError
 from hfedmoe_ray.types import Array, ExpertKey
 
-FORMAT = 2
+FORMAT = 3
 """Raised whenever the files above change; models are then prepared anew."""
 BASE, EXPERTS, MEANS = "base.safetensors", "experts.safetensors", "means.safetensors"
 CONFIG, META = "model_config.json", "meta.json"
@@ -45,6 +47,19 @@ TRAINABLE_GROUPS: Mapping[Trainable, frozenset[Group]] = {
 """Groups of shared parameters that train, by the configuration's `model.trainable`."""
 
 
+class LinearSize(NamedTuple):
+    """The size of a linear map."""
+
+    outputs: int
+    inputs: int
+    bias: bool
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in its weight and bias."""
+        return self.outputs * (self.inputs + self.bias)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Meta:
     """meta.json."""
@@ -57,6 +72,10 @@ class Meta:
     """Group of every non-expert parameter by full name."""
     router_layers: Mapping[str, int]
     """MoE layer of every router parameter."""
+    projections: Mapping[str, LinearSize]
+    """Linear maps of attention that LoRA can adapt (`MoELayout.projections`)."""
+    transposed: bool
+    """Whether expert matrices are stored as [in, out]."""
     upcycling: list[dict[str, Any]]
     """What turning the dense model into a MoE lost, per layer (`upcycle.LayerReport`); empty if nothing did."""
 
@@ -98,7 +117,9 @@ def write_meta(directory: Path, meta: Meta) -> None:
 def read_meta(directory: Path) -> Meta:
     """Reads meta.json; raises ModelError if the directory holds no prepared model of this format."""
     try:
-        meta = Meta(**json.loads((directory / META).read_text()))
+        fields = {"projections": {}, "transposed": False} | json.loads((directory / META).read_text())
+        sizes = {name: LinearSize(*size) for name, size in fields["projections"].items()}
+        meta = Meta(**fields | {"projections": sizes})
     except (OSError, ValueError, TypeError) as error:
         raise ModelError(
             f"{directory} holds no prepared model ({error}). On another node than the one that started the run, the "
@@ -128,6 +149,13 @@ def read_experts(directory: Path) -> dict[ExpertKey, dict[str, Array]]:
         layer, expert, tensor = name.split(".", 2)
         experts.setdefault(ExpertKey(int(layer), int(expert)), {})[tensor] = array
     return dict(sorted(experts.items()))
+
+
+def read_expert_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
+    """Returns the shape of each tensor of one expert, without reading any."""
+    with safe_open(directory / EXPERTS, framework="np") as file:
+        first = {name.removeprefix("0.0."): name for name in file.keys() if name.startswith("0.0.")}  # noqa: SIM118
+        return {name: tuple(file.get_slice(full).get_shape()) for name, full in first.items()}
 
 
 def read_shared(directory: Path, trainable: Trainable) -> dict[str, Array]:

@@ -8,7 +8,8 @@ after another; nothing of a client outlives the next `bind`.
 Legend: L MoE layers, E experts, B batch, S sequence, H hidden, C classes.
 """
 
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,10 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
+from hfedmoe_ray.config.schema import Lora
 from hfedmoe_ray.errors import ModelError
+from hfedmoe_ray.moe.adapters import AdaptedExperts, adapt_attention
+from hfedmoe_ray.moe.factors import adapted_shape, attention_shapes, replaces
 from hfedmoe_ray.moe.layout import MoELayout, layout_of
 from hfedmoe_ray.moe.layout.base import assign, on_meta
 from hfedmoe_ray.moe.residents import ResidentExperts
@@ -30,7 +34,12 @@ from hfedmoe_ray.types import Array, ExpertKey, ExpertPlan, ModelShape, TaskWeig
 
 def skeleton(directory: Path) -> tuple[PreTrainedModel, MoELayout]:
     """Returns a prepared model on the meta device, without any storage, and its layout."""
-    config = AutoConfig.from_pretrained(directory / CONFIG)
+    return skeleton_from(json.loads((directory / CONFIG).read_text(encoding="utf-8")))
+
+
+def skeleton_from(fields: Mapping[str, Any]) -> tuple[PreTrainedModel, MoELayout]:
+    """Returns the model of a config.json, given as a mapping, on the meta device, and its layout."""
+    config = AutoConfig.for_model(**fields)
     with torch.device("meta"):
         model = AutoModelForSequenceClassification.from_config(config)
     return model, layout_of(model)
@@ -46,6 +55,7 @@ def assign_base(model: PreTrainedModel, base: Mapping[str, Tensor]) -> None:
     """Makes non-expert tensors the model's own; raises ModelError if that leaves anything without storage."""
     for name, tensor in base.items():
         assign(model, name, tensor)
+    model.tie_weights()
     missing = on_meta(model)
     if missing:
         raise ModelError(f"the prepared model lacks {', '.join(missing[:5])}. Delete its directory and run again.")
@@ -67,33 +77,43 @@ class SparseModel:
     shared_parameters: dict[str, Parameter]
     """Routers and other shared parameters that train, by full name."""
 
-    def __init__(self, prepared: Path, device: torch.device | str | None = None) -> None:
+    def __init__(self, prepared: Path, device: torch.device | str | None = None, *, lora: Lora | None = None) -> None:
         """Loads the frozen base of a prepared model; no expert is present yet.
 
         Args:
             prepared: Directory of the prepared model.
             device: Where to compute. Default: a GPU if torch sees one.
+            lora: What trains are factors over the frozen experts, and over attention if it says so.
 
         Raises:
-            ModelError: The directory holds no prepared model.
+            ModelError: The directory holds no prepared model, or not the quantised experts that `lora` asks for.
         """
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         read_meta(prepared)
         self.module, self.layout = skeleton(prepared)
-        self.tape = RoutingTape(self.layout.layers)
-        self._residents = tuple(ResidentExperts(i, self.layout, self.tape) for i in range(self.layout.layers))
+        self.tape = RoutingTape(self.layout.layers, self.layout.gate_values)
+        self._lora = lora
+        adapted = AdaptedExperts(prepared, lora, self.layout, self.device) if lora else None
+        self._residents = tuple(ResidentExperts(i, self.layout, self.tape, adapted) for i in range(self.layout.layers))
         for layer, (block, residents) in enumerate(zip(self.layout.blocks, self._residents, strict=True)):
             setattr(block, self.layout.experts_name, residents)
             self.layout.router(layer).register_forward_hook(self._routed(residents))
         self.module.register_forward_pre_hook(self._begin, with_kwargs=True)
         self.features = None
         self.module.get_submodule(self.layout.head_names[0]).register_forward_pre_hook(self._note_features)
-        self._base = {name: tensor.to(self.device) for name, tensor in read_base(prepared).items()}
-        assign_base(self.module, self._base)
         self._sizes = {name: p.numel() for name, p in self.module.named_parameters()}
-        self.shape = self.layout.shape("experts", self._sizes)
+        base, renamed = read_base(prepared), {}
+        if lora and lora.attention:
+            renamed = adapt_attention(self.module, self.layout.projections, lora)
+            shapes = attention_shapes(self.layout.projections, lora.rank)
+            base |= {name: torch.zeros(shape) for name, shape in shapes.items()}
+        self._base = {renamed.get(name, name): tensor.to(self.device) for name, tensor in base.items()}
+        assign_base(self.module, self._base)
+        self.shape = self._shape("experts")
         self.module.requires_grad_(False)
         self.module.eval()
+        # Decoders otherwise keep every layer's keys and values for a next token, which never comes.
+        self.module.config.use_cache = False
         self._trainable: Trainable = "experts"
         self.expert_parameters = {}
         self.shared_parameters = {}
@@ -113,7 +133,7 @@ class SparseModel:
         if shape != (self.layout.num_experts,) * self.layout.layers:
             raise ValueError(f"the plan has {shape} experts a layer, the model {self.layout.num_experts}")
         # Every parameter is made anew, so that nothing an optimizer or engine did to the old ones is left.
-        trains = set(self.layout.shared_names(trainable))
+        trains = self._trains(trainable)
         self.shared_parameters = {}
         for name, tensor in self._base.items():
             if name in trains:
@@ -122,29 +142,14 @@ class SparseModel:
                 self.shared_parameters[name] = self.module.get_parameter(name)
             else:
                 assign(self.module, name, tensor)
+        self.module.tie_weights()
         for layer, residents in enumerate(self._residents):
             means = None if weights.means is None else weights.means[layer]
             residents.bind(plan.roles[layer], plan.absent, weights.experts, means, self.device)
         self.expert_parameters = {key: self._residents[key.layer].parameters_of(key.expert) for key in plan.trainable}
-        self.shape = self.layout.shape(trainable, self._sizes)
+        self.shape = self._shape(trainable)
         self._trainable = trainable
         self.tape.begin(None)
-
-    def release(self) -> None:
-        """Lets go of the bound task's weights, private and shared; the frozen base alone stays."""
-        for name in self.shared_parameters:
-            assign(self.module, name, self._base[name])
-        for residents in self._residents:
-            residents.release()
-        self.expert_parameters, self.shared_parameters = {}, {}
-        self.features = None
-        self.tape.begin(None)
-
-    def frozen_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor that does not train in the present binding, by name: of the base, and of FROZEN experts."""
-        yield from ((name, one) for name, one in self.module.named_parameters() if not one.requires_grad)
-        for residents in self._residents:
-            yield from residents.frozen_tensors()
 
     def forward(self, batch: Tensor, mask: Tensor, hidden: Tensor | None = None) -> Tensor:
         """Returns logits [B, C] and records the routing on `tape`.
@@ -172,12 +177,33 @@ class SparseModel:
         return self.module.prefix(batch.long(), mask.long())
 
     def read_expert(self, key: ExpertKey) -> dict[str, Array]:
-        """Returns fp32 copies of the tensors of a present expert."""
+        """Returns fp32 copies of the tensors of a present expert as they are published: dense, or LoRA factors."""
         return {name: _copy(tensor) for name, tensor in self._residents[key.layer].tensors_of(key.expert).items()}
 
     def read_shared(self) -> dict[str, Array]:
         """Returns fp32 copies of the routers and the other shared parameters that train."""
         return {name: _copy(parameter) for name, parameter in self.shared_parameters.items()}
+
+    def _trains(self, trainable: Trainable) -> set[str]:
+        """Full names of the shared parameters that train."""
+        names = set(self.layout.shared_names(trainable))
+        if self._lora is None or not self._lora.attention:
+            return names
+        projections = self.layout.projections
+        return {n for n in names if not replaces(n, projections)} | set(attention_shapes(projections, self._lora.rank))
+
+    def _shape(self, trainable: Trainable) -> ModelShape:
+        layout, shape = self.layout, self.layout.shape(trainable, self._sizes)
+        if self._lora is None:
+            return shape
+        return adapted_shape(
+            shape,
+            self._lora,
+            trainable,
+            expert_shapes=layout.expert_shapes,
+            transposed=layout.transposed,
+            projections=layout.projections,
+        )
 
     def _private(self, name: str, base: Tensor, weights: TaskWeights) -> Tensor:
         array = weights.shared.get(name)
@@ -196,11 +222,11 @@ class SparseModel:
     def _routed(self, residents: ResidentExperts) -> Any:
         """Makes a forward hook for a router: re-routes where the plan says so, and records."""
 
-        def hook(_router: nn.Module, _args: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> Any:
-            logits, weights, index = output
-            weights, index = residents.route(logits, weights, index)
-            self.tape.record(residents.layer, logits, index)
-            return logits, weights, index
+        def hook(_router: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
+            routers_own = self.layout.read_routing(output)
+            routing = residents.route(routers_own)
+            self.tape.record(residents.layer, routing.logits, routing.index)
+            return output if routing is routers_own else self.layout.write_routing(routing)
 
         return hook
 

@@ -70,13 +70,14 @@ class ClientActor:
         self._worker = self._worker_factory(context)
         return Loading(os.getpid(), ())
 
-    @ray.method(num_returns=2)
-    def execute(self, task: ClientTask, refs: TaskRefs) -> tuple[Array, Answer]:
+    @ray.method(num_returns=3)
+    def execute(self, task: ClientTask, refs: TaskRefs) -> tuple[Array, Array, Answer]:
         """Runs one task.
 
         Returns:
-            The payload as uint8, which stays in the object store until somebody reads it, and the small answer. An
-            exception of the client's code is an answer: only plain text crosses the boundary, and the actor lives on.
+            The payload and the client's new state as uint8, which stay in the object store until somebody reads them,
+            and the small answer. An exception of the client's code is an answer: only plain text crosses the boundary,
+            and the actor lives on.
 
         Raises:
             ray.exceptions.RayError: the weights could not be fetched.
@@ -85,12 +86,12 @@ class ClientActor:
         weights = refs.fetch()
         canceled = ray.get_runtime_context().is_canceled
         try:
-            payload, metrics = self._worker.execute(task, weights, canceled)
+            payload, metrics, state = self._worker.execute(task, weights, canceled)
         except Exception as error:
             if canceled():
-                return _NOTHING, ("stopped", b"", last_line(error))
-            return _NOTHING, ("failed", traceback.format_exc().encode(), last_line(error))
-        return np.frombuffer(payload, dtype=np.uint8), ("ok", metrics, "")
+                return _NOTHING, _NOTHING, ("stopped", b"", last_line(error))
+            return _NOTHING, _NOTHING, ("failed", traceback.format_exc().encode(), last_line(error))
+        return np.frombuffer(payload, dtype=np.uint8), np.frombuffer(state, dtype=np.uint8), ("ok", metrics, "")
 
     @ray.method(concurrency_group="lifeline")
     def live(self) -> None:

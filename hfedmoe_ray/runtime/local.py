@@ -56,10 +56,10 @@ class LocalExecutor:
         def expired() -> bool:
             return time.monotonic() - started > limit
 
-        payload, metrics, reason = b"", None, ""
+        payload, state, metrics, reason = b"", b"", None, ""
         status: Status = "ok"
         try:
-            payload, answer = worker.execute(task, weights, expired)
+            payload, answer, state = worker.execute(task, weights, expired)
             metrics = parse_metrics(answer)
         except Exception as error:
             if expired():
@@ -71,15 +71,22 @@ class LocalExecutor:
         notify("task_finished", {**fields, **outcome})
         if metrics is None:
             return TaskResult(task=task, status=status, reason=reason)
-        return TaskResult(task=task, status="ok", metrics=metrics, payload=lambda: payload)
+        return TaskResult(
+            task=task,
+            status="ok",
+            metrics=metrics,
+            payload=lambda: payload,
+            state=(lambda: state) if state else None,
+        )
 
 
 def task_weights(weights: Weights, task: ClientTask) -> TaskWeights:
-    """What `task` reads of a version, as read-only views."""
+    """What `task` reads of a version, as read-only views, and the client's state."""
     own = None if task.personal is None else (weights.personal or {}).get(task.personal)
     experts = overlay(task.plan.present, weights.experts, own.experts if own else {})
     return TaskWeights(
         shared=read_only({**weights.shared, **(own.shared if own else {})}),
         experts={key: read_only(arrays) for key, arrays in experts.items()},
-        means=None if weights.means is None else view(weights.means),
+        means=view(weights.means) if weights.means is not None and task.plan.needs_means else None,
+        state=task.state() if task.state is not None else b"",
     )

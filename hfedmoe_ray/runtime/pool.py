@@ -7,7 +7,7 @@ clients take turns. Both are the same loop over slots; they differ in which task
 import re
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import ray
@@ -21,9 +21,9 @@ from hfedmoe_ray.packing import NodeCapacity, Packing
 from hfedmoe_ray.runtime import cluster, timeouts
 from hfedmoe_ray.runtime.slot import ActorRecipe, Attempt, Slot, State
 from hfedmoe_ray.runtime.transfer import Directory, directory_hash
-from hfedmoe_ray.runtime.weights import WeightStore
+from hfedmoe_ray.runtime.weights import WeightStore, keep_state
 from hfedmoe_ray.runtime.worker import WorkerFactory, client_worker, last_line, late_reason
-from hfedmoe_ray.types import ClientMetrics, ClientTask, Status, TaskResult, Weights
+from hfedmoe_ray.types import ClientMetrics, ClientTask, Fetch, Status, TaskResult, Weights
 from hfedmoe_ray.wire import parse_metrics
 
 _SHOWN = ("CPU", "GPU", "memory")
@@ -186,7 +186,8 @@ class RayExecutor:
         assert slot.attempt is not None
         attempt, seconds = slot.attempt, time.monotonic() - slot.since
         try:
-            payload, (status, body, reason) = slot.answer()
+            payload, state, (status, body, reason) = slot.answer()
+            kept = keep_state(state, put_again=slot.spec.node != self._home)
         except RayError as error:
             return self._lose(slot, attempt, _told(error), ready, notify)
         slot.rest()
@@ -194,13 +195,13 @@ class RayExecutor:
         if status == "ok":
             try:
                 metrics = parse_metrics(body)
-            except (ValueError, TypeError, KeyError) as error:
+            except ValueError as error:
                 reason = f"its metrics cannot be read: {error}"
         elif status == "failed":
             notify("task_error", _about(attempt.task) | {"traceback": body.decode()})
         if metrics is None:
             return _result(attempt, "failed", reason, seconds, notify)
-        return _result(attempt, "ok", "", seconds, notify, metrics=metrics, payload=_Payload(payload))
+        return _result(attempt, "ok", "", seconds, notify, metrics=metrics, payload=_Payload(payload), state=kept)
 
     def _leave_behind(self, slot: Slot, notify: Notify) -> TaskResult:
         """BUSY → STOPPING: the round goes on without this client."""
@@ -301,13 +302,20 @@ def _result(
     notify: Notify,
     *,
     metrics: ClientMetrics | None = None,
-    payload: Callable[[], bytes] | None = None,
+    payload: Fetch | None = None,
+    state: Fetch | None = None,
 ) -> TaskResult:
     """The result of a task, told to `notify` as well."""
     outcome = {"status": status, "reason": reason, "attempts": attempt.number, "seconds": seconds}
     notify("task_finished", _about(attempt.task) | outcome)
     return TaskResult(
-        task=attempt.task, status=status, metrics=metrics, payload=payload, reason=reason, attempts=attempt.number
+        task=attempt.task,
+        status=status,
+        metrics=metrics,
+        payload=payload,
+        state=state,
+        reason=reason,
+        attempts=attempt.number,
     )
 
 

@@ -74,7 +74,8 @@ class Slot:
         self._recipe = recipe
         self._generation = 0
         self._actor: Any = None
-        self._answer: Any = None
+        self._answer: tuple[Any, Any] | None = None
+        """References to the client's new state and to the small answer."""
         self._lifeline: Any = None
 
     @property
@@ -129,7 +130,8 @@ class Slot:
         self.attempt = attempt
         # The payload is what is waited for: it is ready only once it has been copied to this node, so that losing
         # the client's node later loses no finished work.
-        self.watched, self._answer = self._actor.execute.remote(attempt.task, refs)
+        self.watched, *rest = self._actor.execute.remote(replace(attempt.task, state=None), refs)
+        self._answer = (rest[0], rest[1])
         self._enter(State.BUSY, limit)
 
     @property
@@ -145,10 +147,12 @@ class Slot:
             return error
         raise AssertionError("the lifeline never ends otherwise")
 
-    def answer(self) -> tuple[Any, Answer]:
-        """(reference to the payload, answer) of the finished task. Raises what `ray.get` raises."""
-        _, answer = ray.get([self.watched, self._answer], timeout=timeouts.FETCH)
-        return self.watched, answer
+    def answer(self) -> tuple[Any, Any, Answer]:
+        """(references to payload and state, answer) of the finished task. Raises what `ray.get` raises."""
+        assert self._answer is not None
+        state, reply = self._answer
+        _, _, answer = ray.get([self.watched, state, reply], timeout=timeouts.FETCH)
+        return self.watched, state, answer
 
     def move(self, node: str) -> None:
         """Has the next actor start on another node."""

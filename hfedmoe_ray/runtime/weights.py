@@ -4,6 +4,8 @@ Objects are put once per version, whatever the number of clients; an expert that
 before keeps its object. A task carries references, so a client fetches only the experts its plan names, and clients
 of one node read the same memory. Arrays that come out of the store are read-only views: writing to one would change
 it for every process of the node, so nothing may make them writable.
+
+The state of a client is an object too, from one of its tasks to the next.
 """
 
 from collections.abc import Mapping
@@ -15,7 +17,7 @@ import ray
 
 from hfedmoe_ray.runtime import timeouts
 from hfedmoe_ray.runtime.overlay import overlay, read_only
-from hfedmoe_ray.types import Array, ClientTask, ExpertKey, TaskWeights, Weights
+from hfedmoe_ray.types import Array, ClientTask, ExpertKey, Fetch, TaskWeights, Weights
 
 Arrays = Mapping[str, Array]
 Ref = Any
@@ -34,6 +36,8 @@ class TaskRefs:
     """Objects that hold shared parameters; later ones are laid over earlier ones."""
     experts: Mapping[ExpertKey, Ref]
     means: Ref | None
+    state: Ref | None = None
+    """The client's state (uint8)."""
 
     def fetch(self) -> TaskWeights:
         """Reads the objects as read-only views.
@@ -42,8 +46,8 @@ class TaskRefs:
             ray.exceptions.RayError: an object is lost, or does not arrive within `timeouts.FETCH`.
         """
         keys = list(self.experts)
-        refs = [*self.shared, *self.experts.values(), *([] if self.means is None else [self.means])]
-        values = ray.get(refs, timeout=timeouts.FETCH)
+        optional = [ref for ref in (self.means, self.state) if ref is not None]
+        values = ray.get([*self.shared, *self.experts.values(), *optional], timeout=timeouts.FETCH)
         shared: dict[str, Array] = {}
         for part in values[: len(self.shared)]:
             shared.update(read_only(part))
@@ -51,7 +55,8 @@ class TaskRefs:
         return TaskWeights(
             shared=shared,
             experts={key: read_only(part) for key, part in zip(keys, experts, strict=True)},
-            means=None if self.means is None else read_only(values[-1])[MEANS],
+            means=None if self.means is None else read_only(values[len(self.shared) + len(keys)])[MEANS],
+            state=b"" if self.state is None else values[-1].tobytes(),
         )
 
 
@@ -103,7 +108,9 @@ class WeightStore:
             del self._versions[version]
 
     def refs(self, task: ClientTask) -> TaskRefs:
-        """References to what `task` reads, private weights of `task.personal` laid over the global ones.
+        """References to what `task` reads: what its plan needs of the weights, and the client's state.
+
+        Private weights of `task.personal` are laid over the global ones.
 
         Raises:
             KeyError: the version was never published, or is no longer kept.
@@ -114,12 +121,43 @@ class WeightStore:
         return TaskRefs(
             shared=(version.shared.ref, *([own.shared.ref] if own else [])),
             experts={key: entry.ref for key, entry in experts.items()},
-            means=version.means.ref if version.means else None,
+            means=version.means.ref if version.means and task.plan.needs_means else None,
+            state=None if task.state is None else _state_ref(task.state),
         )
 
     def clear(self) -> None:
         """Drops every reference, so that the object store frees the arrays."""
         self._versions.clear()
+
+
+class StoredState:
+    """A client's state that stays in the object store, to be fetched by whichever actor serves the client next."""
+
+    def __init__(self, ref: Ref) -> None:
+        self.ref = ref
+
+    def __call__(self) -> bytes:
+        """Copies it here, for a checkpoint."""
+        state: bytes = ray.get(self.ref, timeout=timeouts.FETCH).tobytes()
+        return state
+
+
+def keep_state(ref: Ref, *, put_again: bool) -> StoredState | None:
+    """Keeps the state that a task returned; None for an empty one.
+
+    Args:
+        ref: The object, which has arrived on this node.
+        put_again: Whether its first copy is on another node; with that node the client's past would be lost.
+    """
+    state = ray.get(ref, timeout=timeouts.FETCH)
+    if not state.size:
+        return None
+    return StoredState(ray.put(state) if put_again else ref)
+
+
+def _state_ref(state: Fetch) -> Ref:
+    """The object of a state, made now if it comes from a checkpoint."""
+    return state.ref if isinstance(state, StoredState) else ray.put(np.frombuffer(state(), dtype=np.uint8))
 
 
 def _put_each(experts: Mapping[ExpertKey, Arrays], last: Mapping[ExpertKey, _Entry]) -> dict[ExpertKey, _Entry]:

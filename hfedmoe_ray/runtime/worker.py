@@ -11,8 +11,13 @@ from hfedmoe_ray.types import ClientTask, TaskWeights
 class Worker(Protocol):
     """What serves clients: `train.local.ClientWorker`, or a smaller one in a test of the runtime itself."""
 
-    def execute(self, task: ClientTask, weights: TaskWeights, should_stop: Callable[[], bool]) -> tuple[bytes, bytes]:
-        """Runs one task and returns the payload and the metrics; raises any exception once `should_stop` is true."""
+    def execute(
+        self, task: ClientTask, weights: TaskWeights, should_stop: Callable[[], bool]
+    ) -> tuple[bytes, bytes, bytes]:
+        """Runs one task and returns the payload, the metrics and the client's new state (empty: as it was).
+
+        Raises any exception once `should_stop` is true.
+        """
 
 
 WorkerFactory = Callable[[RunContext], Worker]

@@ -2,16 +2,18 @@
 
 A rule says how much an update weighs; the `Reducer` does the arithmetic in float64, so that equal contributions give
 back exactly what was sent and the fold needs memory for one model, whatever the cohort. Experts nobody contributes to
-keep their bytes. The three rules - for experts, routers and shared parameters - are independent.
+keep their bytes. The three rules - for experts, routers and shared parameters - are independent, and so is how LoRA
+factors are averaged (`lora`).
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 
+from hfedmoe_ray.strategies.lora import ProductMean, factor_pairs
 from hfedmoe_ray.types import Array, ClientUpdate, ExpertKey, ExpertPlan, FloatArray, Prototypes, Weights
 
 
@@ -175,8 +177,12 @@ class Reducer:
     router_rule: RouterRule
     shared_rule: SharedRule
     literal_router: bool = False
-    _experts: dict[tuple[ExpertKey, str], _Mean] = field(default_factory=dict)
-    _shared: dict[str, _Mean] = field(default_factory=dict)
+    average: Literal["svd", "factors"] = "factors"
+    """LoRA factors: the exact mean of their products at the same rank, or the mean of each factor by itself."""
+    _means: dict[tuple[ExpertKey | None, str], _Mean] = field(default_factory=dict)
+    """By expert (None: shared) and tensor name."""
+    _products: dict[tuple[ExpertKey | None, str], ProductMean] = field(default_factory=dict)
+    """By expert and name of factor A."""
     _participants: set[ExpertKey] = field(default_factory=set)
 
     @property
@@ -192,32 +198,44 @@ class Reducer:
             if weight > 0.0:
                 mine.add(key)
                 # An expert that takes part without having moved was not sent: its value is the published one.
-                tensors = update.experts.get(key, self.old.experts[key])
-                for name, value in tensors.items():
-                    self._experts.setdefault((key, name), _Mean()).add(value, weight)
+                self._fold(key, update.experts.get(key, self.old.experts[key]), weight)
         router = self.router_rule(update, plan, self.layers)
-        plain = self.shared_rule(update)
+        layer_of = self.router_layers
         for name, value in update.shared.items():
-            layer = self.router_layers.get(name)
-            weight = plain if layer is None else float(router[layer])
-            self._shared.setdefault(name, _Mean()).add(value, weight)
+            if name in layer_of:
+                self._fold(None, {name: value}, float(router[layer_of[name]]))
+        plain = {name: value for name, value in update.shared.items() if name not in layer_of}
+        self._fold(None, plain, self.shared_rule(update))
         self._participants |= mine
         return frozenset(mine)
 
     def result(self) -> Weights:
         """The next version of the weights; arrays that did not change are the same objects as before."""
-        experts = {
-            key: {
-                name: self._experts[key, name].result(value) if (key, name) in self._experts else value
-                for name, value in tensors.items()
-            }
-            for key, tensors in self.old.experts.items()
-        }
-        shared = {
-            name: self._shared[name].result(value, self._literal_divisor(name)) if name in self._shared else value
-            for name, value in self.old.shared.items()
-        }
+        experts = {key: self._averaged(key, tensors) for key, tensors in self.old.experts.items()}
+        shared = self._averaged(None, self.old.shared)
         return replace(self.old, version=self.old.version + 1, shared=shared, experts=experts)
+
+    def _fold(self, owner: ExpertKey | None, tensors: Mapping[str, Array], weight: float) -> None:
+        """Adds tensors that belong together with one weight."""
+        pairs = self._pairs(tensors)
+        for a, b in pairs.items():
+            self._products.setdefault((owner, a), ProductMean()).add(tensors[a], tensors[b], weight)
+        for name in tensors.keys() - pairs.keys() - set(pairs.values()):
+            self._means.setdefault((owner, name), _Mean()).add(tensors[name], weight)
+
+    def _averaged(self, owner: ExpertKey | None, old: Mapping[str, Array]) -> dict[str, Array]:
+        """New values by name, in the old ones' order; of what nobody contributed to, the old ones."""
+        values = dict(old)
+        for name in old:
+            if (owner, name) in self._means:
+                values[name] = self._means[owner, name].result(old[name], self._literal_divisor(name))
+        for a, b in self._pairs(old).items():
+            if (owner, a) in self._products:
+                values[a], values[b] = self._products[owner, a].result(old[a], old[b])
+        return values
+
+    def _pairs(self, names: Iterable[str]) -> dict[str, str]:
+        return factor_pairs(names) if self.average == "svd" else {}
 
     def _literal_divisor(self, name: str) -> float | None:
         """|S_global| of eq. 20 for a router when weights are used as printed, else None (normalise)."""

@@ -49,6 +49,13 @@ class Strategy(ABC):
         del batch, rng
         return frozenset(plan.trainable)
 
+    def selective(self, plan: ExpertPlan) -> bool:
+        """Whether `select` may leave out an expert that may train and was routed to.
+
+        If not, a batch that passes through the model in parts need not be looked at as a whole first.
+        """
+        return plan.batch_budget is not None and plan.batch_budget < len(plan.trainable)
+
     def deploy(self, round: int, clients: Sequence[ClientInfo], profiles: Profiles) -> dict[int, ExpertPlan]:
         """What each client holds when it uses the model after this round. Default: everything."""
         del round, profiles

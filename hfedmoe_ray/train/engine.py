@@ -10,14 +10,13 @@ import gc
 import logging
 import os
 from collections.abc import Collection, Mapping, Sequence
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch._C._distributed_c10d import HashStore
 
 from hfedmoe_ray.config.schema import LocalTraining
-from hfedmoe_ray.train.deepspeed_config import deepspeed_config
 from hfedmoe_ray.types import ExpertKey
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
@@ -46,11 +45,38 @@ def _join_own_world() -> None:
     torch.distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
 
 
+class _MaskedAdamW(torch.optim.AdamW):
+    """AdamW with one group for what is shared and one for each expert; groups that are not `active` are left alone.
+
+    ZeRO gives a group without gradients zeros, which AdamW turns into a step by momentum and weight decay. It steps
+    group by group, so here is where a masked expert can be kept from moving. The fused kernel passes once over
+    weights, gradients and moments instead of eight times: a sixth of the time, on the CPU too, equal within rounding.
+    """
+
+    def __init__(self, groups: Sequence[Sequence[nn.Parameter]], local: LocalTraining) -> None:
+        named = [{"params": list(group), "active": False} for group in groups]
+        super().__init__(named, lr=local.learning_rate, weight_decay=local.weight_decay, fused=True)
+
+    def step(self, closure: Any = None) -> Any:
+        """Steps the active ones of the groups that are in place (ZeRO puts in one at a time)."""
+        groups = self.param_groups
+        self.param_groups = [group for group in groups if group["active"]]
+        try:
+            return super().step(closure)
+        finally:
+            self.param_groups = groups
+
+
 class Engine:
     """Trains shared parameters and experts; only the experts a batch selects are differentiated and stepped."""
 
     def __init__(
-        self, module: nn.Module, shared: Sequence[nn.Parameter], experts: ExpertParameters, local: LocalTraining
+        self,
+        module: nn.Module,
+        shared: Sequence[nn.Parameter],
+        experts: ExpertParameters,
+        local: LocalTraining,
+        config: dict[str, Any],
     ) -> None:
         """Builds a DeepSpeed engine around `module` whose optimizer holds exactly these parameters.
 
@@ -58,18 +84,22 @@ class Engine:
             module: The whole model.
             shared: Parameters that train in every step.
             experts: Parameters of every expert that may train, by tensor name.
-            local: Learning rate, weight decay, clipping.
+            local: Learning rate and weight decay.
+            config: DeepSpeed's, from `deepspeed_config`.
         """
         _join_own_world()
+        self._module = module
         self._shared = tuple(shared)
         self._experts = {key: tuple(named.values()) for key, named in experts.items()}
-        self._parameters = [*self._shared, *(p for named in self._experts.values() for p in named)]
-        self._pending = False
-        optimizer = torch.optim.AdamW(self._parameters, lr=local.learning_rate, weight_decay=local.weight_decay)
-        self._engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=deepspeed_config(local))
-        # Reduction between ranks would give every masked parameter a gradient of zeros, which AdamW turns into a
-        # step by momentum and weight decay. There is one rank: nothing to reduce.
-        self._engine.enable_backward_allreduce = False
+        groups = {key: group for key, group in ((None, self._shared), *self._experts.items()) if group}
+        optimizer = _MaskedAdamW(list(groups.values()), local)
+        self._groups = dict(zip(groups, optimizer.param_groups, strict=True))
+        self._active: set[ExpertKey | None] = set()
+        self._engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
+        self._partitions = self._engine.zero_optimization_stage() > 0
+        if not self._partitions:
+            # Reduction between ranks would fill in gradients of zeros. There is one rank: nothing to reduce.
+            self._engine.enable_backward_allreduce = False
 
     def __enter__(self) -> Self:
         """Leaves the engine ready."""
@@ -85,9 +115,17 @@ class Engine:
         self._engine.module_forward_post_hook.remove()
         self._engine.destroy()
         del self._engine
-        for parameter in self._parameters:
-            parameter.grad = None
+        for group in (self._shared, *self._experts.values()):
+            for parameter in group:
+                parameter.grad = None
         gc.collect()
+
+    def forward(self, **inputs: Any) -> Any:
+        """Returns what the module makes of `inputs`; a loss computed from it goes to `backward`.
+
+        Where ZeRO partitions gradients, its engine has to see the outputs. At stage 0 it would only refuse them.
+        """
+        return self._engine(**inputs) if self._partitions else self._module(**inputs)
 
     def backward(self, loss: Tensor, active: Collection[ExpertKey]) -> None:
         """Adds the gradients of the shared parameters and of the `active` experts to those of earlier calls.
@@ -95,19 +133,22 @@ class Engine:
         Autograd is told which gradients are wanted, so it computes no weight gradient of any other expert, nor
         anything below the lowest parameter that is wanted. (Setting `requires_grad` between the forward and the
         backward pass would not do: the products would be computed and thrown away.) DeepSpeed's own `backward` cannot
-        be told; at ZeRO stage 0 on one rank it does nothing else.
+        be told; it supports a backward pass of the caller's where it partitions, and at stage 0 does nothing more.
         """
         wanted = [*self._shared, *(p for key in active for p in self._experts[key])]
-        if wanted:
-            torch.autograd.backward(loss, inputs=wanted)
-            self._pending = True
+        if not wanted:
+            return
+        torch.autograd.backward(self._engine.scale(loss) if self._partitions else loss, inputs=wanted)
+        self._active |= {None, *active}
 
     def step(self) -> None:
         """Moves the parameters that `backward` was asked for since the last step.
 
-        The others keep their exact bytes and their optimizer state: without a gradient AdamW skips a parameter,
-        momentum and weight decay included.
+        The others keep their exact bytes and their optimizer state, momentum and weight decay included.
         """
-        if self._pending:
-            self._engine.step()
-        self._pending = False
+        if not self._active:
+            return
+        for key, group in self._groups.items():
+            group["active"] = key in self._active
+        self._engine.step()
+        self._active.clear()

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from hfedmoe_ray.config.schema import HFedMoE
+from hfedmoe_ray.budget import tier_of
+from hfedmoe_ray.config.schema import HFedMoE, Precision, Tier
 from hfedmoe_ray.context import RunContext
 from hfedmoe_ray.data.dataset import Batch, FederatedDataset, Split
 from hfedmoe_ray.errors import ModelError
@@ -25,12 +26,13 @@ from hfedmoe_ray.moe.store import check
 from hfedmoe_ray.moe.subset import SparseModel
 from hfedmoe_ray.seeds import derive_seed, generator
 from hfedmoe_ray.strategies import build_strategy
+from hfedmoe_ray.train.activations import checkpointed_layers
+from hfedmoe_ray.train.deepspeed_config import deepspeed_config
 from hfedmoe_ray.train.engine import Engine
-from hfedmoe_ray.train.frozen import check_unwritten, frozen_versions
-from hfedmoe_ray.train.memory import PeakMemory, return_freed_memory
+from hfedmoe_ray.train.memory import private_mib, return_freed_memory
 from hfedmoe_ray.train.prefix import PrefixStates, prefix_states
 from hfedmoe_ray.types import Array, ClientMetrics, ClientTask, ExpertKey, ExpertPlan, Prototypes, TaskWeights
-from hfedmoe_ray.wire import checksum, dump_metrics, expert_name, pack_update
+from hfedmoe_ray.wire import Upload, checksum, dump_metrics, expert_name, make_upload, pack_update
 
 ShouldStop = Callable[[], bool]
 
@@ -51,6 +53,7 @@ class _Examples:
 class _Steps:
     """What the optimizer steps of one task share, and what they add up to."""
 
+    tier: Tier
     plan: ExpertPlan
     rng: np.random.Generator
     """Of strategies that select by chance."""
@@ -76,8 +79,9 @@ class ClientWorker:
         self._context = context
         self._experiment = context.experiment
         self._local = context.experiment.local
+        self._tiers = tier_of(context.experiment.clients)
         with _one_thread():
-            self._model = SparseModel(context.model.path)
+            self._model = SparseModel(context.model.path, lora=context.experiment.model.lora)
             self._data = FederatedDataset(context.data, context.experiment.data)
         self._strategy = build_strategy(self._experiment.strategy, context.model.shape, self._experiment.seed)
         self._specific = self._experiment.strategy.specific if isinstance(self._experiment.strategy, HFedMoE) else "max"
@@ -85,39 +89,40 @@ class ClientWorker:
         gc.collect()
         gc.freeze()
 
-    def execute(self, task: ClientTask, weights: TaskWeights, should_stop: ShouldStop) -> tuple[bytes, bytes]:
+    def execute(self, task: ClientTask, weights: TaskWeights, should_stop: ShouldStop) -> tuple[bytes, bytes, bytes]:
         """Runs one task.
 
         Args:
             task: What to do.
-            weights: The published weights the plan needs; read-only arrays that are never written.
+            weights: The published weights the plan needs, read-only arrays that are never written, and the client's
+                own state.
             should_stop: Polled between steps.
 
         Returns:
-            The payload (safetensors; empty for an evaluation) and the metrics (JSON of `ClientMetrics`).
+            The payload (safetensors; empty for an evaluation), the metrics (JSON of `ClientMetrics`), and the client's
+            state where training changed it, else empty.
 
         Raises:
             Stopped: `should_stop` turned true.
         """
+        return_freed_memory()
         started = time.perf_counter()
+        state = b""
         # Models with dropout draw from torch's generator: forked, so that neither callers nor tasks share it.
         with _one_thread(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(task.seed, "torch", task.round, task.client))
-            try:
-                self._model.bind(task.plan, weights, self._experiment.model.trainable)
-                examples = self._examples(task)
-                match task.kind:
-                    case "profile":
-                        payload, metrics = self._profile(task, examples, should_stop)
-                    case "train":
-                        payload, metrics = self._train(task, examples, should_stop)
-                    case "evaluate":
-                        payload, metrics = self._evaluate(task, examples, should_stop)
-            finally:
-                self._model.release()
-                return_freed_memory()
+            self._model.bind(task.plan, weights, self._experiment.model.trainable)
+            examples = self._examples(task)
+            match task.kind:
+                case "profile":
+                    payload, metrics = self._profile(task, examples, should_stop)
+                case "train":
+                    upload, metrics = self._train(task, weights, examples, should_stop)
+                    payload, state = upload.payload, upload.state
+                case "evaluate":
+                    payload, metrics = self._evaluate(task, examples, should_stop)
         seconds = time.perf_counter() - started
-        return payload, dump_metrics(replace(metrics, seconds=seconds))
+        return payload, dump_metrics(replace(metrics, seconds=seconds)), state
 
     # ------------------------------------------------------------------------------------------ the three tasks
 
@@ -140,34 +145,42 @@ class ClientWorker:
                     np.add.at(prototypes.sums, batch.labels, self._features())
                     np.add.at(prototypes.counts, batch.labels, 1)
         measured = profile.profile()
-        payload = pack_update({}, {}, measured, _without_counts(profile.means()), prototypes)
+        means = _without_counts(profile.means())
+        payload = pack_update({}, {}, measured, means, prototypes, lossy=self._experiment.wire.lossy)
         return payload, _metrics(task, split, tokens=measured.tokens, loss=loss / len(order), examples=len(order))
 
-    def _train(self, task: ClientTask, examples: _Examples, should_stop: ShouldStop) -> tuple[bytes, ClientMetrics]:
+    def _train(
+        self, task: ClientTask, weights: TaskWeights, examples: _Examples, should_stop: ShouldStop
+    ) -> tuple[Upload, ClientMetrics]:
         """Local steps: forward, choose the batch's experts, give only them a gradient (eq. 15)."""
         model, split, keys = self._model, examples.split, task.plan.trainable
         before = self._checksums(keys)
         rng = generator(task.seed, "select", task.round, task.client)
-        done = _Steps(plan=task.plan, rng=rng, profile=self._new_profile(), trained=dict.fromkeys(keys, 0))
+        done = _Steps(
+            tier=self._tiers[task.client],
+            plan=task.plan,
+            rng=rng,
+            profile=self._new_profile(),
+            trained=dict.fromkeys(keys, 0),
+        )
         shared = list(model.shared_parameters.values())
         model.module.train()
-        # Filling the prefix cache took room of its own, once.
-        return_freed_memory()
-        frozen = frozen_versions(model)
+        config = deepspeed_config(self._local, done.tier, model.device.type)
         with (
-            Engine(model.module, shared, model.expert_parameters, self._local) as engine,
-            PeakMemory(model.device) as peak,
+            checkpointed_layers(model.module, done.tier.checkpoint_activations),
+            Engine(model.module, shared, model.expert_parameters, self._local, config) as engine,
         ):
             for indices in self._batches(task, len(split)):
                 self._poll(should_stop)
                 self._step(engine, examples, indices, done)
-        check_unwritten(frozen)
-        # Gradients and moments are gone; what is packed now must not come on top of the room they took.
-        return_freed_memory()
+            # Weights, gradients and optimizer moments are all alive here.
+            peak_mib = private_mib()
         measured = done.profile.profile()
         moved: dict[ExpertKey, dict[str, Array]] = {
             key: model.read_expert(key) for key, steps in done.trained.items() if steps
         }
+        means = _without_counts(done.profile.means())
+        upload = make_upload(self._experiment.wire, weights, moved, model.read_shared(), profile=measured, means=means)
         metrics = _metrics(
             task,
             split,
@@ -177,10 +190,11 @@ class ClientWorker:
             trained={expert_name(key): done.trained[key] for key in moved},
             before=before,
             after=self._checksums(keys),
+            rebuilt=upload.rebuilt,
             step_seconds=done.seconds,
-            peak_mib=peak.mib,
+            peak_mib=peak_mib,
         )
-        return pack_update(moved, model.read_shared(), measured, _without_counts(done.profile.means())), metrics
+        return upload, metrics
 
     def _evaluate(self, task: ClientTask, examples: _Examples, should_stop: ShouldStop) -> tuple[bytes, ClientMetrics]:
         """Loss and accuracy of the bound model on a split."""
@@ -230,33 +244,67 @@ class ClientWorker:
             order = order[size:]
 
     def _step(self, engine: Engine, examples: _Examples, indices: Array, done: _Steps) -> None:
-        """One optimizer step on one batch, added to `done`."""
+        """One optimizer step on one batch, added to `done`.
+
+        Eq. 15 chooses by the routing of the whole batch. A batch that passes in parts is therefore looked at first,
+        without gradients, where the choice may leave an expert out; the parts then add up the gradients of the chosen
+        ones alone. The result is that of the undivided batch within rounding.
+        """
         started = time.perf_counter()
-        batch, logits = self._forward(examples, indices)
-        loss = cross_entropy(logits.float(), self._labels(batch))
+        size = done.tier.micro_batch or len(indices)
+        parts = [indices[start : start + size] for start in range(0, len(indices), size)]
         seen = self._new_profile()
-        seen.add(self._model.tape)
-        routing = seen.profile()
-        chosen = self._strategy.select(routing, done.plan, done.rng)
-        engine.backward(loss, chosen)
+        chosen: frozenset[ExpertKey] | None = None
+        if len(parts) > 1 and self._strategy.selective(done.plan):
+            # Forked, so that dropout draws the same again.
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                for part in parts:
+                    self._forward(examples, part, precision=done.tier.precision)
+                    seen.add(self._model.tape)
+            chosen = self._strategy.select(seen.profile(), done.plan, done.rng)
+        for part in parts:
+            batch, logits = self._forward(examples, part, precision=done.tier.precision, run=engine.forward)
+            loss = cross_entropy(logits.float(), self._labels(batch)) * (len(part) / len(indices))
+            if chosen is None:
+                seen.add(self._model.tape)
+            routing = seen.profile()
+            if len(parts) == 1:
+                chosen = self._strategy.select(routing, done.plan, done.rng)
+            # An expert without a token has no gradient, and must not move by momentum either.
+            active = [key for key in done.plan.trainable if (chosen is None or key in chosen) and routing.routed[key]]
+            engine.backward(loss, active)
+            done.loss += float(loss.detach()) * len(indices)
         engine.step()
+        for key in active:
+            done.trained[key] += 1
         done.profile.merge(seen)
-        for key in chosen:
-            done.trained[key] += int(routing.routed[key] > 0)
-        done.loss += float(loss.detach()) * len(indices)
         done.examples += len(indices)
         done.seconds += time.perf_counter() - started
 
-    def _forward(self, examples: _Examples, indices: Array) -> tuple[Batch, Tensor]:
-        """Returns the batch and its logits, [B, C]."""
+    def _forward(
+        self,
+        examples: _Examples,
+        indices: Array,
+        *,
+        precision: Precision | None = None,
+        run: Callable[..., Any] | None = None,
+    ) -> tuple[Batch, Tensor]:
+        """Returns a batch and its logits, [B, C].
+
+        Args:
+            examples: Where the batch comes from.
+            indices: Numbers of its examples.
+            precision: What to compute in. Default: the run's, which everything must be evaluated in.
+            run: Stands in for the module, such as an engine around it.
+        """
         batch = examples.split.batch(indices)
         device = self._model.device
         mask = torch.from_numpy(batch.attention_mask).to(device)
         ids = torch.from_numpy(batch.input_ids).to(device)
         hidden = None if examples.states is None else examples.states.batch(indices, mask.shape[1], device)
-        bf16 = self._local.precision == "bf16"
+        bf16 = (precision or self._local.precision) == "bf16"
         with torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext():
-            return batch, self._model.forward(ids, mask, hidden)
+            return batch, (run or self._model.module)(**self._model.inputs(ids, mask, hidden)).logits
 
     def _new_profile(self) -> ProfileAccumulator:
         return ProfileAccumulator(self._model.shape, self._specific)

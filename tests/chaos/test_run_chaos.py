@@ -1,4 +1,7 @@
-"""Whole runs that are disturbed end with the model of the undisturbed run."""
+"""Whole runs that are disturbed end with the model of the undisturbed run.
+
+Their uploads are top-k with error feedback: then clients have a state, which must neither be lost nor used twice.
+"""
 
 import json
 import os
@@ -17,12 +20,13 @@ from hfedmoe_ray.runtime import session
 
 pytestmark = [pytest.mark.ray, pytest.mark.chaos]
 GONE_WITHIN = 120
+LOSSY = ("wire.upload=topk", "wire.share=0.05")
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
     run_dir = tmp_path_factory.mktemp("undisturbed")
-    experiment = small_experiment(["backend=local"])
+    experiment = small_experiment(["backend=local", *LOSSY])
     summary = session.run(experiment, run_dir, resume=False, render=lambda _name, _fields: None)
     return str(summary["model_sha256"])
 
@@ -40,7 +44,7 @@ def test_killing_a_client_in_round_two_changes_nothing(tmp_path: Path, undisturb
             killed.append(fields["client"])
             os.kill(pids[fields["slot"]], signal.SIGKILL)
 
-    experiment = small_experiment(["runtime.slots=2"])
+    experiment = small_experiment(["runtime.slots=2", *LOSSY])
     summary = session.run(experiment, tmp_path, resume=False, render=render)
     assert killed
     assert told.count("slot_lost") == 1
@@ -49,7 +53,8 @@ def test_killing_a_client_in_round_two_changes_nothing(tmp_path: Path, undisturb
 
 def start(output: Path) -> subprocess.Popen[str]:
     """`hfedmoe run` in a process of its own, watched until it has finished round 1."""
-    command = [sys.executable, "-u", "-m", "hfedmoe_ray.cli", "run", str(CONFIG), *OVERRIDES, f"output={output}"]
+    keys = [*OVERRIDES, *LOSSY, f"output={output}"]
+    command = [sys.executable, "-u", "-m", "hfedmoe_ray.cli", "run", str(CONFIG), *keys]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY, start_new_session=True)
     assert process.stdout is not None
     for line in process.stdout:

@@ -7,9 +7,10 @@ import torch
 from moe_models import batch, plan, prepare, save_bert, task_weights
 from torch.nn.functional import cross_entropy
 
-from hfedmoe_ray.config.schema import LocalTraining
+from hfedmoe_ray.config.schema import LocalTraining, Tier
 from hfedmoe_ray.moe.subset import SparseModel
 from hfedmoe_ray.runtime.client import cap_gpu_memory
+from hfedmoe_ray.train.deepspeed_config import deepspeed_config
 from hfedmoe_ray.train.engine import Engine
 
 pytestmark = pytest.mark.gpu
@@ -23,7 +24,9 @@ def trained(prepared, device: str) -> tuple[torch.Tensor, dict[str, torch.Tensor
     ids, mask = (tensor.to(device) for tensor in batch())
     labels = torch.arange(len(ids), device=device) % 5
     shared, experts = list(model.shared_parameters.values()), model.expert_parameters
-    with Engine(model.module, shared, experts, LocalTraining(learning_rate=1e-3)) as engine:
+    local = LocalTraining(learning_rate=1e-3)
+    config = deepspeed_config(local, Tier(name="any", share=1, experts=1), device)
+    with Engine(model.module, shared, experts, local, config) as engine:
         first = cross_entropy(model.forward(ids, mask), labels)
         engine.backward(first, PLAN.trainable)
         engine.step()

@@ -1,11 +1,14 @@
 """The executor on real actors: results never depend on the mode, the number of slots, or where an actor lives."""
 
+import os
+import signal
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import ray
-from tiny_worker import BrokenWorker, Log, TinyWorker, context, outcome, task, weights
+from tiny_worker import STATE_REPEATS, BrokenWorker, Log, TinyWorker, context, outcome, task, weights
 
 from hfedmoe_ray.errors import CapacityError, TrainingError
 from hfedmoe_ray.runtime.local import LocalExecutor
@@ -111,6 +114,28 @@ def test_private_weights_are_laid_over_the_global_ones(executor: RayExecutor, tm
     assert len(set(runs[0].values())) == 4
     plain = outcome(list(executor.run([task(3, 2, round=2)], Log())))[3]
     assert plain[1] != runs[0][3, 2]
+
+
+def test_a_clients_state_goes_to_whichever_actor_serves_it_next(executor: RayExecutor, tmp_path: Path):
+    """Its actor killed in between, and from a checkpoint."""
+    local = LocalExecutor(context(tmp_path), worker_factory=TinyWorker)
+    local.publish(weights())
+    histories = []
+    for one in (local, executor):
+        history, states = [], {}
+        for round in range(3):
+            results = one.run([task(client, round=round, state=states.get(client)) for client in range(4)], Log())
+            for result in results:
+                assert result.state is not None
+                assert len(result.state()) == 32 * STATE_REPEATS
+                states[result.task.client] = result.state if round < 1 else partial(bytes, result.state())
+            history.append({client: fetch() for client, fetch in states.items()})
+            if one is executor and round == 0:
+                for slot in executor.slots:
+                    os.kill(ray.get(slot.ping(), timeout=60)["pid"], signal.SIGKILL)
+        histories.append(history)
+    assert histories[0] == histories[1]
+    assert len({state for history in histories[0] for state in history.values()}) == 3 * 4
 
 
 def test_an_exception_in_client_code_fails_that_client_alone(executor: RayExecutor, tmp_path: Path):

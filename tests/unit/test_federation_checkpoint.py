@@ -39,6 +39,7 @@ def state(round=3, personal=True):
         accuracies=[(0, 0.1), (3, 0.25)],
         own_accuracies={7: 0.5},
         statuses=Counter(ok=9, late=1),
+        clients={7: lambda: b"its own", 11: lambda: b""},
         bytes_up=12,
         bytes_down=13,
         seconds=1.5,
@@ -58,6 +59,7 @@ def test_a_state_comes_back_to_the_last_bit(tmp_path, personal):
     assert (loaded.weights.personal is None) == (not personal)
     assert (loaded.profiles[7].usage == saved.profiles[7].usage).all()
     assert loaded.profiles[2].tokens == 99
+    assert {client: fetch() for client, fetch in loaded.clients.items()} == {7: b"its own", 11: b""}
     for name in ("round", "samples", "accuracies", "own_accuracies", "statuses", "bytes_up", "seconds"):
         assert getattr(loaded, name) == getattr(saved, name), name
 
@@ -86,6 +88,10 @@ def test_what_does_not_belong_or_is_damaged_is_refused_in_words(tmp_path):
         load_checkpoint(tmp_path, "other")
     file = path / "state.safetensors"
     file.write_bytes(file.read_bytes()[:-8])
+    with pytest.raises(CheckpointError, match="damaged"):
+        load_checkpoint(tmp_path, "id")
+    path = save_checkpoint(tmp_path, state(), "id", keep=2)
+    next(path.glob("client-7*")).unlink()
     with pytest.raises(CheckpointError, match="damaged"):
         load_checkpoint(tmp_path, "id")
 

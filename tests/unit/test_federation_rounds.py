@@ -1,7 +1,7 @@
 """Whole runs in one process, on tiny models of both families: budgets kept, the untouched untouched, repeatable."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,10 @@ from hfedmoe_ray.prepare import prepare_run
 from hfedmoe_ray.runtime.local import LocalExecutor
 from hfedmoe_ray.train import local as client_work
 from hfedmoe_ray.types import RoundReport
+from hfedmoe_ray.wire import upload
 
 HFEDMOE = {"name": "hfedmoe", "tau": 0.5}
+TOPK = {"upload": "topk", "share": 0.05}
 STRATEGIES: dict[str, dict[str, Any]] = {
     "hfedmoe": HFEDMOE,
     "paper": HFEDMOE | {"resident": "all"},
@@ -141,10 +143,10 @@ def test_a_run_is_a_function_of_its_configuration(sources: Path, tmp_path: Path)
     assert results[0] == results[1] != other
 
 
-@pytest.mark.parametrize("strategy", ["hfedmoe", "local"])
-def test_a_stopped_run_resumes_to_the_same_model(sources: Path, tmp_path: Path, strategy: str):
+@pytest.mark.parametrize(("strategy", "wire"), [("hfedmoe", {}), ("local", {}), ("hfedmoe", TOPK)])
+def test_a_stopped_run_resumes_to_the_same_model(sources: Path, tmp_path: Path, strategy: str, wire: dict[str, Any]):
     made = experiment(
-        sources, strategy=STRATEGIES[strategy], rounds=3, clients=experiment(sources).clients.model_dump()
+        sources, strategy=STRATEGIES[strategy], rounds=3, clients=experiment(sources).clients.model_dump(), wire=wire
     )
     _, undisturbed, whole = run(made, tmp_path / "whole")
     _, stopped, first = run(made, tmp_path / "cut", stop_after=1)
@@ -158,6 +160,59 @@ def test_a_stopped_run_resumes_to_the_same_model(sources: Path, tmp_path: Path, 
     assert [asdict(r)["selected"] for r in first.rounds + rest.rounds] == [asdict(r)["selected"] for r in whole.rounds]
     with pytest.raises(CheckpointError, match="another experiment"):
         run(made.model_copy(update={"seed": 5}), context.run_dir, resume=True)
+
+
+@pytest.mark.parametrize("wire", [*({"upload": name} for name in ("bf16", "fp16", "int8")), TOPK])
+def test_in_every_precision_the_canary_holds_and_fewer_bytes_are_sent(
+    sources: Path, tmp_path: Path, whole_bytes: int, wire: dict[str, Any]
+):
+    _, summary, recorder = run(experiment(sources, "mixtral", rounds=1, wire=wire), tmp_path / "run")
+    assert summary["clients"]["ok"] == 8
+    assert any(count for row in recorder.rounds[1].selected for count in row)
+    # Tensors are tiny here: their names alone are a fifth of what is sent.
+    most = {"bf16": 0.7, "fp16": 0.75, "int8": 0.6, "topk": 0.5}[wire["upload"]]
+    assert recorder.rounds[1].bytes_up < most * whole_bytes
+
+
+@pytest.fixture(scope="module")
+def whole_bytes(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> int:
+    """What a round's updates weigh in fp32."""
+    _, _, recorder = run(experiment(sources, "mixtral", rounds=1), tmp_path_factory.mktemp("whole"))
+    sent: int = recorder.rounds[1].bytes_up
+    return sent
+
+
+def test_the_state_of_a_client_is_kept_with_its_update_or_dropped_with_it(
+    sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    pack = upload.pack_update
+    sent: list[int] = []
+
+    def poisoned(experts, shared, profile, means, **options):
+        if profile is not None:  # an update, not a state
+            sent.append(1)
+            if len(sent) in (1, 6):  # client 0 in round 1, client 1 in round 2
+                profile = replace(profile, kl=profile.kl * np.nan)
+        return pack(experts, shared, profile, means, **options)
+
+    monkeypatch.setattr(upload, "pack_update", poisoned)
+    context, summary, recorder = run(experiment(sources, wire=TOPK), tmp_path / "run")
+    assert summary["clients"]["rejected"] == 2
+    assert [[r.client for r in report.clients if r.status == "rejected"] for report in recorder.rounds] == [
+        [],
+        [0],
+        [1],
+    ]
+    states = [
+        {
+            file.stem: file.read_bytes()
+            for file in (context.run_dir / "checkpoints" / f"round-000{round}").glob("client-*")
+        }
+        for round in (1, 2)
+    ]
+    assert sorted(states[0]) == ["client-1", "client-2", "client-3"]
+    assert sorted(states[1]) == ["client-0", *sorted(states[0])]
+    assert [states[0][name] == states[1][name] for name in sorted(states[0])] == [True, False, False]
 
 
 def test_with_and_without_the_prefix_cache_the_same_run_within_rounding(sources: Path, tmp_path: Path):
@@ -182,23 +237,23 @@ def test_class_means_start_the_head_above_chance(sources: Path, tmp_path: Path):
 def test_a_client_that_lies_is_left_out_and_a_fault_of_ours_stops_the_run(
     sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    pack = client_work.pack_update
+    pack = upload.pack_update
     sent: list[int] = []
 
     def poisoned(experts, shared, *rest):
         sent.append(1)
-        if experts and len(sent) == 5:
+        if len(sent) == 1:
             shared = {name: value * np.nan for name, value in shared.items()}
         return pack(experts, shared, *rest)
 
-    monkeypatch.setattr(client_work, "pack_update", poisoned)
+    monkeypatch.setattr(upload, "pack_update", poisoned)
     _, summary, recorder = run(experiment(sources, rounds=1), tmp_path / "lie")
     assert summary["clients"] == {"ok": 7, "late": 0, "failed": 0, "rejected": 1, "dropped": 0}
     (rejected,) = [record for record in recorder.rounds[1].clients if record.status == "rejected"]
     assert "NaN" in rejected.reason
 
     monkeypatch.setattr(
-        client_work,
+        upload,
         "pack_update",
         lambda experts, *rest: pack(
             {key: {name: value + 1 for name, value in tensors.items()} for key, tensors in experts.items()}, *rest

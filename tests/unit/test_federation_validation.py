@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from hfedmoe_ray.config.schema import Wire
 from hfedmoe_ray.errors import TrainingError
 from hfedmoe_ray.federation.validation import Rejected, accept, check_canary, check_update
 from hfedmoe_ray.types import (
@@ -111,7 +112,7 @@ def test_an_answer_for_another_task_or_unreadable_bytes_are_rejected():
     task = ClientTask(kind="train", round=1, client=1, seed=0, plan=PLAN, version=0)
     payload = pack_update(UPDATE.experts, UPDATE.shared, PROFILE, {})
     good = TaskResult(task=task, status="ok", metrics=METRICS, payload=lambda: payload)
-    assert accept(good, PLAN, OLD).trained == {MINE: 2}
+    assert accept(good, PLAN, OLD, Wire()).trained == {MINE: 2}
     for bad in (
         dataclasses.replace(good, metrics=dataclasses.replace(METRICS, client=2)),
         dataclasses.replace(good, metrics=dataclasses.replace(METRICS, round=0)),
@@ -119,4 +120,4 @@ def test_an_answer_for_another_task_or_unreadable_bytes_are_rejected():
         dataclasses.replace(good, payload=None),
     ):
         with pytest.raises(Rejected):
-            accept(bad, PLAN, OLD)
+            accept(bad, PLAN, OLD, Wire())

@@ -71,7 +71,7 @@ def test_the_expert_function_is_the_models_own(model: PreTrainedModel) -> None:
 def test_the_choice_is_the_routers_own(model: PreTrainedModel) -> None:
     layout = layout_of(model)
     logits, weights, index = layout.router(0)(torch.randn(7, layout.hidden))
-    ours, chosen = layout.choose(logits, layout.top_k)
+    ours, chosen = layout.choose(0, logits, layout.top_k)
     assert torch.equal(index, chosen)
     torch.testing.assert_close(ours, weights)
 

@@ -277,7 +277,7 @@ def _incomplete(root: Path) -> Model:
 
 
 def _unknown_family(root: Path) -> Model:
-    root.joinpath("config.json").write_text('{"model_type": "llama"}')
+    root.joinpath("config.json").write_text('{"model_type": "gpt2"}')
     root.joinpath("model.safetensors").touch()
     return Model(source=str(root))
 
@@ -301,7 +301,7 @@ def _without_tokenizer(root: Path) -> Model:
         (lambda root: Model(source=str(root)), ModelError, r"no config\.json"),
         (_without_weights, ModelError, "safetensors"),
         (_incomplete, ModelError, r"do not fit its config\.json"),
-        (_unknown_family, ModelError, "'llama' are not supported"),
+        (_unknown_family, ModelError, "'gpt2' are not supported"),
         (_without_tokenizer, ModelError, "holds no tokenizer"),
         (lambda root: Model(source=str(save_bert(root))), ModelError, "upcycle is missing"),
         (lambda root: model_section(save_mixtral(root), upcycle={"experts": 2, "top_k": 1}), ModelError, "already"),

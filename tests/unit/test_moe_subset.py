@@ -85,7 +85,7 @@ def test_rerouting_equals_cutting_the_router_and_the_experts(prepared: PreparedM
 
         def hook(_router: object, _args: object, output: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
             logits = output[0].masked_fill(absent, float("-inf"))
-            return logits, *layout.choose(logits, 2)
+            return logits, *layout.choose(layer, logits, 2)
 
         return layout.router(layer).register_forward_hook(hook)
 

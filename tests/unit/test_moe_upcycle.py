@@ -1,5 +1,6 @@
-"""Upcycling keeps the dense model: exactly where it can, measurably closer after calibration where it cannot."""
+"""Upcycling a BERT keeps it: exactly where it can, measurably closer after calibration where it cannot."""
 
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,9 @@ from transformers import BertModel
 
 from hfedmoe_ray.config.schema import Upcycle
 from hfedmoe_ray.moe.encoder import MoEEncoderForSequenceClassification
-from hfedmoe_ray.moe.upcycle import LayerReport, balanced_clusters, ffn_inputs, upcycle
+from hfedmoe_ray.moe.upcycle.assemble import upcycle
+from hfedmoe_ray.moe.upcycle.calibrate import LayerInputs, LayerReport
+from hfedmoe_ray.moe.upcycle.clusters import balanced_clusters
 
 LAYERS = (1, 3)
 
@@ -25,8 +28,7 @@ def build(
     dense: BertModel, seed: int = 0, calibrate: bool = False, **options: object
 ) -> tuple[MoEEncoderForSequenceClassification, list[LayerReport]]:
     config = Upcycle.model_validate({"layers": LAYERS, "calibration_steps": 60 if calibrate else 0} | options)
-    inputs = ffn_inputs(dense, LAYERS, iter([batch(texts=60)])) if calibrate else {}
-    return upcycle(dense, config, 3, seed, inputs)
+    return upcycle(deepcopy(dense), config, 3, seed, [batch(texts=60)])
 
 
 def embeddings(dense: BertModel, model: MoEEncoderForSequenceClassification) -> tuple[torch.Tensor, torch.Tensor]:
@@ -109,13 +111,25 @@ def test_clusters_are_of_equal_size_and_follow_directions() -> None:
         assert len(set(labels[order // 10 == bundle])) == 1
 
 
-def test_ffn_inputs_are_those_of_real_tokens(dense: BertModel) -> None:
+def test_layer_inputs_are_those_of_real_tokens(dense: BertModel) -> None:
+    """What hooks on the whole model see, in batches or in one, and the model is left as it was."""
     ids, mask = batch()
-    inputs = ffn_inputs(dense, LAYERS, iter([(ids[:4], mask[:4]), (ids[4:], mask[4:])]))
-    assert {layer: tuple(states.shape) for layer, states in inputs.items()} == {
-        layer: (int(mask.sum()), 24) for layer in LAYERS
-    }
-    assert not dense.encoder.layer[1].intermediate._forward_pre_hooks
+    expected: list[torch.Tensor] = []
+    handles = [
+        layer.intermediate.register_forward_pre_hook(lambda _, args: expected.append(args[0][mask.bool()]))
+        for layer in dense.encoder.layer
+    ]
+    with torch.no_grad():
+        dense(input_ids=ids, attention_mask=mask)
+    for handle in handles:
+        handle.remove()
+    inputs = LayerInputs(dense, "encoder.layer", [(ids[:4], mask[:4]), (ids[4:], mask[4:])])
+    assert len(dense.encoder.layer) == 4
+    for layer, states in zip(dense.encoder.layer, expected, strict=True):
+        ours = inputs.advance(layer, "intermediate")
+        assert ours.shape == (int(mask.sum()), 24)
+        torch.testing.assert_close(ours, states, rtol=1e-5, atol=1e-5)
+        assert not layer.intermediate._forward_pre_hooks
 
 
 def test_dense_layers_and_embeddings_are_taken_over(dense: BertModel, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,9 @@ import pytest
 from tiny_worker import Log, TinyWorker, context, task, weights
 
 from hfedmoe_ray.context import RunContext
-from hfedmoe_ray.runtime.local import LocalExecutor
-from hfedmoe_ray.types import ClientTask, ExpertKey, PersonalWeights, TaskWeights
+from hfedmoe_ray.federation.reporting import published_bytes
+from hfedmoe_ray.runtime.local import LocalExecutor, task_weights
+from hfedmoe_ray.types import AbsentMode, ClientTask, ExpertKey, PersonalWeights, TaskWeights
 
 
 @pytest.fixture
@@ -51,9 +53,9 @@ def test_what_a_task_reads_cannot_be_written(tmp_path: Path):
 
         def execute(
             self, _task: ClientTask, weights: TaskWeights, _should_stop: Callable[[], bool]
-        ) -> tuple[bytes, bytes]:
+        ) -> tuple[bytes, bytes, bytes]:
             weights.experts[ExpertKey(0, 0)]["up"][0] = 1
-            return b"", b""
+            return b"", b"", b""
 
     executor = LocalExecutor(context(tmp_path), worker_factory=Writer)
     published = weights()
@@ -71,7 +73,7 @@ def test_only_present_experts_and_private_weights_are_given(tmp_path: Path):
     class Recorder(TinyWorker):
         def execute(
             self, task: ClientTask, weights: TaskWeights, should_stop: Callable[[], bool]
-        ) -> tuple[bytes, bytes]:
+        ) -> tuple[bytes, bytes, bytes]:
             seen.append(weights)
             return super().execute(task, weights, should_stop)
 
@@ -84,6 +86,23 @@ def test_only_present_experts_and_private_weights_are_given(tmp_path: Path):
     assert set(public.shared) == {"router"}
     assert set(private.shared) == {"router", "head"}
     assert np.array_equal(private.experts[ExpertKey(0, 0)]["up"], np.ones(2))
+
+
+@pytest.mark.parametrize("absent", ["mean", "drop", "reroute"])
+@pytest.mark.parametrize("present", [1, 4])
+def test_bytes_down_are_those_of_the_arrays_a_task_reads(absent: AbsentMode, present: int):
+    """Private weights are at home already."""
+    own = PersonalWeights(shared={"head": np.ones(2)}, experts={ExpertKey(0, 0): {"up": np.ones(2)}})
+    published = replace(weights(0, personal={1: own}), means=np.zeros((2, 4, 8)))
+    for personal in (None, 1):
+        made = task(1, present=present, personal=personal)
+        made = replace(made, plan=replace(made.plan, absent=absent))
+        read = task_weights(published, made)
+        arrays = [*read.shared.values(), *(a for named in read.experts.values() for a in named.values())]
+        arrays += [] if read.means is None else [read.means]
+        at_home = 0 if personal is None else 2 * 8 + 2 * 8
+        assert published_bytes(published, made) == sum(array.nbytes for array in arrays) - at_home
+        assert (read.means is not None) == (absent == "mean" and present < 4)
 
 
 def test_versions_older_than_the_last_are_dropped(executor: LocalExecutor):

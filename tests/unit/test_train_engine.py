@@ -7,11 +7,14 @@ import pytest
 import torch
 from torch import nn
 
-from hfedmoe_ray.config.schema import LocalTraining
+from hfedmoe_ray.config.schema import LocalTraining, Tier
+from hfedmoe_ray.train.deepspeed_config import deepspeed_config
 from hfedmoe_ray.train.engine import Engine
 from hfedmoe_ray.types import ExpertKey
 
 LOCAL = LocalTraining(learning_rate=1e-2, weight_decay=0.1, clip_norm=1.0, batch_size=4)
+TIER = Tier(name="any", share=1.0, experts=1.0)
+CONFIG = deepspeed_config(LOCAL, TIER, "cpu")
 KEYS = [ExpertKey(0, e) for e in range(3)]
 
 
@@ -41,7 +44,7 @@ def experts_of(module):
 
 def train(module, batches, selected, local=LOCAL):
     """Trains with expert `selected(step)` active; yields the bytes of all experts after each step."""
-    with Engine(module, [], experts_of(module), local) as engine:
+    with Engine(module, [], experts_of(module), local, deepspeed_config(local, TIER, "cpu")) as engine:
         for step, x in enumerate(batches):
             engine.backward(module(x).pow(2).mean(), [KEYS[selected(step)]])
             engine.step()
@@ -64,7 +67,7 @@ def test_a_masked_step_leaves_no_trace_in_later_steps():
     module = Sum()
     frozen = [expert.weight.detach().clone() for expert in module.experts]
     interrupted = []
-    with Engine(module, [], experts_of(module), LOCAL) as engine:
+    with Engine(module, [], experts_of(module), LOCAL, CONFIG) as engine:
         for step in (0, 1, 2):
             engine.backward(module(x[step]).pow(2).mean(), [] if step == 1 else [KEYS[0]])
             engine.step()
@@ -98,7 +101,7 @@ def test_a_step_equals_bare_pytorch(clip):
 
 
 def test_nothing_listens_beyond_this_machine():
-    with Engine(Sum(), list(Sum().parameters()), {}, LOCAL):
+    with Engine(Sum(), list(Sum().parameters()), {}, LOCAL, CONFIG):
         listening = [c.laddr.ip for c in psutil.Process().net_connections(kind="inet") if c.status == "LISTEN"]
     assert all(address in ("127.0.0.1", "::1") for address in listening)
 
@@ -106,7 +109,7 @@ def test_nothing_listens_beyond_this_machine():
 def test_an_engine_leaves_nothing_on_the_module_and_nothing_in_memory():
     module, alive = Sum(), []
     for _ in range(3):
-        with Engine(module, [], experts_of(module), LOCAL) as engine:
+        with Engine(module, [], experts_of(module), LOCAL, CONFIG) as engine:
             engine.backward(module(data(1)[0]).pow(2).mean(), KEYS)
             engine.step()
             alive.append(weakref.ref(engine._engine))

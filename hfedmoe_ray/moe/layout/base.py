@@ -3,23 +3,42 @@
 The rest of the package never names a family's modules or parameters; it asks the layout. A family states which of its
 modules are MoE blocks, the names of one expert's tensors, what an expert computes, and how its router weighs the top-k.
 
-Legend: L MoE layers, E experts, H hidden, T tokens, K top-k. Layer numbers count MoE layers only, as in `ExpertKey`.
+Legend: L MoE layers, E experts, H hidden, B batch, S sequence, T = B*S tokens, K top-k. Layer numbers count MoE layers
+only, as in `ExpertKey`. Expert number E stands for "no expert": tokens beyond an expert's capacity are sent there.
 """
 
 import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from typing import ClassVar
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hfedmoe_ray.moe.store import TRAINABLE_GROUPS, Group, Trainable
+from hfedmoe_ray.errors import ModelError
+from hfedmoe_ray.moe.routing import softmax_gates
+from hfedmoe_ray.moe.store import TRAINABLE_GROUPS, Group, LinearSize, Trainable
 from hfedmoe_ray.types import ExpertKey, ModelShape
 
+_ATTENTION = re.compile(r"attention|attn", re.IGNORECASE)
 _ATTENTION_OR_NORM = re.compile(r"attention|attn|norm", re.IGNORECASE)
+_TRANSFORMER_LAYER = re.compile(r".*?\.\d+\.")
+"""From a block's full name: the transformer layer it is in, up to the first number."""
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Where the tokens of one forward pass go in one layer."""
+
+    logits: Tensor
+    """As the router returns them: [T, E], or [B, S, E] where routing depends on the sequence."""
+    weights: Tensor
+    """Gate weights, [T, K]."""
+    index: Tensor
+    """Expert numbers, [T, K]; E: no expert."""
 
 
 class MoELayout(ABC):
@@ -27,12 +46,16 @@ class MoELayout(ABC):
 
     family: ClassVar[str]
     """transformers' model_type."""
+    block_class: ClassVar[type[nn.Module]]
+    """A MoE block: router and experts."""
     gate_name: ClassVar[str] = "gate"
-    """Attribute of a block that holds its router; its forward returns (logits [T, E], weights [T, K], index [T, K])."""
+    """Attribute of a block that holds its router."""
     experts_name: ClassVar[str] = "experts"
-    """Attribute of a block that holds its experts; called with (tokens [T, H], index [T, K], weights [T, K])."""
-    head_names: ClassVar[tuple[str, ...]]
+    """Attribute of a block that holds its experts, called with tokens [T, H] and two tensors for `read_dispatch`."""
+    head_names: ClassVar[tuple[str, ...]] = ("score",)
     """Names of the task head's modules."""
+    transposed: ClassVar[bool] = False
+    """Whether an expert's matrices are stored as [in, out]."""
     supports_prefix: ClassVar[bool] = False
     """Whether the model can start from the hidden states that enter its first MoE layer."""
 
@@ -41,20 +64,26 @@ class MoELayout(ABC):
     hidden: int
 
     def __init__(self, model: PreTrainedModel) -> None:
-        """Finds the MoE blocks of `model`, which may be on the meta device."""
+        """Finds the MoE blocks of `model`, which may be on the meta device; raises ModelError if it has none."""
         self.model = model
-        blocks = [(name, module) for name, module in model.named_modules() if self.is_block(module)]
+        blocks = [(name, module) for name, module in model.named_modules() if isinstance(module, self.block_class)]
+        if not blocks:
+            raise ModelError(
+                f"model.source: this {self.family} has no MoE layer; its config.json makes all layers dense."
+            )
         self.blocks = tuple(module for _, module in blocks)
         """MoE blocks, lowest first."""
         self.block_names = tuple(name for name, _ in blocks)
         self.groups = self._group_parameters()
         """Group of every parameter by its full name."""
+        self.projections = {
+            name: LinearSize(module.out_features, module.in_features, module.bias is not None)
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear) and _ATTENTION.search(name) and self.groups[f"{name}.weight"] == "top"
+        }
+        """Full name and size of every linear map of attention from the first MoE layer up: what LoRA adapts there."""
 
     # --------------------------------------------------------------------------------- what a family has to say
-
-    @abstractmethod
-    def is_block(self, module: nn.Module) -> bool:
-        """Whether a module is a MoE block (router and experts)."""
 
     @property
     @abstractmethod
@@ -74,11 +103,33 @@ class MoELayout(ABC):
         """Returns what one expert makes of tokens [T, H], before any gate weight: [T, H]."""
 
     @abstractmethod
-    def choose(self, logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-        """Returns gate weights and expert numbers, [T, top_k] each, from router logits [T, E] in the family's own way.
+    def choose(self, layer: int, logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+        """Returns gate weights and expert numbers, [T, top_k] each, from router logits in the family's own way.
 
-        A logit of -inf marks an expert that is not there; `top_k` never exceeds the number of those that are.
+        Args:
+            layer: MoE layer, for what its router knows besides the logits.
+            logits: As the router returns them; -inf marks an expert that is not there.
+            top_k: Experts of a token; never exceeds the number of those that are there.
         """
+
+    # ---------------------------------------------------------------------- what most families leave as it is
+
+    def gate_values(self, logits: Tensor) -> Tensor:
+        """Returns the gate values G_e(x) of eq. 3, float32 [..., E], summing to 1 over all E: here the softmax."""
+        return softmax_gates(logits)
+
+    def read_routing(self, output: Any) -> Routing:
+        """Reads what the router's forward returned."""
+        logits, weights, index = output
+        return Routing(logits, weights, index)
+
+    def write_routing(self, routing: Routing) -> Any:
+        """Returns a routing as the router's forward returns it: the inverse of `read_routing`."""
+        return routing.logits, routing.weights, routing.index
+
+    def read_dispatch(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns expert numbers and gate weights, [T, K] each, from what a block hands its experts with the tokens."""
+        return first, second
 
     # ------------------------------------------------------------------------------------- what follows from it
 
@@ -133,9 +184,10 @@ class MoELayout(ABC):
         """Sorts parameters by what they are. "From the first MoE layer up" follows the order of registration."""
         groups: dict[str, Group] = {}
         above = False
-        layer_prefix = self.block_names[0].rpartition(".")[0] + "." if self.blocks else ""
+        first_layer = _TRANSFORMER_LAYER.match(self.block_names[0])
+        assert first_layer is not None
         for name, _ in self.model.named_parameters():
-            above = above or (bool(layer_prefix) and name.startswith(layer_prefix))
+            above = above or name.startswith(first_layer[0])
             groups[name] = self._group(name, above)
         return groups
 

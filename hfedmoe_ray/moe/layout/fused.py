@@ -7,10 +7,13 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
+from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
 from hfedmoe_ray.moe.encoder import MoEFeedForward, choose_experts
 from hfedmoe_ray.moe.layout.base import MoELayout
@@ -57,41 +60,66 @@ class MoEEncoderLayout(FusedLayout):
     """Our upcycled BERT: up [F, H] with bias, activation, down [H, F]; the output bias is shared."""
 
     family = "hfedmoe_encoder"
+    block_class = MoEFeedForward
     head_names = ("classifier",)
     tensor_names = ("up_proj", "up_bias", "down_proj")
     supports_prefix = True
-
-    def is_block(self, module: nn.Module) -> bool:
-        """See `MoELayout`."""
-        return isinstance(module, MoEFeedForward)
 
     def expert_forward(self, tokens: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
         """See `MoELayout`."""
         neurons = self.activation(project(tokens, tensors["up_proj"], tensors["up_bias"]))  # [T, F]
         return project(neurons, tensors["down_proj"])
 
-    def choose(self, logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    def choose(self, _layer: int, logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
         """See `MoELayout`."""
         return choose_experts(logits, top_k, self.model.config.combine)
 
 
-class MixtralLayout(FusedLayout):
-    """Mixtral: gate and up fused [2F, H], gated activation, down [H, F]; the top-k weights sum to 1."""
+class GatedLayout(FusedLayout):
+    """Gate and up fused [2F, H], gated activation, down [H, F]; softmax over all experts, then the K largest."""
 
-    family = "mixtral"
-    head_names = ("score",)
     tensor_names = ("gate_up_proj", "down_proj")
 
-    def is_block(self, module: nn.Module) -> bool:
-        """See `MoELayout`."""
-        return isinstance(module, MixtralSparseMoeBlock)
+    @property
+    def normalises(self) -> bool:
+        """Whether a token's K gate weights are scaled to sum to 1."""
+        return bool(self.model.config.norm_topk_prob)
 
     def expert_forward(self, tokens: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
         """See `MoELayout`."""
         gate, up = project(tokens, tensors["gate_up_proj"]).chunk(2, dim=-1)  # [T, F] each
         return project(self.activation(gate) * up, tensors["down_proj"])
 
-    def choose(self, logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    def choose(self, _layer: int, logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
         """See `MoELayout`."""
-        values, index = torch.topk(torch.softmax(logits.float(), dim=-1), top_k, dim=-1)
-        return values / values.sum(dim=-1, keepdim=True), index
+        weights, index = torch.topk(torch.softmax(logits.float(), dim=-1), top_k, dim=-1)
+        return (weights / weights.sum(dim=-1, keepdim=True) if self.normalises else weights), index
+
+
+class MixtralLayout(GatedLayout):
+    """Mixtral: every layer is MoE."""
+
+    family = "mixtral"
+    block_class = MixtralSparseMoeBlock
+    normalises = True
+
+
+class OlmoeLayout(GatedLayout):
+    """OLMoE: every layer is MoE."""
+
+    family = "olmoe"
+    block_class = OlmoeSparseMoeBlock
+
+
+class Qwen2MoeLayout(GatedLayout):
+    """Qwen2-MoE: beside the routed experts one shared expert with a gate of its own; some layers may be dense."""
+
+    family = "qwen2_moe"
+    block_class = Qwen2MoeSparseMoeBlock
+
+
+class Qwen3MoeLayout(GatedLayout):
+    """Qwen3-MoE: some layers may be dense."""
+
+    family = "qwen3_moe"
+    block_class = Qwen3MoeSparseMoeBlock

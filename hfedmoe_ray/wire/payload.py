@@ -1,43 +1,20 @@
-"""What travels back from a client: safetensors bytes for arrays, JSON for numbers. Nothing else is ever parsed.
+"""The payload of an update: safetensors bytes. Nothing else that a client sends as bytes is ever parsed.
 
 Names: `expert.<layer>.<expert>.<tensor>`, `shared.<parameter>`, `mean.<layer>.<expert>`, `profile.<field>`,
-`prototype.<field>`.
+`prototype.<field>`. Where a codec wrote a tensor (`wire.codecs`) its name is followed by `:<part>`.
 """
 
-import hashlib
-import json
-import math
 from collections.abc import Mapping
-from dataclasses import asdict
-from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from hfedmoe_ray.types import Array, ClientMetrics, ClientUpdate, ExpertKey, Prototypes, RoutingProfile
+from hfedmoe_ray.wire.codecs import from_bf16, to_bf16
+from hfedmoe_ray.wire.names import expert_key, expert_name
 
 PROFILE_FIELDS = ("usage", "specific", "kl", "routed")
-
-
-def expert_name(key: ExpertKey) -> str:
-    """Returns `layer.expert`, as experts are named in JSON."""
-    return f"{key.layer}.{key.expert}"
-
-
-def expert_key(name: str) -> ExpertKey:
-    """Inverse of `expert_name`. Raises ValueError for anything else."""
-    layer, expert = name.split(".")
-    return ExpertKey(int(layer), int(expert))
-
-
-def checksum(tensors: Mapping[str, Array]) -> str:
-    """Returns a 16-byte BLAKE2b hex digest over names and bytes, independent of the mapping's order."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name in sorted(tensors):
-        digest.update(name.encode())
-        digest.update(np.ascontiguousarray(tensors[name]).tobytes())
-    return digest.hexdigest()
 
 
 def pack_update(
@@ -46,12 +23,23 @@ def pack_update(
     profile: RoutingProfile | None,
     means: Mapping[ExpertKey, Array],
     prototypes: Prototypes | None = None,
+    *,
+    lossy: bool = False,
 ) -> bytes:
-    """Returns the payload of an update. The tokens behind a mean output are the profile's `routed`."""
+    """Returns the payload of an update.
+
+    Args:
+        experts: Tensors of each trained expert, or the parts a codec made of them.
+        shared: The same of shared parameters.
+        profile: How the client's tokens used the experts.
+        means: Mean output [H] of held experts; the tokens behind each are the profile's `routed`.
+        prototypes: Where the classes lie, if asked for.
+        lossy: Write the mean outputs in bfloat16: they stand in for experts to a few percent, not to 24 bits.
+    """
     tensors: dict[str, Array] = {f"shared.{name}": value for name, value in shared.items()}
     for key, named in experts.items():
         tensors |= {f"expert.{expert_name(key)}.{name}": value for name, value in named.items()}
-    tensors |= {f"mean.{expert_name(key)}": mean for key, mean in means.items()}
+    tensors |= {f"mean.{expert_name(key)}": to_bf16(mean) if lossy else mean for key, mean in means.items()}
     if prototypes is not None:
         tensors |= {"prototype.sums": prototypes.sums, "prototype.counts": prototypes.counts}
     if profile is not None:
@@ -61,22 +49,18 @@ def pack_update(
 
 
 def unpack_update(payload: bytes, metrics: ClientMetrics) -> ClientUpdate:
-    """Parses a payload.
+    """Parses a payload; what a codec wrote stays as its parts.
 
     Raises:
         ValueError: For bytes that are not such a payload; the message says what is wrong. Whether the update is
             *acceptable* is another question (`federation.validation`).
     """
-    try:
-        tensors = load(payload)
-    except (SafetensorError, KeyError, ValueError) as error:  # KeyError: a type that NumPy does not have
-        raise ValueError(f"not a safetensors payload: {error}") from error
     experts: dict[ExpertKey, dict[str, Array]] = {}
     shared: dict[str, Array] = {}
     means: dict[ExpertKey, Array] = {}
     profile: dict[str, Array] = {}
     prototypes: dict[str, Array] = {}
-    for name, value in tensors.items():
+    for name, value in read_tensors(payload).items():
         kind, _, rest = name.partition(".")
         match kind:
             case "shared":
@@ -85,7 +69,7 @@ def unpack_update(payload: bytes, metrics: ClientMetrics) -> ClientUpdate:
                 layer, expert, tensor = rest.split(".", 2)
                 experts.setdefault(ExpertKey(int(layer), int(expert)), {})[tensor] = value
             case "mean":
-                means[expert_key(rest)] = value
+                means[expert_key(rest)] = from_bf16(value) if value.dtype == np.uint16 else value
             case "profile":
                 profile[rest] = value
             case "prototype" if rest in ("sums", "counts"):
@@ -100,10 +84,30 @@ def unpack_update(payload: bytes, metrics: ClientMetrics) -> ClientUpdate:
         shared=shared,
         trained={expert_key(name): steps for name, steps in metrics.trained.items()},
         profile=parsed,
-        means={key: (mean, int(parsed.routed[key]) if parsed else 0) for key, mean in means.items()},
+        means={key: (mean, _tokens_behind(key, parsed)) for key, mean in means.items()},
         prototypes=Prototypes(**prototypes) if len(prototypes) == 2 else None,
         payload_bytes=len(payload),
     )
+
+
+def read_tensors(payload: bytes) -> dict[str, Array]:
+    """Returns the tensors of safetensors bytes. Raises ValueError where they are none, or of types NumPy lacks."""
+    try:
+        return load(payload)
+    except (SafetensorError, KeyError, ValueError, OverflowError, MemoryError) as error:
+        raise ValueError(f"not a safetensors payload: {error}") from error
+
+
+def _tokens_behind(key: ExpertKey, profile: RoutingProfile | None) -> int:
+    """Tokens over which the mean output of an expert was taken."""
+    if profile is None:
+        return 0
+    routed = profile.routed
+    if routed.ndim != 2 or not (0 <= key.layer < routed.shape[0] and 0 <= key.expert < routed.shape[1]):
+        raise ValueError(f"there is no expert {expert_name(key)} in the routing profile")
+    if not 0 <= routed[key] < 2**53:
+        raise ValueError(f"the routing profile says that {routed[key]} tokens were routed to expert {expert_name(key)}")
+    return int(routed[key])
 
 
 def _profile(fields: Mapping[str, Array]) -> RoutingProfile | None:
@@ -116,18 +120,3 @@ def _profile(fields: Mapping[str, Array]) -> RoutingProfile | None:
     if tokens.shape != (1,) or tokens.dtype != np.int64:
         raise ValueError("the routing profile's token count is not one integer")
     return RoutingProfile(**{name: fields[name] for name in PROFILE_FIELDS}, tokens=int(tokens[0]))
-
-
-def dump_metrics(metrics: ClientMetrics) -> bytes:
-    """Returns metrics as JSON; a loss that is not finite becomes null."""
-    fields = asdict(metrics)
-    fields["loss"] = metrics.loss if math.isfinite(metrics.loss) else None
-    return json.dumps(fields).encode()
-
-
-def parse_metrics(data: bytes) -> ClientMetrics:
-    """Inverse of `dump_metrics`. Raises ValueError or TypeError for anything else."""
-    fields: dict[str, Any] = json.loads(data)
-    if fields["loss"] is None:
-        fields["loss"] = math.nan
-    return ClientMetrics(**fields)

@@ -1,0 +1,152 @@
+"""LoRA while it computes: over the experts a client holds by our own small module, on attention by peft.
+
+peft adapts the experts of a layer as one tensor, whose cost does not shrink with the experts a client holds; here every
+expert has factors of its own. The frozen matrices are memory-mapped from the prepared model: they exist once per node,
+in the page cache, and those of an absent expert are never read.
+
+Legend: T tokens, r rank.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from torch.nn.functional import linear
+from transformers import PreTrainedModel
+
+from hfedmoe_ray.config.schema import Lora
+from hfedmoe_ray.moe.factors import factor_shapes, matrices
+from hfedmoe_ray.moe.layout import MoELayout
+from hfedmoe_ray.moe.linear import project
+from hfedmoe_ray.moe.quantised import Quantised, open_quantised
+from hfedmoe_ray.moe.store import EXPERTS, LinearSize
+from hfedmoe_ray.types import LORA_A, LORA_B, ExpertKey
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """A frozen matrix with a trainable correction: W + scale B A (a `Projection`)."""
+
+    base: Tensor | Quantised
+    """W, [out, in]; [in, out] if `transposed`."""
+    a: Tensor
+    """A, [r, in]."""
+    b: Tensor
+    """B, [out, r]."""
+    scale: float
+    transposed: bool
+
+    def project(self, tokens: Tensor) -> Tensor:
+        """See `Projection`."""
+        correction = linear(linear(tokens, self.a), self.b)
+        return project(tokens, self.base, transposed=self.transposed) + self.scale * correction
+
+    def merged(self) -> Tensor:
+        """Returns W + scale B A as one fp32 matrix, oriented as W is stored; the sum is rounded once."""
+        product = self.scale * (self.b.double() @ self.a.double())
+        dense = self.base if isinstance(self.base, Tensor) else self.base.dense(torch.float32)
+        return (dense.double() + (product.T if self.transposed else product)).float()
+
+
+class AdaptedExperts:
+    """The frozen experts of a prepared model, and how factors go over them."""
+
+    def __init__(self, prepared: Path, lora: Lora, layout: MoELayout, device: torch.device) -> None:
+        """Maps the experts' file; nothing is read yet.
+
+        Raises:
+            ModelError: The form `lora.base` is not there, or cannot be used on this machine.
+        """
+        self._lora = lora
+        self._device = device
+        self._transposed = layout.transposed
+        self._names = tuple(layout.expert_shapes)
+        self._matrices = matrices(layout.expert_shapes, layout.transposed)
+        self._quantised = None if lora.base == "fp32" else open_quantised(prepared, lora.base, layout.transposed)
+        self._dense: Any = safe_open(prepared / EXPERTS, framework="pt") if self._quantised is None else None
+        self.factor_shapes = factor_shapes(layout.expert_shapes, layout.transposed, lora.rank)
+        """Shapes of one expert's factors."""
+
+    def weights(self, key: ExpertKey, factors: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Returns one expert as its layout computes with it: frozen biases, and matrices with their corrections.
+
+        Args:
+            key: The expert.
+            factors: Its factors, of the shapes `factor_shapes`.
+        """
+        return {
+            name: LowRank(
+                self._base(key, name),
+                factors[f"{name}.{LORA_A}"],
+                factors[f"{name}.{LORA_B}"],
+                self._lora.scale,
+                self._transposed,
+            )
+            if name in self._matrices
+            else self._base(key, name)
+            for name in self._names
+        }
+
+    def merged(self, key: ExpertKey, factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Returns one expert as dense fp32 tensors, factors merged into its matrices."""
+        weights = self.weights(key, factors).items()
+        return {name: weight.merged() if isinstance(weight, LowRank) else weight for name, weight in weights}
+
+    def _base(self, key: ExpertKey, name: str) -> Tensor | Quantised:
+        full = f"{key.layer}.{key.expert}.{name}"
+        if self._quantised is not None:
+            return self._quantised.weight(full, self._device)
+        assert self._dense is not None
+        tensor: Tensor = self._dense.get_tensor(full)
+        return tensor.to(self._device)
+
+
+def adapt_attention(model: PreTrainedModel, projections: Mapping[str, LinearSize], lora: Lora) -> dict[str, str]:
+    """Lets peft put factors, without storage yet, beside linear maps of attention.
+
+    Args:
+        model: A model on the meta device.
+        projections: The linear maps to adapt (`MoELayout.projections`).
+        lora: Rank and scale.
+
+    Returns:
+        New full names of the parameters of these maps, by their old ones.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    before = {id(parameter): name for name, parameter in model.named_parameters()}
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        target_modules=list(projections),
+        lora_dropout=0.0,
+        bias="none",
+        init_lora_weights=False,
+    )
+    inject_adapter_in_model(config, model, low_cpu_mem_usage=True)
+    after = {before.get(id(parameter)): name for name, parameter in model.named_parameters()}
+    return {old: new for old, new in after.items() if old is not None and old != new}
+
+
+def merge_attention(
+    base: Mapping[str, Tensor], shared: Mapping[str, Tensor], projections: Mapping[str, LinearSize], scale: float
+) -> dict[str, Tensor]:
+    """Returns shared parameters under the plain model's names, factors of attention merged into its matrices.
+
+    Args:
+        base: Non-expert tensors of the prepared model.
+        shared: Trained shared parameters.
+        projections: The linear maps that may have factors.
+        scale: Factor of their product.
+    """
+    merged = dict(shared)
+    for name in projections:
+        a = merged.pop(f"{name}.{LORA_A}.default.weight", None)
+        if a is not None:
+            b = merged.pop(f"{name}.{LORA_B}.default.weight")
+            merged[f"{name}.weight"] = LowRank(base[f"{name}.weight"], a, b, scale, transposed=False).merged()
+    return merged

@@ -1,0 +1,37 @@
+"""GPT-OSS: matrices stored as [in, out], biases everywhere, a clamped activation, softmax over the chosen experts only.
+
+Legend: H hidden, F ffn per expert, T tokens, E experts, K top-k.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssMLP
+
+from hfedmoe_ray.moe.layout.fused import FusedLayout
+from hfedmoe_ray.moe.linear import project
+
+
+class GptOssLayout(FusedLayout):
+    """Gate and up interleaved [H, 2F] with bias, down [F, H] with bias."""
+
+    family = "gpt_oss"
+    block_class = GptOssMLP
+    gate_name = "router"
+    tensor_names = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
+    transposed = True
+
+    def expert_forward(self, tokens: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        """See `MoELayout`."""
+        config = self.model.config
+        gate_up = project(tokens, tensors["gate_up_proj"], tensors["gate_up_proj_bias"], transposed=True)
+        gate = gate_up[..., ::2].clamp(max=config.swiglu_limit)  # [T, F]
+        up = gate_up[..., 1::2].clamp(-config.swiglu_limit, config.swiglu_limit)
+        neurons = (up + 1) * gate * torch.sigmoid(gate * config.swiglu_alpha)
+        return project(neurons, tensors["down_proj"], tensors["down_proj_bias"], transposed=True)
+
+    def choose(self, _layer: int, logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+        """See `MoELayout`."""
+        largest, index = torch.topk(logits, top_k, dim=-1)
+        return torch.softmax(largest, dim=-1), index

@@ -1,0 +1,28 @@
+"""How experts are named in JSON and in payloads, and the checksum of their tensors."""
+
+import hashlib
+from collections.abc import Mapping
+
+import numpy as np
+
+from hfedmoe_ray.types import Array, ExpertKey
+
+
+def expert_name(key: ExpertKey) -> str:
+    """Returns `layer.expert`, as experts are named in JSON."""
+    return f"{key.layer}.{key.expert}"
+
+
+def expert_key(name: str) -> ExpertKey:
+    """Inverse of `expert_name`. Raises ValueError for anything else."""
+    layer, expert = name.split(".")
+    return ExpertKey(int(layer), int(expert))
+
+
+def checksum(tensors: Mapping[str, Array]) -> str:
+    """Returns a 16-byte BLAKE2b hex digest over names and bytes, independent of the mapping's order."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(np.ascontiguousarray(tensors[name]).tobytes())
+    return digest.hexdigest()
