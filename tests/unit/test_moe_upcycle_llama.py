@@ -23,7 +23,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from hfedmoe_ray.config.schema import Model, Upcycle
+from hfedmoe_ray.config.schema import Experiment, Model, Upcycle
 from hfedmoe_ray.errors import ConfigError, HFedMoEError, ModelError
 from hfedmoe_ray.moe.prepare import initial_weights, prepare_model, save_full
 from hfedmoe_ray.moe.shape import read_shape
@@ -31,7 +31,9 @@ from hfedmoe_ray.moe.subset import SparseModel
 from hfedmoe_ray.moe.upcycle.assemble import upcycle
 from hfedmoe_ray.moe.upcycle.calibrate import LayerReport
 from hfedmoe_ray.moe.upcycle.target import upcycled_config
-from hfedmoe_ray.types import ExpertKey, Weights
+from hfedmoe_ray.runtime.federate import federate
+from hfedmoe_ray.runtime.local import LocalExecutor
+from hfedmoe_ray.types import ExpertKey, RoundReport, Weights
 
 SIZES: dict[str, Any] = {
     "vocab_size": len(WORDS),
@@ -292,3 +294,42 @@ def test_what_would_not_be_the_same_model_is_refused(
 
 def test_all_layers_may_be_named(source: Path) -> None:
     assert read_shape(section(source, layers=[2, 0, 1])) == read_shape(section(source))
+
+
+def test_it_learns_in_a_federation(tmp_path: Path) -> None:
+    """Two rounds of three clients, most of which hold a third of the experts; every class has words of its own."""
+    rows = [
+        {"text": " ".join(f"word{3 * ((i + j * j) % 5) + i % 3}" for j in range(3 + i % 7)), "label": f"class {i % 3}"}
+        for i in range(150)
+    ]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tiers = [
+        {"name": "phone", "share": 0.67, "experts": 0.34, "device": 0.1},
+        {"name": "server", "share": 0.33, "experts": 0.67, "device": 0.1},
+    ]
+    experiment = Experiment.model_validate(
+        {
+            "name": "tiny",
+            "backend": "local",
+            "rounds": 2,
+            "clients": {"count": 3, "tiers": tiers},
+            "model": section(save_llama(tmp_path / "source")),
+            "data": {"source": str(tmp_path / "texts.jsonl"), "max_length": 12, "test_examples": 30},
+            "local": {"steps": 8, "batch_size": 8, "learning_rate": 1e-2, "profile_examples": 8},
+            "tracking": {"wandb": {"mode": "disabled"}},
+        }
+    )
+    rounds: list[RoundReport] = []
+    summary = federate(
+        experiment,
+        tmp_path / "run",
+        resume=False,
+        make_executor=LocalExecutor,
+        render=lambda name, value: rounds.append(value) if name == "round" else None,
+        should_stop=lambda: False,
+    )
+    assert summary["clients"] == {"ok": 9, "late": 0, "failed": 0, "rejected": 0, "dropped": 0}
+    start, _, end = rounds
+    assert start.accuracy is not None
+    assert end.accuracy is not None
+    assert end.accuracy > start.accuracy + 0.2
