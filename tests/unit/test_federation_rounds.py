@@ -272,3 +272,53 @@ def test_the_same_error_in_every_client_ends_the_run_with_its_traceback(
     monkeypatch.setattr(client_work.ClientWorker, "_batches", broken)
     with pytest.raises(TrainingError, match=r"4 clients failed with the same error: ZeroDivisionError(?s:.*)in _train"):
         run(experiment(sources), tmp_path / "run")
+
+
+LORAS: list[tuple[str, dict[str, Any]]] = [
+    ("bert", {"rank": 2, "attention": True}),
+    ("mixtral", {"rank": 2, "attention": True}),
+    ("mixtral", {"rank": 2, "average": "factors"}),
+    ("mixtral", {"rank": 2, "base": "int8"}),
+]
+
+
+@pytest.mark.parametrize(("family", "lora"), LORAS)
+def test_low_rank_factors_learn_and_send_little(sources: Path, tmp_path: Path, family: str, lora: dict[str, Any]):
+    """The canary watches the factors as it watches experts; only experts somebody trained have moved."""
+    plain = experiment(sources, family)
+    model, local = plain.model.model_dump() | {"lora": lora}, plain.local.model_dump() | {"steps": 4}
+    made = experiment(sources, family, model=model, local=local)
+    context, summary, recorder = run(made, tmp_path / "run")
+    assert summary["clients"]["ok"] == sum(len(report.clients) for report in recorder.rounds)
+    losses = [report.loss for report in recorder.rounds[1:]]
+    # The random BERT is too small to learn its texts in two rounds, in full too.
+    assert losses[-1] < 0.95 * losses[0] or family == "bert"
+    before = initial_weights(context.model, "experts", made.model.lora, made.seed)
+    after = final_weights(context)
+    counts = sum(np.array(report.selected) for report in recorder.rounds)
+    moved = {
+        key
+        for key, tensors in before.experts.items()
+        if any((after.experts[key][name] != array).any() for name, array in tensors.items())
+    }
+    assert moved
+    assert all(counts[key] for key in moved)
+    assert all("lora_" in name for tensors in after.experts.values() for name in tensors)
+    shape, full = context.model.shape, prepare_run(plain, tmp_path / "full").model.shape
+    assert shape.expert_bytes < 0.5 * full.expert_bytes
+    for report in recorder.rounds[1:]:
+        for record in report.clients:
+            # What is sent beside experts and shared parameters: names, the profile, mean outputs.
+            beside = record.bytes_up - record.trained * shape.expert_bytes - shape.shared_bytes
+            assert 0 <= beside < 8000
+
+
+def test_a_run_with_factors_resumes_to_the_same_model_and_either_average_makes_one(sources: Path, tmp_path: Path):
+    def made(average: str) -> Experiment:
+        model = experiment(sources).model.model_dump() | {"lora": {"rank": 2, "attention": True, "average": average}}
+        return experiment(sources, model=model)
+
+    whole = run(made("svd"), tmp_path / "whole")[1]["model_sha256"]
+    run(made("svd"), tmp_path / "cut", stop_after=1)
+    assert run(made("svd"), tmp_path / "cut", resume=True)[1]["model_sha256"] == whole
+    assert run(made("factors"), tmp_path / "factors")[1]["model_sha256"] != whole
