@@ -37,6 +37,8 @@ _MEAN_TEXTS = 64
 _HEAD_STD = 0.02
 _PLAIN_DTYPES = {"F64", "F32", "F16", "BF16"}
 """Of a safetensors file: weights that are numbers by themselves."""
+_UNPACKED = ("mxfp4", "fp8")
+"""Quantisation methods that transformers undoes while loading: those in which GPT-OSS and DeepSeek-V3 are published."""
 
 
 def build(*, source: Path, model: Model, num_labels: int, seed: int, texts: Sequence[str], directory: Path) -> None:
@@ -58,11 +60,12 @@ def build(*, source: Path, model: Model, num_labels: int, seed: int, texts: Sequ
     upcycling: list[dict[str, Any]] = []
     with _one_thread(), quiet_transformers():
         if model.upcycle is not None:
-            dense = _load(AutoModel, source, ("pooler",), config=_unquantised(source))
+            dense = _load(AutoModel, source, ("pooler",), config=_full_precision(source))
             module, reports = upcycle(dense, model.upcycle, num_labels, seed, _batches(tokenizer, texts))
             upcycling = [asdict(report) for report in reports]
         else:
-            module = _load(AutoModelForSequenceClassification, source, ("score", "classifier"), num_labels=num_labels)
+            config = _full_precision(source, num_labels=num_labels)
+            module = _load(AutoModelForSequenceClassification, source, ("score", "classifier"), config=config)
         if module.config.pad_token_id is None:
             module.config.pad_token_id = pad_id(tokenizer)
         layout = layout_of(module.eval())
@@ -132,25 +135,38 @@ def mean_outputs(layout: MoELayout, batches: Iterator[tuple[Tensor, Tensor]]) ->
     return means
 
 
-def _unquantised(source: Path) -> PreTrainedConfig:
-    """Returns a model's configuration without its `quantization_config`; raises ModelError if that is not just a trace.
+def _full_precision(source: Path, **fields: Any) -> PreTrainedConfig:
+    """Returns a model's configuration by which transformers loads its weights unpacked.
 
-    A model that was quantised once and saved again in full precision may still name it.
+    A model that was quantised once and saved again in full precision may still name it: that is forgotten.
+
+    Args:
+        source: Directory of the source model.
+        fields: What the configuration is to say besides.
+
+    Raises:
+        ModelError: The weights are quantised in a form that cannot be unpacked while loading.
     """
-    config = AutoConfig.from_pretrained(source)
-    if hasattr(config, "quantization_config"):
+    config = AutoConfig.from_pretrained(source, **fields)
+    packing = getattr(config, "quantization_config", None)
+    if packing is None:
+        return config
+    dtypes: set[str] = set()
+    for path in source.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            dtypes.update(file.get_slice(name).get_dtype() for name in file.keys())  # noqa: SIM118 - not a mapping
+    packed = sorted(dtypes - _PLAIN_DTYPES)
+    if not packed:
         del config.quantization_config
-        dtypes: set[str] = set()
-        for path in source.glob("*.safetensors"):
-            with safe_open(path, framework="pt") as file:
-                dtypes.update(file.get_slice(name).get_dtype() for name in file.keys())  # noqa: SIM118 - not a mapping
-        packed = sorted(dtypes - _PLAIN_DTYPES)
-        if packed:
-            raise ModelError(
-                f"model.source: the weights in {source} are quantised ({', '.join(packed)}), and a quantised model "
-                "cannot be upcycled. Load it with transformers, call dequantize(), save_pretrained() it, and give that "
-                "directory."
-            )
+    elif packing["quant_method"] in _UNPACKED:
+        # On a machine that can compute with packed weights, transformers would otherwise keep them.
+        config.quantization_config = packing | {"dequantize": True}
+    else:
+        raise ModelError(
+            f"model.source: the weights in {source} are quantised ({', '.join(packed)}), and experts are trained from "
+            "full precision. Load the model with transformers, call dequantize(), save_pretrained() it, and give that "
+            "directory."
+        )
     return config
 
 

@@ -5,6 +5,7 @@ Logits of the tiny models have a standard deviation of about 0.1. Where two ways
 """
 
 import copy
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -27,6 +28,7 @@ from moe_models import (
     save_family,
     task_weights,
 )
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import (
@@ -452,3 +454,65 @@ def test_the_routers_correction_bias_is_no_parameter_but_is_kept(tmp_path: Path)
     assert kept.any()
     assert torch.equal(kept, SparseModel(prepared.path).module.get_buffer(name))
     assert name not in initial_weights(prepared, "full").shared
+
+
+def pack(source: Path, packing: dict[str, object], tensors: dict[str, Tensor]) -> None:
+    """Rewrites a saved model with quantised weights, as a publisher does."""
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"quantization_config": packing}))
+
+
+def test_gpt_oss_is_read_as_it_is_published(tmp_path: Path) -> None:
+    """Experts in MXFP4: two numbers of 4 bits a byte, 32 of them under a power of two."""
+    source = save_family("gpt_oss", tmp_path / "source", hidden_size=32, intermediate_size=32)
+    generator, tensors, expected = torch.Generator().manual_seed(0), {}, {}
+    magnitudes = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+    for name, tensor in load_file(source / "model.safetensors").items():
+        if not name.endswith("_proj"):
+            tensors[name] = tensor
+            continue
+        experts, inputs, outputs = tensor.shape
+        blocks = torch.randint(0, 256, (experts, outputs, inputs // 32, 16), dtype=torch.uint8, generator=generator)
+        scales = torch.randint(122, 126, (experts, outputs, inputs // 32), dtype=torch.uint8, generator=generator)
+        tensors |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        nibbles = torch.stack([blocks & 15, blocks >> 4], dim=-1).flatten(-2).long()
+        values = magnitudes[nibbles & 7] * (1 - 2 * (nibbles >> 3)) * torch.exp2(scales.float() - 127)[..., None]
+        expected[name.rsplit(".", 1)[1], int(name.split(".")[2])] = values.flatten(-2).transpose(1, 2)
+    pack(source, {"quant_method": "mxfp4"}, tensors)
+    weights = initial_weights(prepare(source, tmp_path / "cache"), "top")
+    for (name, layer), dense in expected.items():
+        for expert in range(6):
+            np.testing.assert_array_equal(weights.experts[ExpertKey(layer, expert)][name], dense[expert].numpy())
+
+
+def test_deepseek_v3_is_read_as_it_is_published(tmp_path: Path) -> None:
+    """Linear maps in 8-bit floating point with a scale for each block."""
+    source = save_family("deepseek_v3", tmp_path / "source")
+    tensors, expected = {}, {}
+    for name, tensor in load_file(source / "model.safetensors").items():
+        if not name.endswith("_proj.weight"):
+            tensors[name] = tensor
+            continue
+        scale = tensor.abs().max() / 448.0
+        tensors[name] = (tensor / scale).to(torch.float8_e4m3fn)
+        tensors[f"{name}_scale_inv"] = scale.reshape(1, 1)
+        expected[name] = tensors[name].float() * scale
+    packing = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": [128, 128]}
+    pack(source, packing, tensors)
+    prepared = prepare(source, tmp_path / "cache")
+    weights = initial_weights(prepared, "full")
+    found = weights.experts[ExpertKey(0, 3)]["down_proj"]
+    np.testing.assert_allclose(found, expected["model.layers.1.mlp.experts.3.down_proj.weight"].numpy(), rtol=1e-2)
+    shared = "model.layers.1.mlp.shared_experts.up_proj.weight"
+    np.testing.assert_allclose(weights.shared[shared], expected[shared].numpy(), rtol=1e-2)
+    save_full(prepared, weights, tmp_path / "export")
+    assert "quantization_config" not in json.loads((tmp_path / "export" / "config.json").read_text())
+
+
+def test_other_packings_are_refused(tmp_path: Path) -> None:
+    source = save_family("olmoe", tmp_path / "source")
+    tensors = {name: tensor.to(torch.int8) for name, tensor in load_file(source / "model.safetensors").items()}
+    pack(source, {"quant_method": "gptq", "bits": 8}, tensors)
+    with pytest.raises(ModelError, match=r"quantised \(I8\)"):
+        prepare(source, tmp_path / "cache")
