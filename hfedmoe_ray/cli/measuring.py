@@ -1,5 +1,6 @@
 """The command that measures what this framework claims: `bench`."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ BENCHMARKS = {
     "step": "DeepSpeed against bare PyTorch, what absent and masked experts save, selection, the prefix cache",
     "bytes": "what an update weighs against what was trained, in every precision",
 }
-_DIRECTORY = Path(__file__).parents[2] / "jobs" / "benchmark"
+_REPOSITORY = Path(__file__).parents[2]
 
 
 @click.command(
@@ -28,11 +29,13 @@ def bench(name: str, options: tuple[str, ...]) -> int:
 
     All take --json FILE and --help; further options are each benchmark's own.
     """
-    script = _DIRECTORY / f"{name}.py"
+    script = _REPOSITORY / "jobs" / "benchmark" / f"{name}.py"
     if not script.is_file():
         raise ConfigError(
-            f"hfedmoe bench needs {script.relative_to(_DIRECTORY.parents[1])}, a part of the repository but not "
+            f"hfedmoe bench needs {script.relative_to(_REPOSITORY)}, a part of the repository but not "
             "of the installed package. Clone the repository, install it from there (pip install -e .), repeat this."
         )
-    # A process of its own: what is measured must not share memory with this one, and sets its own environment.
-    return subprocess.run([sys.executable, str(script), *options], check=False).returncode
+    # A process of its own: what is measured must not share memory with this one, and it imports this very package.
+    path = os.pathsep.join(filter(None, [str(_REPOSITORY), os.environ.get("PYTHONPATH")]))
+    command = [sys.executable, str(script), *options]
+    return subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, check=False).returncode

@@ -55,6 +55,10 @@ class ResidentExperts(nn.Module):
         self._tape = tape
         self._clear()
 
+    def release(self) -> None:
+        """Lets go of every expert: all are absent."""
+        self._clear()
+
     def _clear(self) -> None:
         self.trained = nn.ModuleDict()
         """TRAIN experts by number, one parameter per tensor so that an optimizer can skip any of them."""
@@ -118,6 +122,13 @@ class ResidentExperts(nn.Module):
     def tensors_of(self, expert: int) -> Mapping[str, Tensor]:
         """Returns the tensors of a present expert as they are published."""
         return self._tensors[expert]
+
+    def frozen_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor of the FROZEN experts, by layer.expert.name."""
+        for expert, tensors in self._tensors.items():
+            for name, tensor in tensors.items():
+                if not isinstance(tensor, nn.Parameter):
+                    yield f"{self.layer}.{expert}.{name}", tensor
 
     def route(self, routing: Routing) -> Routing:
         """Returns the routing to use: the router's own or, re-routing, its choice among the present experts."""

@@ -9,7 +9,7 @@ Legend: L MoE layers, E experts, B batch, S sequence, H hidden, C classes.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +150,22 @@ class SparseModel:
         self.shape = self._shape(trainable)
         self._trainable = trainable
         self.tape.begin(None)
+
+    def release(self) -> None:
+        """Lets go of the bound task's weights, private and shared; the frozen base alone stays."""
+        for name in self.shared_parameters:
+            assign(self.module, name, self._base[name])
+        for residents in self._residents:
+            residents.release()
+        self.expert_parameters, self.shared_parameters = {}, {}
+        self.features = None
+        self.tape.begin(None)
+
+    def frozen_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor that does not train in the present binding, by name: of the base, and of FROZEN experts."""
+        yield from ((name, one) for name, one in self.module.named_parameters() if not one.requires_grad)
+        for residents in self._residents:
+            yield from residents.frozen_tensors()
 
     def forward(self, batch: Tensor, mask: Tensor, hidden: Tensor | None = None) -> Tensor:
         """Returns logits [B, C] and records the routing on `tape`.

@@ -29,7 +29,8 @@ from hfedmoe_ray.strategies import build_strategy
 from hfedmoe_ray.train.activations import checkpointed_layers
 from hfedmoe_ray.train.deepspeed_config import deepspeed_config
 from hfedmoe_ray.train.engine import Engine
-from hfedmoe_ray.train.memory import private_mib, return_freed_memory
+from hfedmoe_ray.train.frozen import check_unwritten, frozen_versions
+from hfedmoe_ray.train.memory import PeakMemory, return_freed_memory
 from hfedmoe_ray.train.prefix import PrefixStates, prefix_states
 from hfedmoe_ray.types import Array, ClientMetrics, ClientTask, ExpertKey, ExpertPlan, Prototypes, TaskWeights
 from hfedmoe_ray.wire import Upload, checksum, dump_metrics, expert_name, make_upload, pack_update
@@ -105,22 +106,25 @@ class ClientWorker:
         Raises:
             Stopped: `should_stop` turned true.
         """
-        return_freed_memory()
         started = time.perf_counter()
         state = b""
         # Models with dropout draw from torch's generator: forked, so that neither callers nor tasks share it.
         with _one_thread(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(task.seed, "torch", task.round, task.client))
-            self._model.bind(task.plan, weights, self._experiment.model.trainable)
-            examples = self._examples(task)
-            match task.kind:
-                case "profile":
-                    payload, metrics = self._profile(task, examples, should_stop)
-                case "train":
-                    upload, metrics = self._train(task, weights, examples, should_stop)
-                    payload, state = upload.payload, upload.state
-                case "evaluate":
-                    payload, metrics = self._evaluate(task, examples, should_stop)
+            try:
+                self._model.bind(task.plan, weights, self._experiment.model.trainable)
+                examples = self._examples(task)
+                match task.kind:
+                    case "profile":
+                        payload, metrics = self._profile(task, examples, should_stop)
+                    case "train":
+                        upload, metrics = self._train(task, weights, examples, should_stop)
+                        payload, state = upload.payload, upload.state
+                    case "evaluate":
+                        payload, metrics = self._evaluate(task, examples, should_stop)
+            finally:
+                self._model.release()
+                return_freed_memory()
         seconds = time.perf_counter() - started
         return payload, dump_metrics(replace(metrics, seconds=seconds)), state
 
@@ -165,16 +169,21 @@ class ClientWorker:
         )
         shared = list(model.shared_parameters.values())
         model.module.train()
+        # Filling the prefix cache took room of its own, once.
+        return_freed_memory()
+        frozen = frozen_versions(model)
         config = deepspeed_config(self._local, done.tier, model.device.type)
         with (
             checkpointed_layers(model.module, done.tier.checkpoint_activations),
             Engine(model.module, shared, model.expert_parameters, self._local, config) as engine,
+            PeakMemory(model.device) as peak,
         ):
             for indices in self._batches(task, len(split)):
                 self._poll(should_stop)
                 self._step(engine, examples, indices, done)
-            # Weights, gradients and optimizer moments are all alive here.
-            peak_mib = private_mib()
+        check_unwritten(frozen)
+        # Gradients and moments are gone; what is packed now must not come on top of the room they took.
+        return_freed_memory()
         measured = done.profile.profile()
         moved: dict[ExpertKey, dict[str, Array]] = {
             key: model.read_expert(key) for key, steps in done.trained.items() if steps
@@ -192,7 +201,7 @@ class ClientWorker:
             after=self._checksums(keys),
             rebuilt=upload.rebuilt,
             step_seconds=done.seconds,
-            peak_mib=peak_mib,
+            peak_mib=peak.mib,
         )
         return upload, metrics
 

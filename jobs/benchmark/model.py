@@ -7,6 +7,7 @@ and occupies does not depend on the values, so nothing has to be downloaded or t
 import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -41,10 +42,7 @@ def experiment(*overrides: str) -> Experiment:
         overrides: `key=value`, as on the command line.
     """
     source, texts = _source(), _texts()
-    tiers = [
-        {"name": f"share-{share}", "share": 0.25, "experts": share, "device": 0.2, "memory_gib": 8.0}
-        for share in SHARES
-    ]
+    tiers = [tier(share, 1 / len(SHARES)) for share in SHARES]
     keys = {
         "name": "benchmark",
         "rounds": 1,
@@ -58,6 +56,12 @@ def experiment(*overrides: str) -> Experiment:
         file = Path(directory) / "benchmark.yaml"
         file.write_text(json.dumps(keys))  # JSON is YAML
         return load_experiment(file, overrides)
+
+
+def tier(experts: float, share: float) -> dict[str, Any]:
+    """A tier of the configuration for a share of the clients, with memory for its share of the experts."""
+    name = f"experts-{experts}"
+    return {"name": name, "share": share, "experts": experts, "device": 0.2, "memory_gib": 0.5 + 3.5 * experts}
 
 
 def prepared(*overrides: str) -> RunContext:

@@ -202,6 +202,6 @@ def test_validate_leaves_clients_own_files_alone(quickstart: Path, tmp_path: Pat
 
 
 def test_a_benchmark_without_its_repository_says_where_to_get_it(tmp_path: Path, monkeypatch, capsys):
-    monkeypatch.setattr("hfedmoe_ray.cli.measuring._DIRECTORY", tmp_path / "jobs" / "benchmark")
+    monkeypatch.setattr("hfedmoe_ray.cli.measuring._REPOSITORY", tmp_path)
     assert main(["bench", "memory", "--json", "m.json"]) == 2
     assert "Clone the repository" in capsys.readouterr().err

@@ -1,0 +1,36 @@
+"""What a process occupies: peaks are seen, freed memory goes back, and what is mapped from a file is nobody's own."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from hfedmoe_ray.train.memory import MIB, PeakMemory, private_bytes, return_freed_memory
+
+SIZE = 64 * MIB
+
+
+def test_memory_that_was_written_counts_and_freed_memory_does_not():
+    return_freed_memory()
+    before = private_bytes()
+    # Many pieces: one large block would go back to the system by itself.
+    pieces = [np.ones(2**14) for _ in range(SIZE // (8 * 2**14))]
+    assert private_bytes() - before > 0.9 * SIZE
+    del pieces
+    return_freed_memory()
+    assert private_bytes() - before < 0.2 * SIZE
+
+
+def test_a_peak_between_two_readings_of_the_caller_is_seen():
+    return_freed_memory()
+    before = private_bytes()
+    with PeakMemory(torch.device("cpu")) as peak:
+        torch.ones(SIZE // 4).sum()
+    assert 0.9 * SIZE < peak.mib * MIB - before < 1.5 * SIZE
+
+
+def test_a_file_that_is_mapped_and_even_written_is_not_the_process_own(tmp_path: Path):
+    mapped = np.lib.format.open_memmap(tmp_path / "states.npy", mode="w+", dtype=np.uint8, shape=(SIZE,))
+    before = private_bytes()
+    mapped[:] = 1
+    assert private_bytes() - before < 0.1 * SIZE
