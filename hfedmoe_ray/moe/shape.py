@@ -1,16 +1,11 @@
 """A model's MoE shape and sizes from its config.json: planning before anything is loaded.
 
 Our own encoder is counted by arithmetic, without torch. A model of a transformers family is built once without storage
-and counted; the answer is kept, so that torch is needed the first time only (with LoRA, each time). Tests hold every
+and counted, and so is any with LoRA; the answer is kept, so that torch is needed the first time only. Tests hold every
 number equal to the real model's. Legend: L MoE layers, E experts, H hidden.
 """
 
-import hashlib
-import json
-import os
 from collections.abc import Mapping
-from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +13,7 @@ from hfedmoe_ray.config.schema import Model, Upcycle
 from hfedmoe_ray.context import cache_dir
 from hfedmoe_ray.errors import ModelError
 from hfedmoe_ray.moe.factors import adapted_shape
+from hfedmoe_ray.moe.skeleton import describe
 from hfedmoe_ray.moe.sources import read_config, resolve
 from hfedmoe_ray.moe.upcycle.target import DENSE_FAMILIES, upcycled_config
 from hfedmoe_ray.types import ModelShape
@@ -55,23 +51,18 @@ def read_shape(model: Model, num_labels: int = 0, cache: Path | None = None) -> 
     check_family(config, model.upcycle)
     if model.upcycle is not None:
         config = upcycled_config(config, model.upcycle)
-    if config["model_type"] == ENCODER_FAMILY:
-        shape = _encoder_shape(config, model, num_labels)
-    else:
-        shape = _counted_shape(config, model, num_labels, cache or cache_dir())
+    if model.lora is None and config["model_type"] == ENCODER_FAMILY:
+        return _encoder_shape(config, model, num_labels)
+    skeleton = describe(config, num_labels, model.trainable, cache or cache_dir())
     if model.lora is None:
-        return shape
-    # Which linear maps a family has is for its modules to say: they are built without storage.
-    from hfedmoe_ray.moe.subset import skeleton_from
-
-    _, layout = skeleton_from(config)
+        return skeleton.shape
     return adapted_shape(
-        shape,
+        skeleton.shape,
         model.lora,
         model.trainable,
-        expert_shapes=layout.expert_shapes,
-        transposed=layout.transposed,
-        projections=layout.projections,
+        expert_shapes=skeleton.expert_shapes,
+        transposed=skeleton.transposed,
+        projections=skeleton.projections,
     )
 
 
@@ -131,26 +122,3 @@ def _shape(
         shared_bytes=_BYTES * sum(groups[:training]),
         frozen_bytes=_BYTES * sum(groups[training:]),
     )
-
-
-def _counted_shape(config: Mapping[str, Any], model: Model, num_labels: int, cache: Path) -> ModelShape:
-    """Counts the parameters of the model built without storage, or reads what was counted before."""
-    dropped = {"architectures", "id2label", "label2id", "num_labels", "transformers_version", "_name_or_path"}
-    fields = {name: value for name, value in config.items() if name not in dropped}
-    parts = [fields, num_labels, model.trainable, version("transformers"), list(ModelShape.__dataclass_fields__)]
-    key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
-    path = cache / "shapes" / f"{key}.json"
-    if path.is_file():
-        return ModelShape(**json.loads(path.read_text(encoding="utf-8")))
-
-    from hfedmoe_ray.moe.subset import skeleton_from
-
-    module, layout = skeleton_from({**fields, "num_labels": max(num_labels, 1)})
-    uncounted = {"expert"} if num_labels else {"expert", "head"}
-    sizes = {name: p.numel() for name, p in module.named_parameters() if layout.groups[name] not in uncounted}
-    shape = layout.shape(model.trainable, sizes)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    partial.write_text(json.dumps(asdict(shape)), encoding="utf-8")
-    partial.replace(path)  # at once: another process may be reading
-    return shape

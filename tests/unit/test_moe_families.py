@@ -361,15 +361,16 @@ def test_what_serves_every_expert_trains_with_the_norms(case: Case) -> None:
 
 def test_a_kept_shape_is_read_without_torch(tmp_path: Path) -> None:
     source = save_family("deepseek_v3", tmp_path / "source")
-    shape = read_shape(model_section(source), 0, tmp_path / "cache")
+    shapes = [read_shape(model_section(source, lora=lora), 0, tmp_path / "cache") for lora in (None, {"rank": 2})]
     program = (
         "import sys; from pathlib import Path; from hfedmoe_ray.config.schema import Model; "
         "from hfedmoe_ray.moe.shape import read_shape; "
-        "print(read_shape(Model(source=sys.argv[1]), 0, Path(sys.argv[2]))); print('torch' in sys.modules)"
+        "models = [Model(source=sys.argv[1], lora=lora) for lora in (None, {'rank': 2})]; "
+        "print([read_shape(model, 0, Path(sys.argv[2])) for model in models]); print('torch' in sys.modules)"
     )
     command = [sys.executable, "-c", program, str(source), str(tmp_path / "cache")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    assert done.stdout.splitlines() == [str(shape), "False"]
+    assert done.stdout.splitlines() == [str(shapes), "False"]
 
 
 def test_a_model_without_moe_layers_is_refused() -> None:
@@ -390,6 +391,32 @@ def of_family(family: str, **changes: object) -> tuple[PreTrainedModel, MoELayou
             AutoConfig.for_model(family, **FAMILIES[family] | changes)
         )
     return model.eval(), layout_of(model)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("olmoe", {"norm_topk_prob": True}),
+        ("qwen2_moe", {"norm_topk_prob": True, "mlp_only_layers": [3]}),
+        ("qwen3_moe", {"norm_topk_prob": False}),
+        ("deepseek_v2", {"topk_method": "greedy"}),
+        ("deepseek_v2", {"n_group": 3, "topk_group": 2}),
+        ("deepseek_v3", {"norm_topk_prob": False, "n_group": 3, "topk_group": 1}),
+        ("deepseek_v3", {"n_group": 1, "topk_group": 1}),
+        ("switch_transformers", {"router_bias": True, "expert_capacity": 2}),
+    ],
+)
+def test_every_setting_of_a_router_is_followed(family: str, changes: dict[str, object]) -> None:
+    """`choose` of the router's own logits is the router's own choice."""
+    _, layout = of_family(family, **changes)
+    states = torch.randn(3, 7, 16, generator=torch.Generator().manual_seed(0))
+    routing = layout.read_routing(layout.router(0)(states))
+    weights, index = layout.choose(0, routing.logits, layout.top_k)
+    shares = [
+        torch.zeros(21, 7).scatter(1, i, w.detach()) for w, i in ((weights, index), (routing.weights, routing.index))
+    ]
+    torch.testing.assert_close(shares[0][:, :6], shares[1][:, :6])
+    assert all(layout.model.get_parameter(name).shape[0] == 6 for name in layout.router_layers)
 
 
 @pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3"])
