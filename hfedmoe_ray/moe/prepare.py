@@ -117,8 +117,9 @@ def save_full(prepared: PreparedModel, weights: Weights, directory: Path, lora: 
 
     LoRA factors are merged into the matrices they adapt; over quantised experts, into what these stand for.
 
-    A model of a transformers family is read back by transformers alone; an upcycled encoder by
-    `MoEEncoderForSequenceClassification`, or the Auto classes once `hfedmoe_ray.moe.encoder` is imported.
+    A model of a transformers family is read back by transformers alone, where transformers has no head for it (OLMoE,
+    Switch) its backbone is; those with their heads, and an upcycled encoder, by the Auto classes once
+    `hfedmoe_ray.moe.layout` is imported.
 
     Args:
         prepared: The prepared model: whatever `weights` lacks comes from it.
