@@ -2,8 +2,7 @@
 
 Objects are put once per version, whatever the number of clients; an expert that did not change since the version
 before keeps its object. A task carries references, so a client fetches only the experts its plan names, and clients
-of one node read the same memory. Arrays that come out of the store are read-only views: writing to one would change
-it for every process of the node, so nothing may make them writable.
+of one node read the same memory, through pages that cannot be written (see `protect`).
 
 The state of a client is an object too, from one of its tasks to the next.
 """
@@ -16,7 +15,8 @@ import numpy as np
 import ray
 
 from hfedmoe_ray.runtime import timeouts
-from hfedmoe_ray.runtime.overlay import overlay, read_only
+from hfedmoe_ray.runtime.overlay import overlay
+from hfedmoe_ray.runtime.protect import protected
 from hfedmoe_ray.types import Array, ClientTask, ExpertKey, Fetch, TaskWeights, Weights
 
 Arrays = Mapping[str, Array]
@@ -40,7 +40,7 @@ class TaskRefs:
     """The client's state (uint8)."""
 
     def fetch(self) -> TaskWeights:
-        """Reads the objects as read-only views.
+        """Reads the objects, where they lie, as arrays that cannot be written.
 
         Raises:
             ray.exceptions.RayError: an object is lost, or does not arrive within `timeouts.FETCH`.
@@ -50,12 +50,12 @@ class TaskRefs:
         values = ray.get([*self.shared, *self.experts.values(), *optional], timeout=timeouts.FETCH)
         shared: dict[str, Array] = {}
         for part in values[: len(self.shared)]:
-            shared.update(read_only(part))
+            shared.update(protected(part))
         experts = values[len(self.shared) : len(self.shared) + len(keys)]
         return TaskWeights(
             shared=shared,
-            experts={key: read_only(part) for key, part in zip(keys, experts, strict=True)},
-            means=None if self.means is None else read_only(values[len(self.shared) + len(keys)])[MEANS],
+            experts={key: protected(part) for key, part in zip(keys, experts, strict=True)},
+            means=None if self.means is None else protected(values[len(self.shared) + len(keys)])[MEANS],
             state=b"" if self.state is None else values[-1].tobytes(),
         )
 

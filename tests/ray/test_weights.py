@@ -1,7 +1,10 @@
 """Versions in the object store: what did not change is not put again, and nothing that comes out can be written."""
 
+import os
+
 import numpy as np
 import pytest
+from mapped import mapping
 from tiny_worker import SHAPE, task, weights
 
 from hfedmoe_ray.runtime.weights import WeightStore
@@ -61,7 +64,8 @@ def test_fetched_arrays_are_shared_memory_that_refuses_writes():
     one, two = refs.fetch(), refs.fetch()
     key = ExpertKey(1, 0)
     assert list(one.experts) == [ExpertKey(0, 0), key]
-    assert one.experts[key]["up"].ctypes.data == two.experts[key]["up"].ctypes.data
+    places = {mapping(os.getpid(), fetched.experts[key]["up"].ctypes.data)[0] for fetched in (one, two)}
+    assert len(places) == 1, "each fetch made a copy"
     for array in (one.experts[key]["up"], one.shared["router"], one.means):
         assert array is not None
         with pytest.raises(ValueError, match="read-only"):

@@ -6,9 +6,12 @@ import pytest
 import torch
 from moe_models import batch, plan, prepare, save_mixtral, task_weights
 
+from hfedmoe_ray.config.schema import Lora
 from hfedmoe_ray.errors import TrainingError
+from hfedmoe_ray.moe.adapters import AdaptedExperts
 from hfedmoe_ray.moe.subset import SparseModel
 from hfedmoe_ray.train.frozen import check_unwritten, frozen_versions
+from hfedmoe_ray.types import ExpertKey
 
 
 @pytest.fixture(scope="module")
@@ -52,3 +55,20 @@ def test_a_released_model_holds_its_base_alone(tmp_path: Path):
     # And can be bound again.
     model.bind(plan("T.....", "..F..."), task_weights(prepared), "top")
     assert model.forward(*batch()).isfinite().all()
+
+
+@pytest.mark.parametrize("lora", [None, Lora(rank=2)], ids=["base", "base and experts under factors"])
+def test_a_write_to_what_is_read_from_a_file_reaches_no_other_process(tmp_path: Path, lora: Lora | None):
+    """The files are mapped privately: a written page becomes the writer's own copy."""
+    prepared = prepare(save_mixtral(tmp_path / "mixtral"), tmp_path / "cache")
+    files = {file: file.read_bytes() for file in prepared.path.glob("*.safetensors")}
+    model = SparseModel(prepared.path, "cpu", lora=lora)
+    tensors = [parameter.data for parameter in model.module.parameters() if parameter.device.type == "cpu"]
+    if lora:
+        adapted = AdaptedExperts(prepared.path, lora, model.layout, torch.device("cpu"))
+        factors = {name: torch.zeros(shape) for name, shape in adapted.factor_shapes.items()}
+        tensors += [weight.base for weight in adapted.weights(ExpertKey(0, 0), factors).values()]
+    assert len(tensors) > 10
+    for tensor in tensors:
+        tensor.add_(1.0)
+    assert all(file.read_bytes() == content for file, content in files.items())
