@@ -1,8 +1,8 @@
-"""Commands that run experiments, here or on a cluster, and show what they left: `run`, `resume`, `report`, `submit`."""
+"""Commands that run experiments, here or on a cluster, and use what they left: `run`, `resume`, `report`, `export`..."""
 
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import click
 
@@ -104,6 +104,31 @@ def report(run_dirs: tuple[Path, ...]) -> None:
     for run_dir in run_dirs:
         _check_is_run(run_dir)
         click.echo(write_report(run_dir))
+
+
+@click.command(short_help="Write what a run trained for transformers or peft.")
+@click.argument("run_dir", metavar="RUN", type=RUN_DIR)
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["hf", "peft"]),
+    default="hf",
+    show_default=True,
+    help="hf: the whole model, LoRA factors merged. peft: the factors as an adapter, and under base/ its base model.",
+)
+@click.option("--output", type=RUN_DIR, help="Where to write. Default: RUN/exported/FORMAT.")
+def export(run_dir: Path, form: Literal["hf", "peft"], output: Path | None) -> None:
+    """Write what a run had trained at its last complete round for transformers or peft.
+
+    Private weights of clients (strategy local) are not part of it. Fails with 8 where there is no complete round, and
+    with 2 where the run trained whole experts and --format is peft.
+    """
+    from hfedmoe_ray.export import export_run
+
+    _check_is_run(run_dir)
+    directory = output or run_dir / "exported" / form
+    export_run(run_dir, form, directory)
+    click.echo(directory)
 
 
 @click.command(short_help="Run an experiment on a Ray cluster, as a job.")

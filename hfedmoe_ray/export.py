@@ -1,0 +1,48 @@
+"""What a run trained, as a model for transformers or peft to load."""
+
+from pathlib import Path
+from typing import Literal
+
+from hfedmoe_ray.config.load import load_experiment
+from hfedmoe_ray.errors import ConfigError
+from hfedmoe_ray.federation.checkpoint import load_checkpoint, run_identity
+from hfedmoe_ray.prepare import prepare_run
+
+Form = Literal["hf", "peft"]
+
+
+def export_run(run_dir: Path, form: Form, directory: Path) -> None:
+    """Writes the global model of a run as it stood after its last complete round.
+
+    Args:
+        run_dir: The run's directory.
+        form: hf: the whole model, LoRA factors merged, through save_pretrained. peft: the factors as an adapter, and
+            under `base` the model it belongs on.
+        directory: Where to write; must not hold anything yet.
+
+    Raises:
+        ConfigError: `directory` is not empty, or `form` is peft and the run trained whole experts.
+        CheckpointError: The run has no complete round.
+        DataError: The data, of which the model's identity is a part, cannot be read again.
+        ModelError: The same for the model.
+    """
+    experiment = load_experiment(run_dir / "config.yaml")
+    lora = experiment.model.lora
+    if form == "peft" and lora is None:
+        raise ConfigError(
+            f"{run_dir} trained whole experts, of which peft has no form. Write --format hf, or train with "
+            "model.lora, e.g. model.lora.rank=8."
+        )
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise ConfigError(f"{directory} holds something already. Name an empty directory with --output, or remove it.")
+    context = prepare_run(experiment, run_dir)
+    weights = load_checkpoint(run_dir / "checkpoints", run_identity(context)).weights
+    if form == "peft":
+        assert lora is not None
+        from hfedmoe_ray.moe.peft_format import save_peft
+
+        save_peft(context.model, weights, lora, directory)
+    else:
+        from hfedmoe_ray.moe.prepare import save_full
+
+        save_full(context.model, weights, directory, lora)
