@@ -344,6 +344,11 @@ class LocalTraining(Section):
     """Examples of the forward-only profiling pass before the first round."""
     cache: Literal["auto", "off"] = "auto"
     """auto: hidden states below the first trainable layer are computed once per client and kept on its node."""
+    cache_precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """What the kept states are stored in. fp32 is exact; bf16 (8 bits of every number) and fp16 (11 bits, up to 65504)
+    take half the room."""
+    cache_gib: PositiveFloat = 8.0
+    """Room in GiB that the kept states of all clients and runs may take on a node; those used longest ago make way."""
 
 
 class Wire(Section):

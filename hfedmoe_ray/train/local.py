@@ -239,7 +239,7 @@ class ClientWorker:
         if not cached or len(split) == 0:
             return _Examples(split, None)
         self._model.module.eval()
-        return _Examples(split, prefix_states(self._model, self._context.model.sha256, split))
+        return _Examples(split, prefix_states(self._model, self._context.model.sha256, split, self._local))
 
     def _batches(self, task: ClientTask, count: int) -> Iterator[Array]:
         """Yields the round's batches: passes over the client's examples, each in a fresh order."""

@@ -228,9 +228,10 @@ def test_with_and_without_the_prefix_cache_the_same_run_within_rounding(sources:
 
 
 def test_class_means_start_the_head_above_chance(sources: Path, tmp_path: Path):
-    model = experiment(sources).model.model_copy(update={"head": "prototypes"})
-    _, _, started = run(experiment(sources, rounds=1, model=model.model_dump()), tmp_path / "means")
-    _, _, cold = run(experiment(sources, rounds=1), tmp_path / "random")
+    made = experiment(sources, rounds=1, seed=1)
+    model = made.model.model_copy(update={"head": "prototypes"})
+    _, _, started = run(made.model_copy(update={"model": model}), tmp_path / "means")
+    _, _, cold = run(made, tmp_path / "random")
     assert started.rounds[0].accuracy > max(0.5, cold.rounds[0].accuracy)
 
 
