@@ -462,3 +462,13 @@ class Experiment(Section):
     evaluate: Evaluation = Evaluation()
     runtime: Runtime = Runtime()
     tracking: Tracking = Tracking()
+
+    @model_validator(mode="after")
+    def _owed_factors(self) -> Self:
+        lora = self.model.lora
+        if self.wire.feeds_back and lora is not None and lora.average == "svd":
+            raise ValueError(
+                "with `model.lora.average: svd` the factors are others after each round, so what a client owes of the "
+                "old ones means nothing to the new: write `model.lora.average: factors` or `wire.error_feedback: false`"
+            )
+        return self

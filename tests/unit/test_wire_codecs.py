@@ -1,10 +1,14 @@
 """Codecs: how far a number may be off, the same bits on both sides, and parts that cannot be such an array."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
+from hfedmoe_ray.config.load import load_experiment
 from hfedmoe_ray.config.schema import Wire
+from hfedmoe_ray.errors import ConfigError
 from hfedmoe_ray.wire.codecs import BF16, FP16, GROUP, Codec, Int8, TopK, build_codec, from_bf16, to_bf16
 
 SHAPES = [(96, 384), (384, 96), (3, 5, 8), (40, 8), (7,), (1,), ()]
@@ -133,6 +137,14 @@ def test_parts_that_are_no_such_array_are_refused_in_words(codec: Codec, parts, 
 def test_a_wire_that_makes_no_sense_is_refused_with_what_to_write(keys, told):
     with pytest.raises(ValueError, match=told):
         Wire.model_validate(keys)
+
+
+def test_nothing_is_owed_of_factors_that_the_server_makes_anew(quickstart: Path):
+    topk, lora = "wire.upload=topk", "model.lora.rank=4"
+    with pytest.raises(ConfigError, match=r"write `model\.lora\.average: factors` or `wire\.error_feedback: false`"):
+        load_experiment(quickstart, [topk, lora])
+    for remedy in ("model.lora.average=factors", "wire.error_feedback=false"):
+        load_experiment(quickstart, [topk, lora, remedy])
 
 
 def test_error_feedback_comes_with_topk_and_on_request():
