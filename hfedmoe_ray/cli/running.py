@@ -1,4 +1,4 @@
-"""Commands that run experiments, here or on a cluster, and use what they left: `run`, `resume`, `report`, `export`..."""
+"""Commands that run experiments, here or on a cluster, and use what they left: `run`, `resume`, `export` and others."""
 
 import shutil
 from pathlib import Path

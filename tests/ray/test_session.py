@@ -23,10 +23,14 @@ def run(run_dir: Path, *overrides: str) -> tuple[dict[str, Any], list[tuple[str,
 
 
 def test_every_way_to_run_gives_the_same_model_and_tells_the_same_story(tmp_path: Path):
-    """Pooled actors are compared with this process in tests/chaos, where one of them is killed."""
+    """With LoRA, whose factors every process adds to matrices it maps and the server factorises.
+
+    Whole experts in pooled actors are compared with this process in tests/chaos, where one of them is killed.
+    """
+    lora = "model.lora={rank: 4, attention: true}"
     runs = {
-        "local": run(tmp_path / "local", "backend=local"),
-        "dedicated": run(tmp_path / "dedicated", "actors=dedicated"),
+        "local": run(tmp_path / "local", "backend=local", lora),
+        "dedicated": run(tmp_path / "dedicated", "actors=dedicated", lora),
     }
     assert not ray.is_initialized()
     assert len({summary["model_sha256"] for summary, _ in runs.values()}) == 1
