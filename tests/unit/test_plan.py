@@ -143,3 +143,12 @@ def test_a_machine_that_is_too_small_is_told_what_it_lacks(quickstart: Path):
 def test_forecast_follows_the_configured_order(quickstart: Path):
     experiment = load_experiment(quickstart, ["clients.count=1"])
     assert [one.tier for one in forecast(experiment, SHAPE, gpus_available=False)] == ["phone"]
+
+
+@pytest.mark.parametrize(
+    ("upload", "least", "most"), [("bf16", 0.5, 0.5), ("fp16", 0.5, 0.5), ("int8", 0.25, 0.27), ("topk", 0.02, 0.03)]
+)
+def test_an_update_is_predicted_at_its_precision(quickstart: Path, upload: str, least: float, most: float):
+    for whole, one in zip(planned(quickstart).tiers, planned(quickstart, f"wire.upload={upload}").tiers, strict=True):
+        assert one.bytes_down == whole.bytes_down
+        assert least <= round(one.bytes_up / whole.bytes_up, 3) <= most
