@@ -7,7 +7,7 @@ in the page cache, and those of an absent expert are never read.
 Legend: T tokens, r rank.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor
+from torch.nn import Parameter
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
@@ -103,6 +104,18 @@ class AdaptedExperts:
         assert self._dense is not None
         tensor: Tensor = self._dense.get_tensor(full)
         return tensor.to(self._device)
+
+
+def frozen_parts(name: str, weight: Tensor | LowRank | Quantised) -> Iterator[tuple[str, Tensor]]:
+    """Yields every tensor of a weight that no optimizer may write, by name."""
+    if isinstance(weight, LowRank):
+        yield from frozen_parts(f"{name}.base", weight.base)
+        yield from frozen_parts(f"{name}.{LORA_A}", weight.a)
+        yield from frozen_parts(f"{name}.{LORA_B}", weight.b)
+    elif isinstance(weight, Quantised):
+        yield from ((f"{name}.{part}", tensor) for part, tensor in weight.tensors.items())
+    elif not isinstance(weight, Parameter):
+        yield name, weight
 
 
 def adapt_attention(model: PreTrainedModel, projections: Mapping[str, LinearSize], lora: Lora) -> dict[str, str]:

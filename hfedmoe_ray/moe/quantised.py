@@ -12,6 +12,7 @@ Legend: T tokens.
 
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,6 +33,8 @@ class Quantised(ABC):
 
     transposed: bool
     """Whether the stored matrix is [in, out]."""
+    tensors: Mapping[str, Tensor]
+    """What is stored of it."""
 
     @abstractmethod
     def dense(self, dtype: torch.dtype) -> Tensor:
@@ -66,6 +69,7 @@ class Int8(Quantised):
     def __init__(self, values: Tensor, scale: Tensor, transposed: bool) -> None:
         """Takes `values` int8 [rows, columns] and `scale` fp32 [rows, 1]."""
         self._values, self._scale, self.transposed = values, scale, transposed
+        self.tensors = {"int8": values, "scale": scale}
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """See `Quantised`."""
@@ -78,6 +82,7 @@ class NF4(Quantised):
     def __init__(self, values: Tensor, scale: Tensor, shape: torch.Size, transposed: bool) -> None:
         """Takes `values` uint8, two numbers a byte, and `scale` fp32, one for every 64 numbers."""
         self._values, self._scale, self._shape, self.transposed = values, scale, shape, transposed
+        self.tensors = {"nf4": values, "scale": scale}
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """See `Quantised`."""

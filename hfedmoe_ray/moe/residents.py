@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hfedmoe_ray.moe.adapters import AdaptedExperts
+from hfedmoe_ray.moe.adapters import AdaptedExperts, frozen_parts
 from hfedmoe_ray.moe.layout import MoELayout, Routing
 from hfedmoe_ray.moe.routing import RoutingTape
 from hfedmoe_ray.types import AbsentMode, Array, ExpertKey, Role
@@ -124,11 +124,10 @@ class ResidentExperts(nn.Module):
         return self._tensors[expert]
 
     def frozen_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor of the FROZEN experts, by layer.expert.name."""
-        for expert, tensors in self._tensors.items():
-            for name, tensor in tensors.items():
-                if not isinstance(tensor, nn.Parameter):
-                    yield f"{self.layer}.{expert}.{name}", tensor
+        """Every tensor of the FROZEN experts, and with LoRA of the matrices under the others, by layer.expert.name."""
+        for expert, weights in self._weights.items():
+            for name, weight in weights.items():
+                yield from frozen_parts(f"{self.layer}.{expert}.{name}", weight)
 
     def route(self, routing: Routing) -> Routing:
         """Returns the routing to use: the router's own or, re-routing, its choice among the present experts."""

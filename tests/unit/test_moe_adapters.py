@@ -16,7 +16,7 @@ from transformers import AutoModelForSequenceClassification
 
 from hfedmoe_ray.config.schema import Lora, Model
 from hfedmoe_ray.context import PreparedModel
-from hfedmoe_ray.errors import ConfigError, ModelError
+from hfedmoe_ray.errors import ConfigError, ModelError, TrainingError
 from hfedmoe_ray.moe import quantised
 from hfedmoe_ray.moe.adapters import LowRank
 from hfedmoe_ray.moe.factors import factor_shapes, matrices
@@ -25,6 +25,7 @@ from hfedmoe_ray.moe.quantised import Int8, quantise_experts
 from hfedmoe_ray.moe.shape import read_shape
 from hfedmoe_ray.moe.store import EXPERTS
 from hfedmoe_ray.moe.subset import SparseModel
+from hfedmoe_ray.train.frozen import check_unwritten, frozen_versions
 from hfedmoe_ray.types import ExpertKey, ExpertPlan, TaskWeights, Weights
 
 ALL_TRAIN = plan("TTTTTT", "TTTTTT")
@@ -196,6 +197,26 @@ def test_roles_decide_what_is_private(prepared: PreparedModel) -> None:
                 assert any(low <= base.data_ptr() < high for low, high in mapped)
         assert set(residents._weights) == {key.expert for key in PARTLY.present if key.layer == residents.layer}
     assert {n for p in model.expert_parameters.values() for n in p} == set(weights.experts[ExpertKey(0, 0)])
+
+
+@pytest.mark.parametrize("form", ["fp32", *QUANTISED])
+def test_what_is_frozen_is_watched(prepared: PreparedModel, form: str) -> None:
+    """Every tensor but the parameters is among those whose in-place writes stop the run."""
+    if form != "fp32":
+        quantise_experts(prepared.path, form)
+    model = bound(prepared, Lora(rank=4, base=form), plan=PARTLY)
+    frozen = dict(model.frozen_tensors())
+    before = frozen_versions(model)
+    check_unwritten(before)
+    weight = next(weight for weight in model._residents[0]._weights[0].values() if isinstance(weight, LowRank))
+    base = weight.base if form == "fp32" else weight.base._values
+    assert any(tensor is base for tensor in frozen.values())
+    assert sum(".lora_" in name for name in frozen) == len(set(PARTLY.present) - set(PARTLY.trainable)) * sum(
+        "lora_" in name for name in initial_weights(prepared, "top", LORA).experts[ExpertKey(0, 0)]
+    )
+    base.add_(0)
+    with pytest.raises(TrainingError, match=r"0\.0"):
+        check_unwritten(before)
 
 
 def test_a_training_step_moves_factors_only(prepared: PreparedModel) -> None:
