@@ -199,6 +199,24 @@ def test_roles_decide_what_is_private(prepared: PreparedModel) -> None:
     assert {n for p in model.expert_parameters.values() for n in p} == set(weights.experts[ExpertKey(0, 0)])
 
 
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="counts mapped pages as Linux does")
+def test_absent_experts_are_not_even_read(tmp_path: Path) -> None:
+    """Of a mapped file only the pages of present experts are in this process, and none of them is its own."""
+    source = save_family("mixtral", tmp_path / "source", hidden_size=64, intermediate_size=512)
+    prepared = prepare(source, tmp_path / "cache")
+
+    def resident(kind: str) -> int:
+        entry = Path("/proc/self/smaps").read_text().partition(str(prepared.path / EXPERTS))[2]
+        return 1024 * int(re.search(rf"^{kind}: +(\d+) kB", entry, re.MULTILINE)[1])  # type: ignore[index]
+
+    model = bound(prepared, LORA, plan=plan("T.....", "..F..."))
+    model.module.train()
+    cross_entropy(model.forward(*batch()), torch.arange(6) % LABELS).backward()
+    two_of_twelve = 2 * model.shape.base_expert_bytes
+    assert 0.5 * two_of_twelve < resident("Rss") < 2 * two_of_twelve  # the kernel maps a few pages around each it needs
+    assert resident("Anonymous") == 0
+
+
 @pytest.mark.parametrize("form", ["fp32", *QUANTISED])
 def test_what_is_frozen_is_watched(prepared: PreparedModel, form: str) -> None:
     """Every tensor but the parameters is among those whose in-place writes stop the run."""
