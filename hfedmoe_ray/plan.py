@@ -1,22 +1,30 @@
 """What an experiment will ask for, before anything is started: each client's resources, experts, memory and traffic.
 
-Predictions follow from the model's shape and the budgets by the formulas below (ours). They are checked against each
-tier's `memory_gib`, and the actors are placed on the machine exactly as a run would place them.
+Memory is predicted from what was measured on this machine (`calibration`), else from the model's shape by the formulas
+below (ours). It is checked against each tier's `memory_gib`, and the actors are placed on the machine exactly as a run
+would place them.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
 
-from hfedmoe_ray import budget
+from hfedmoe_ray import budget, calibration
 from hfedmoe_ray.config.schema import Experiment, Placement, Tier
 from hfedmoe_ray.errors import CapacityError
 from hfedmoe_ray.packing import GIB, NodeCapacity, ResourceSpec
 from hfedmoe_ray.types import ModelShape
 from hfedmoe_ray.wire import build_codec
 
-PROCESS_BYTES = 320 * 2**20
-"""Private memory of an actor that has imported torch, transformers and DeepSpeed and holds no model (measured)."""
+PROCESS_BYTES = 345 * 2**20
+"""Own memory of an actor that has imported torch, transformers and DeepSpeed and mapped a model (measured: 325 MiB when
+it has just loaded, 340 to 370 once it has served clients)."""
+CONTEXT_BYTES = 512 * 2**20
+"""What CUDA keeps on a device for each process (typical)."""
+DENSE_VECTORS = 24
+"""Activations of a token outside experts that the backward pass of a layer needs, in vectors of H (measured)."""
+BF16_SHARE = 0.6
+"""Of fp32's activations under autocast: norms and residuals stay fp32."""
 TRAINED_COPIES = 4
 """Weights, gradients and AdamW's two moments, all fp32."""
 BYTES = 4
@@ -38,7 +46,9 @@ class Forecast:
     batch: int
     """Experts that get gradients in one batch, at most."""
     memory_bytes: int
-    """Peak private memory of a client's process while it trains."""
+    """Peak of the memory that a client's process has to itself while it trains; on a GPU, of the device's."""
+    measured: bool
+    """Whether that follows from measurements on this machine, or from arithmetic."""
     bytes_down: int
     """What a client fetches in a round it takes part in."""
     bytes_up: int
@@ -84,16 +94,19 @@ def forecast(experiment: Experiment, shape: ModelShape, *, gpus_available: bool)
     for tier in experiment.clients.tiers:
         clients = tuple(client for client, other in enumerate(tier_of_client) if other.name == tier.name)
         resident, present, batch = _experts(experiment, tier, shape)
+        asked = budget.resources(tier, gpus_available)
+        gpu = asked.num_gpus > 0
         if clients:
             forecasts.append(
                 Forecast(
                     tier=tier.name,
                     clients=clients,
-                    asked=budget.resources(tier, gpus_available),
+                    asked=asked,
                     resident=resident,
                     present=present,
                     batch=batch,
-                    memory_bytes=predict_memory(experiment, shape, resident, present),
+                    memory_bytes=predict_memory(experiment, shape, tier, resident, present, gpu=gpu),
+                    measured=calibration.read(experiment, tier, shape, gpu=gpu) is not None,
                     bytes_down=shape.shared_bytes
                     + present * shape.expert_bytes
                     + _means_bytes(experiment, shape, present),
@@ -103,15 +116,23 @@ def forecast(experiment: Experiment, shape: ModelShape, *, gpus_available: bool)
     return tuple(forecasts)
 
 
-def predict_memory(experiment: Experiment, shape: ModelShape, resident: int, present: int) -> int:
-    """Returns the predicted peak private memory of a client's process in bytes.
+def predict_memory(
+    experiment: Experiment, shape: ModelShape, tier: Tier, resident: int, present: int, *, gpu: bool
+) -> int:
+    """Returns the predicted peak of a client's own memory in bytes, by measurement where there is one.
 
-    The process itself, the frozen base and the frozen experts once, everything that trains `TRAINED_COPIES` times, and
-    the activations of one batch in the MoE layers, where gradients need them.
+    By arithmetic: the process, everything that trains `TRAINED_COPIES` times, and activations. What is frozen is mapped
+    from a file or the object store and shared by the processes of a node; only a GPU holds a copy for each.
     """
+    measured = calibration.read(experiment, tier, shape, gpu=gpu)
+    process = 0 if gpu and measured else CONTEXT_BYTES if gpu else PROCESS_BYTES
+    if measured:
+        share = present / shape.total_experts
+        return process + round(measured.peak(resident, share, calibration.examples_at_once(experiment, tier)))
     trained = shape.shared_bytes + resident * shape.expert_bytes
     frozen = shape.frozen_bytes + (present - resident) * shape.expert_bytes + present * shape.base_expert_bytes
-    return PROCESS_BYTES + frozen + TRAINED_COPIES * trained + _activation_bytes(experiment, shape)
+    activations = _activation_bytes(experiment, shape, tier, present)
+    return process + (frozen if gpu else 0) + TRAINED_COPIES * trained + activations
 
 
 def predict_upload(experiment: Experiment, shape: ModelShape, resident: int, present: int) -> int:
@@ -155,16 +176,22 @@ def _experts(experiment: Experiment, tier: Tier, shape: ModelShape) -> tuple[int
     return resident, everything if strategy.unselected == "frozen" else resident, batch
 
 
-def _activation_bytes(experiment: Experiment, shape: ModelShape) -> int:
-    """Activations that the backward pass of one batch needs: an estimate from a transformer block's main tensors.
+def _activation_bytes(experiment: Experiment, shape: ModelShape, tier: Tier, present: int) -> int:
+    """Activations that the backward pass needs, from a transformer block's main tensors.
 
-    Per token and MoE layer about 20 vectors of H (attention, norms, residuals), and for each of its top-k experts the
-    input and output (H) and two vectors of the expert's inner size F, where an expert is about 2 H F numbers.
+    Per token and MoE layer `DENSE_VECTORS` of H, and for each of its top-k experts that is present (re-routed tokens
+    find K that are) the input and output (H) and two vectors of the expert's inner size F, where an expert is about
+    2 H F numbers. With activation checkpointing, one such layer and the inputs of all.
     """
+    strategy = experiment.strategy
+    reroutes = isinstance(strategy, Placement) and strategy.unselected == "reroute"
+    share = 1.0 if reroutes else present / shape.total_experts
     inner = (shape.dense_expert_bytes or shape.expert_bytes) / BYTES / (2 * shape.hidden)
-    per_token = 20 * shape.hidden + shape.top_k * 2 * (shape.hidden + inner)
-    tokens = experiment.local.batch_size * experiment.data.max_length
-    return int(tokens * shape.layers * per_token * BYTES)
+    layer = DENSE_VECTORS * shape.hidden + share * shape.top_k * 2 * (shape.hidden + inner)
+    per_token = layer + shape.layers * shape.hidden if tier.checkpoint_activations else shape.layers * layer
+    bf16 = (tier.precision or experiment.local.precision) == "bf16"
+    tokens = calibration.examples_at_once(experiment, tier) * experiment.data.max_length
+    return int(tokens * per_token * BYTES * (BF16_SHARE if bf16 else 1.0))
 
 
 def _means_bytes(experiment: Experiment, shape: ModelShape, present: int) -> int:
@@ -193,7 +220,14 @@ def _memory_advice(experiment: Experiment, shape: ModelShape, one: Forecast, pos
     fitting = [
         fewer
         for fewer in range(shape.layers, one.resident)
-        if predict_memory(experiment, shape, fewer, one.present if one.present > one.resident else fewer)
+        if predict_memory(
+            experiment,
+            shape,
+            tier,
+            fewer,
+            one.present if one.present > one.resident else fewer,
+            gpu=one.asked.num_gpus > 0,
+        )
         <= tier.memory_gib * GIB
     ]
     if not fitting:

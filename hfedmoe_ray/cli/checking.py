@@ -12,6 +12,7 @@ from hfedmoe_ray.cli.app import experiment_arguments
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from hfedmoe_ray.config.schema import Experiment
     from hfedmoe_ray.plan import Plan
     from hfedmoe_ray.types import ModelShape
 
@@ -24,12 +25,20 @@ ROWS_BY_CLIENT = 30
 @click.option("--cpus", type=click.FloatRange(min=0, min_open=True), help="Plan for so many CPU cores.")
 @click.option("--gpus", type=click.IntRange(min=0), help="Plan for so many GPUs.")
 @click.option("--memory-gib", type=click.FloatRange(min=0, min_open=True), help="Plan for so much memory for clients.")
+@click.option("--measure", is_flag=True, help="Train a few steps here first, so that memory is not estimated.")
 def plan(
-    config: Path, overrides: tuple[str, ...], cpus: float | None, gpus: int | None, memory_gib: float | None
+    config: Path,
+    overrides: tuple[str, ...],
+    *,
+    cpus: float | None,
+    gpus: int | None,
+    memory_gib: float | None,
+    measure: bool,
 ) -> None:
     """Show who gets what, whether it fits this machine, and what it costs.
 
-    Nothing is started. With --cpus, --gpus and --memory-gib the plan is made for another machine.
+    Nothing is started. With --cpus, --gpus and --memory-gib the plan is made for another machine. With --measure the
+    model and data are prepared and a small client trains for half a minute; later plans remember what it occupied.
     """
     from rich.console import Console
 
@@ -48,12 +57,22 @@ def plan(
         gpus=machine.gpus if gpus is None else gpus,
         memory_bytes=machine.memory_bytes if memory_gib is None else int(memory_gib * GIB),
     )
+    if measure:
+        _measure(experiment, gpu=machine.gpus > 0)
     made = plan_experiment(experiment, shape, [machine])
     # On a narrow terminal a row wraps, rather than lose its numbers.
     console = Console(highlight=False, soft_wrap=True, width=max(Console().width, 120))
     console.print(_plan_table(made, shape))
     for line in _plan_lines(made, experiment.rounds, experiment.clients.cohort):
         console.print(line)
+
+
+def _measure(experiment: "Experiment", *, gpu: bool) -> None:
+    from hfedmoe_ray.prepare import prepare_run
+    from hfedmoe_ray.train.calibrate import calibrate
+
+    click.echo("measuring what training occupies", err=True)
+    calibrate(prepare_run(experiment, Path(experiment.output)), gpu=gpu)
 
 
 def _plan_table(plan: "Plan", shape: "ModelShape") -> "Table":
@@ -88,9 +107,11 @@ def _plan_lines(plan: "Plan", rounds: int, cohort: int) -> list[str]:
     slots = Counter(str(slot.resources) for slot in plan.slots)
     actors = ", ".join(f"{count} x ({asked})" for asked, count in slots.items()) or "clients run in this one process"
     total = plan.round_down + plan.round_up
+    source = "measured on this machine" if all(one.measured for one in plan.tiers) else "estimated; --measure it"
     return [
         "",
-        "(experts held, and trained in a batch; predicted peak memory of the process; bytes a round, up at most)",
+        "(experts held, and trained in a batch; the process's own memory at its peak; bytes a round, up at most)",
+        f"memory: {source}",
         "",
         offered,
         f"it fits: {plural(len(plan.slots), 'client actor')} at once: {actors}" if plan.slots else f"it fits: {actors}",

@@ -90,6 +90,11 @@ class ClientWorker:
         gc.collect()
         gc.freeze()
 
+    @property
+    def device(self) -> torch.device:
+        """Where this worker computes."""
+        return self._model.device
+
     def execute(self, task: ClientTask, weights: TaskWeights, should_stop: ShouldStop) -> tuple[bytes, bytes, bytes]:
         """Runs one task.
 

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from hfedmoe_ray import budget
+from hfedmoe_ray import budget, calibration
+from hfedmoe_ray.calibration import Calibration
 from hfedmoe_ray.config.load import load_experiment
 from hfedmoe_ray.errors import CapacityError
 from hfedmoe_ray.packing import GIB, NodeCapacity
-from hfedmoe_ray.plan import Plan, forecast, plan_experiment, predict_memory
+from hfedmoe_ray.plan import PROCESS_BYTES, Plan, forecast, plan_experiment, predict_memory
 from hfedmoe_ray.types import ModelShape
 
 MIB = 2**20
@@ -54,8 +55,10 @@ def test_more_experts_need_more_memory_and_more_traffic(quickstart: Path):
         assert less.memory_bytes < more.memory_bytes
         assert less.bytes_down < more.bytes_down
         assert less.bytes_up < more.bytes_up
-    # An expert that trains is held four times: weights, gradient, two moments.
-    assert server.memory_bytes - laptop.memory_bytes == 4 * 12 * SHAPE.expert_bytes
+    # An expert that trains is held four times: weights, gradient, two moments. Activations come on top.
+    assert server.memory_bytes - laptop.memory_bytes > 4 * 12 * SHAPE.expert_bytes
+    _, laptop, server = planned(quickstart, "local.batch_size=1", "data.max_length=4").tiers
+    assert server.memory_bytes - laptop.memory_bytes == pytest.approx(4 * 12 * SHAPE.expert_bytes, rel=0.01)
 
 
 @pytest.mark.parametrize("strategy", ["fedavg", "local"])
@@ -111,7 +114,11 @@ def test_the_advised_share_of_experts_fits(quickstart: Path):
     fits = planned(quickstart, *others, f"{lowered[1]}={lowered[2]}", shape=BIG).tiers[2]
     # And it is the largest that does.
     experiment = load_experiment(quickstart)
-    assert fits.memory_bytes <= 2 * GIB < predict_memory(experiment, BIG, fits.resident + 1, fits.resident + 1)
+    assert (
+        fits.memory_bytes
+        <= 2 * GIB
+        < predict_memory(experiment, BIG, experiment.clients.tiers[2], fits.resident + 1, fits.resident + 1, gpu=False)
+    )
 
 
 def test_the_advised_memory_fits(quickstart: Path):
@@ -152,3 +159,47 @@ def test_an_update_is_predicted_at_its_precision(quickstart: Path, upload: str, 
     for whole, one in zip(planned(quickstart).tiers, planned(quickstart, f"wire.upload={upload}").tiers, strict=True):
         assert one.bytes_down == whole.bytes_down
         assert least <= round(one.bytes_up / whole.bytes_up, 3) <= most
+
+
+@pytest.mark.parametrize(
+    ("override", "less"),
+    [
+        ("clients.tiers.0.micro_batch=4", True),
+        ("clients.tiers.0.checkpoint_activations=true", True),
+        ("clients.tiers.0.precision=bf16", True),
+        ("local.batch_size=32", False),
+        ("strategy.unselected=reroute", False),
+        ("strategy.unselected=frozen", False),
+    ],
+)
+def test_what_decides_activations_changes_the_prediction(quickstart: Path, override: str, less: bool):
+    plain, other = (planned(quickstart, *given).tiers[0].memory_bytes for given in ((), (override,)))
+    assert (other < plain) is less
+
+
+def test_frozen_weights_count_only_where_every_client_has_its_own(quickstart: Path):
+    experiment = load_experiment(quickstart)
+    tier = experiment.clients.tiers[0]
+    huge = replace(SHAPE, frozen_bytes=SHAPE.frozen_bytes + GIB)
+    cpu, gpu = (
+        [predict_memory(experiment, shape, tier, 6, 6, gpu=on_gpu) for shape in (SHAPE, huge)]
+        for on_gpu in (False, True)
+    )
+    assert cpu[0] == cpu[1]
+    assert gpu[1] - gpu[0] == GIB
+
+
+def test_what_was_measured_takes_the_place_of_the_arithmetic(quickstart: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("HFEDMOE_CACHE", str(tmp_path))
+    experiment = load_experiment(quickstart)
+    assert not any(one.measured for one in planned(quickstart).tiers)
+    found = Calibration(fixed=10 * MIB, expert=2 * MIB, example=MIB, routed=4 * MIB)
+    calibration.write(experiment, experiment.clients.tiers[0], SHAPE, found, gpu=False)
+    plan = planned(quickstart)
+    # The quickstart's tiers differ in nothing but their experts.
+    assert all(one.measured for one in plan.tiers)
+    assert plan.tiers[1].memory_bytes == PROCESS_BYTES + (10 + 2 * 12 + 16 * (1 + 4 * 12 / 48)) * MIB
+    assert not any(one.measured for one in planned(quickstart, "local.precision=bf16").tiers)
+    assert [one.measured for one in planned(quickstart, "clients.tiers.1.precision=bf16").tiers] == [True, False, True]
+    # The task head, whose classes a plan does not know, is not part of what it was measured for.
+    assert calibration.read(experiment, experiment.clients.tiers[0], replace(SHAPE, shared_bytes=1), gpu=False) == found

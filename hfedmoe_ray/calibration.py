@@ -1,0 +1,83 @@
+"""What training was measured to occupy, kept in the cache for planning. Torch-free; `train.calibrate` measures.
+
+Above an idle process, the peak of a client's own memory is taken to be (ours)
+
+    fixed + r * expert + n * (example + s * routed)
+
+with r experts that train, n examples that pass at once, and s the share of all experts that compute anything: bytes of
+an expert's weights, gradient and optimizer state, and bytes of activations per example. Four measurements give the
+four numbers.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from hfedmoe_ray.config.schema import Experiment, Placement, Tier
+from hfedmoe_ray.context import cache_dir
+from hfedmoe_ray.types import ModelShape
+
+FORMAT = 1
+"""Raised when a file's meaning changes; what was measured before is then measured again."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """The four numbers, in bytes."""
+
+    fixed: float
+    """Routers and what else trains in every client, with gradients and optimizer state, and what libraries add."""
+    expert: float
+    example: float
+    routed: float
+    """Of the experts' part of the activations, were all experts present."""
+
+    def peak(self, resident: int, share: float, examples: int) -> float:
+        """Bytes above an idle process, with so many experts that train and that share of all experts present."""
+        return self.fixed + resident * self.expert + examples * (self.example + share * self.routed)
+
+
+def setting(experiment: Experiment, tier: Tier, shape: ModelShape, *, gpu: bool) -> dict[str, object]:
+    """Everything but experts and examples that decides how much memory training takes."""
+    strategy = experiment.strategy
+    return {
+        "format": FORMAT,
+        "device": "gpu" if gpu else "cpu",
+        "model": experiment.model.model_dump(mode="json", exclude={"head"}),
+        "experts": (shape.layers, shape.experts, shape.top_k, shape.hidden, shape.expert_bytes),
+        "precision": tier.precision or experiment.local.precision,
+        "checkpoint": tier.checkpoint_activations,
+        "zero": (tier.zero_stage, tier.offload_optimizer),
+        "max_length": experiment.data.max_length,
+        "cache": experiment.local.cache,
+        "absent": strategy.unselected if isinstance(strategy, Placement) else "none",
+    }
+
+
+def examples_at_once(experiment: Experiment, tier: Tier) -> int:
+    """Examples that pass through the model together while it trains."""
+    return min(tier.micro_batch or experiment.local.batch_size, experiment.local.batch_size)
+
+
+def path_of(found: dict[str, object]) -> Path:
+    """Where the calibration of a `setting` lies, or will."""
+    digest = hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
+    return cache_dir() / "calibration" / f"{digest[:24]}.json"
+
+
+def read(experiment: Experiment, tier: Tier, shape: ModelShape, *, gpu: bool) -> Calibration | None:
+    """What was measured for a tier's clients on this machine; None if nothing was."""
+    path = path_of(setting(experiment, tier, shape, gpu=gpu))
+    return Calibration(**json.loads(path.read_text())["measured"]) if path.is_file() else None
+
+
+def write(experiment: Experiment, tier: Tier, shape: ModelShape, measured: Calibration, *, gpu: bool) -> None:
+    """Keeps what was measured, beside what it was measured for."""
+    found = setting(experiment, tier, shape, gpu=gpu)
+    path = path_of(found)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    partial.write_text(json.dumps({"setting": found, "measured": asdict(measured)}, indent=2))
+    partial.replace(path)

@@ -1,0 +1,150 @@
+"""Measures what training occupies: a few tasks of a real worker in a fresh process, and four numbers fitted to them.
+
+The points differ in the experts a client holds and in the examples that pass at once; everything else (model, form,
+precision, text lengths, the prefix cache) is the experiment's own, so nothing has to be guessed.
+The quickstart takes half a minute.
+"""
+
+import multiprocessing
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+import numpy as np
+from scipy.optimize import nnls
+
+from hfedmoe_ray import calibration
+from hfedmoe_ray.budget import tier_of
+from hfedmoe_ray.calibration import Calibration
+from hfedmoe_ray.config.schema import Experiment, Placement, Tier
+from hfedmoe_ray.context import RunContext
+from hfedmoe_ray.types import AbsentMode, ClientTask, ExpertPlan, ModelShape, Role, TaskKind, TaskWeights
+from hfedmoe_ray.wire import parse_metrics
+
+_STEPS = 8
+"""At most so many. From the second step on, weights, gradients, optimizer state and activations are alive together,
+but the allocator's pieces go on growing for some more."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """One measurement."""
+
+    resident: int
+    share: float
+    examples: int
+    peak: float
+    """Bytes above the idle process."""
+
+
+def calibrate(context: RunContext, *, gpu: bool) -> None:
+    """Measures every kind of client in an experiment, and keeps the results in the cache.
+
+    Args:
+        context: A prepared run.
+        gpu: Whether its clients compute on GPUs.
+    """
+    experiment, shape = context.experiment, context.model.shape
+    inhabited = {tier.name: tier for tier in tier_of(experiment.clients)}.values()
+    kinds = {calibration.path_of(calibration.setting(experiment, tier, shape, gpu=gpu)): tier for tier in inhabited}
+    for tier in kinds.values():
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh:
+            points = fresh.submit(measure, context, tier).result()
+        calibration.write(experiment, tier, shape, fit(points), gpu=gpu)
+
+
+def measure(context: RunContext, tier: Tier) -> list[Point]:
+    """Trains at four points in this process, which should be a fresh one.
+
+    In a thread beside the main one, as Ray does: the C library then keeps the heap in other pieces.
+    """
+    with ThreadPoolExecutor(1) as beside:
+        return beside.submit(_measure, context, tier).result()
+
+
+def _measure(context: RunContext, tier: Tier) -> list[Point]:
+    from hfedmoe_ray.moe.prepare import initial_weights
+    from hfedmoe_ray.train.local import ClientWorker
+    from hfedmoe_ray.train.memory import MIB, private_bytes
+
+    experiment, shape, client = context.experiment, context.model.shape, _client(context, tier)
+    weights = initial_weights(context.model, experiment.model.trainable, experiment.model.lora, experiment.seed)
+
+    def peak_of(worker: ClientWorker, task: ClientTask) -> float:
+        experts = {key: weights.experts[key] for key in task.plan.present}
+        needed = TaskWeights(shared=weights.shared, experts=experts, means=weights.means)
+        _, metrics, _ = worker.execute(task, needed, lambda: False)
+        return parse_metrics(metrics).peak_mib * MIB
+
+    worker = ClientWorker(context)
+    idle = private_bytes() if worker.device.type == "cpu" else 0
+    # A client's process has served others before: their tasks leave something behind in it (libraries' own caches).
+    for kind in ("profile", "evaluate"):
+        peak_of(worker, _task(experiment, shape, client, 0, kind=kind, absent=Role.FROZEN))
+    points = []
+    for examples in _examples(experiment, tier):
+        worker = ClientWorker(replace(context, experiment=_passing(experiment, tier, examples)))
+        for held in _held(experiment, shape):
+            task = _task(experiment, shape, client, held, absent=_unselected(experiment))
+            resident, share = len(task.plan.trainable), len(task.plan.present) / shape.total_experts
+            peak = peak_of(worker, task) - idle
+            points.append(Point(resident=resident, share=share, examples=examples, peak=peak))
+    return points
+
+
+def fit(points: Sequence[Point]) -> Calibration:
+    """The numbers, none of them negative, that explain the points best."""
+    rows = [(1, point.resident, point.examples, point.examples * point.share) for point in points]
+    unit = np.abs(np.array(rows, float)).max(axis=0)
+    numbers, _ = nnls(np.array(rows, float) / unit, np.array([point.peak for point in points]))
+    fixed, expert, example, routed = map(float, numbers / unit)
+    return Calibration(fixed=fixed, expert=expert, example=example, routed=routed)
+
+
+def _client(context: RunContext, tier: Tier) -> int:
+    """The client of a tier with the most examples."""
+    of_tier = [client for client, own in enumerate(tier_of(context.experiment.clients)) if own.name == tier.name]
+    return max(of_tier, key=lambda client: sum(context.data.counts[client]))
+
+
+def _examples(experiment: Experiment, tier: Tier) -> tuple[int, int]:
+    """Examples that pass at once: half as many as the experiment says, and as many."""
+    at_once = max(2, calibration.examples_at_once(experiment, tier))
+    return at_once // 2, at_once
+
+
+def _held(experiment: Experiment, shape: ModelShape) -> tuple[int, int]:
+    """Experts a layer: one, and as many as the largest tier holds (at least two)."""
+    largest = max(tier.experts for tier in experiment.clients.tiers)
+    return 1, max(2, round(largest * shape.experts))
+
+
+def _passing(experiment: Experiment, tier: Tier, examples: int) -> Experiment:
+    """The experiment with so many examples in a batch, which pass at once."""
+    undivided = tier.model_copy(update={"micro_batch": None})
+    tiers = tuple(undivided if other.name == tier.name else other for other in experiment.clients.tiers)
+    return experiment.model_copy(
+        update={
+            "clients": experiment.clients.model_copy(update={"tiers": tiers}),
+            "local": experiment.local.model_copy(
+                update={"batch_size": examples, "steps": min(experiment.local.steps, _STEPS)}
+            ),
+        }
+    )
+
+
+def _unselected(experiment: Experiment) -> Role:
+    """What the strategy makes of experts that a client does not train."""
+    strategy = experiment.strategy
+    frozen = not isinstance(strategy, Placement) or strategy.resident == "all" or strategy.unselected == "frozen"
+    return Role.FROZEN if frozen else Role.ABSENT
+
+
+def _task(
+    experiment: Experiment, shape: ModelShape, client: int, held: int, *, absent: Role, kind: TaskKind = "train"
+) -> ClientTask:
+    """A client that trains the first `held` experts of every layer."""
+    row = tuple(Role.TRAIN if expert < held else absent for expert in range(shape.experts))
+    mode: AbsentMode = experiment.strategy.deployed if isinstance(experiment.strategy, Placement) else "mean"
+    plan = ExpertPlan(roles=(row,) * shape.layers, absent=mode)
+    return ClientTask(kind=kind, round=1, client=client, seed=experiment.seed, plan=plan, version=0)
