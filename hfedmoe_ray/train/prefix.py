@@ -28,8 +28,9 @@ from hfedmoe_ray.errors import ConfigError
 from hfedmoe_ray.moe.subset import SparseModel
 from hfedmoe_ray.types import Array
 
-_CHUNK = 64
-"""Examples per forward pass while filling: fixed, because the batch shape decides the last bits."""
+_CHUNK = 16
+"""Examples per forward pass while filling: fixed, because the batch shape decides the last bits, and few, so that
+filling takes less memory than training."""
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _STORED = {"fp32": "<f4", "bf16": "<i2", "fp16": "<f2"}
 """NumPy has no bfloat16: its bits are stored as integers."""
@@ -88,6 +89,9 @@ def prefix_states(model: SparseModel, model_key: str, split: Split, config: Loca
             np.lib.format.write_array_header_1_0(file, header)
             for states in _computed(model, split, _DTYPES[precision]):
                 file.write(states.data)
+            # On disk before it has its name; and mapped pages of a file count as this process's own until they are.
+            file.flush()
+            os.fsync(file.fileno())
         # Mapped before others can see it, and evict it.
         complete = PrefixStates(partial, precision)
         partial.replace(path)

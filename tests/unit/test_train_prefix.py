@@ -64,8 +64,8 @@ def computed(model: SparseModel) -> torch.Tensor:
     ids, mask = batch(texts=EXAMPLES, length=LENGTH)
     hidden = torch.zeros(EXAMPLES, LENGTH, HIDDEN)
     with torch.inference_mode():
-        for start in range(0, EXAMPLES, 64):
-            rows = slice(start, start + 64)
+        for start in range(0, EXAMPLES, 16):
+            rows = slice(start, start + 16)
             longest = int(mask[rows].sum(1).max())
             hidden[rows, :longest] = model.prefix(ids[rows, :longest], mask[rows, :longest])
     return hidden
