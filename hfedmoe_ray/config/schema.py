@@ -190,7 +190,8 @@ class Upcycle(Section):
     """How a dense model becomes a Mixture of Experts."""
 
     how: Literal["split", "copy"] = "split"
-    """split: cluster the FFN's neurons into experts (no growth); copy: every expert is the whole FFN plus noise."""
+    """split: cluster the FFN's neurons into experts (no growth); copy: every expert is the whole FFN plus noise. A
+    llama or mistral, all of whose layers are upcycled, keeps what it knows as copies only; split, it learns anew."""
     experts: int = Field(default=16, ge=2)
     """E, experts in each MoE layer."""
     top_k: PositiveInt = 4
