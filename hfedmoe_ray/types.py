@@ -251,7 +251,7 @@ class ClientMetrics:
     step_seconds: float = 0.0
     """Wall seconds of the optimizer steps alone."""
     peak_mib: float = 0.0
-    """Private memory of the process in MiB while weights, gradients and optimizer state are alive (training only)."""
+    """Peak of the process's own memory in MiB during the optimizer steps; on a GPU, of its allocator there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -319,6 +319,8 @@ class ClientRecord:
     seconds: float = 0.0
     step_seconds: float = 0.0
     peak_mib: float = 0.0
+    over_mib: float = 0.0
+    """What the peak has more than the tier's `memory_gib`; 0 within it."""
 
 
 @dataclass(frozen=True, kw_only=True)

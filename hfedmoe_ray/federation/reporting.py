@@ -45,13 +45,14 @@ def published_bytes(weights: Weights, task: ClientTask) -> int:
     return sum(array.nbytes for array in arrays)
 
 
-def client_record(result: TaskResult, tier: str, update: ClientUpdate | None, weights: Weights) -> ClientRecord:
+def client_record(result: TaskResult, tier: Tier, update: ClientUpdate | None, weights: Weights) -> ClientRecord:
     """Returns how one client fared in a round."""
     metrics = result.metrics
+    peak = metrics.peak_mib if metrics else 0.0
     return ClientRecord(
         round=result.task.round,
         client=result.task.client,
-        tier=tier,
+        tier=tier.name,
         status=result.status,
         reason=result.reason,
         attempts=result.attempts,
@@ -63,8 +64,18 @@ def client_record(result: TaskResult, tier: str, update: ClientUpdate | None, we
         bytes_down=published_bytes(weights, result.task),
         seconds=metrics.seconds if metrics else 0.0,
         step_seconds=metrics.step_seconds if metrics else 0.0,
-        peak_mib=metrics.peak_mib if metrics else 0.0,
+        peak_mib=peak,
+        over_mib=max(0.0, peak - tier.memory_gib * 1024),
     )
+
+
+def over_memory(record: ClientRecord, tier: Tier) -> dict[str, Any]:
+    """Returns the event of a client that used more memory than its tier's devices have."""
+    reason = (
+        f"used {record.peak_mib:.0f} MiB at its peak, but {tier.name}'s memory_gib is {tier.memory_gib:g}: on such a "
+        "device it would have failed. Raise it, lower the tier's experts or micro_batch, or set checkpoint_activations"
+    )
+    return {"round": record.round, "client": record.client, "reason": reason}
 
 
 def mean_profile(profiles: Sequence[RoutingProfile]) -> RoutingProfile | None:

@@ -306,7 +306,12 @@ class Federation:
         for delivered in results:
             client = delivered.task.client
             result, update = self._accept(delivered, plans[client])
-            records.append(reporting.client_record(result, self.tiers[client].name, update, self.state.weights))
+            record = reporting.client_record(result, self.tiers[client], update, self.state.weights)
+            if self.experiment.backend == "local":
+                record = replace(record, over_mib=0.0)  # the one process is everybody's, and the server's
+            if record.over_mib:
+                self.tracker.event("over_memory", reporting.over_memory(record, self.tiers[client]))
+            records.append(record)
             if update is not None:
                 if delivered.state is not None:
                     self.state.clients[client] = delivered.state

@@ -179,6 +179,7 @@ class ConsoleRenderer:
             (f"{duration(report.seconds):>6}", ""),
         ]
         troubles: Counter[str] = Counter(client.status for client in report.clients if client.status != "ok")
+        troubles["over memory"] = sum(client.over_mib > 0 for client in report.clients)
         if self._progress.round == report.round:
             troubles["retried"] = self._progress.counts["retried"]
         cells += [(f"{count} {kind}", "yellow") for kind, count in sorted(troubles.items()) if count]

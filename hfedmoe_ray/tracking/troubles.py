@@ -12,6 +12,7 @@ _TROUBLES = {
     "task_retried": "tried again",
     "slot_lost": "slot lost",
     "below_quorum": "below quorum",
+    "over_memory": "over its memory",
     "warning": "warning",
 }
 """Events that are told, and how they are called."""

@@ -1,6 +1,9 @@
 """What only a GPU can show: the CPU's results on it, and a client's share of its memory as a hard limit."""
 
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -53,3 +56,25 @@ def test_a_client_cannot_allocate_beyond_its_share():
         torch.empty(total // 50, dtype=torch.uint8, device="cuda")
     finally:
         cap_gpu_memory(1.0)
+
+
+def _allocate(share: float, wanted: float, both: Any) -> str:
+    """In a process of its own, capped to a share of the GPU: tries to allocate another."""
+    cap_gpu_memory(share)
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.empty(2**20, device="cuda")
+    both.wait(60)
+    try:
+        held = torch.empty(int(total * wanted), dtype=torch.uint8, device="cuda")
+    except torch.cuda.OutOfMemoryError:
+        return "out of memory"
+    return f"{held.numel() / total:.2f}"
+
+
+def test_of_two_clients_on_a_gpu_the_one_beyond_its_share_alone_fails():
+    spawn = multiprocessing.get_context("spawn")
+    with spawn.Manager() as manager, ProcessPoolExecutor(2, mp_context=spawn) as clients:
+        both = manager.Barrier(2)
+        greedy, modest = (clients.submit(_allocate, 0.2, wanted, both) for wanted in (0.3, 0.1))
+        assert greedy.result() == "out of memory"
+        assert modest.result() == "0.10"

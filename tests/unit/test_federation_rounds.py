@@ -42,12 +42,13 @@ class Recorder:
     def __init__(self) -> None:
         self.rounds: list[RoundReport] = []
         self.facts: dict[str, Any] = {}
+        self.events: list[tuple[str, dict[str, Any]]] = []
 
     def start(self, _config: Any, facts: Any) -> None:
         self.facts = dict(facts)
 
-    def event(self, _name: str, _fields: Any) -> None:
-        pass
+    def event(self, name: str, fields: Any) -> None:
+        self.events.append((name, dict(fields)))
 
     def round(self, report: RoundReport) -> None:
         self.rounds.append(report)
@@ -323,3 +324,19 @@ def test_a_run_with_factors_resumes_to_the_same_model_and_either_average_makes_o
     run(made("svd"), tmp_path / "cut", stop_after=1)
     assert run(made("svd"), tmp_path / "cut", resume=True)[1]["model_sha256"] == whole
     assert run(made("factors"), tmp_path / "factors")[1]["model_sha256"] != whole
+
+
+def test_a_client_that_uses_more_memory_than_its_device_has_is_reported(sources: Path, tmp_path: Path):
+    tiers = [
+        {"name": "small", "share": 0.5, "experts": 0.25, "memory_gib": 0.05},
+        {"name": "large", "share": 0.5, "experts": 0.5, "memory_gib": 64},
+    ]
+    made = experiment(sources, backend="ray", rounds=1, clients={"count": 2, "tiers": tiers}, evaluate={"own": "never"})
+    _, _, recorder = run(made, tmp_path / "run")
+    records = {record.tier: record for report in recorder.rounds for record in report.clients if record.round == 1}
+    assert records["small"].status == "ok", "what it trained is used all the same"
+    assert records["small"].over_mib == pytest.approx(records["small"].peak_mib - 0.05 * 1024)
+    assert records["large"].over_mib == 0
+    (fields,) = [fields for name, fields in recorder.events if name == "over_memory"]
+    assert fields["client"] == records["small"].client
+    assert f"used {records['small'].peak_mib:.0f} MiB" in fields["reason"]
