@@ -400,7 +400,8 @@ class Evaluation(Section):
     """Evaluate the global model every so many rounds (the last round always)."""
     own: Literal["never", "final", "always"] = "final"
     """When clients evaluate on their own test split holding only their residents."""
-    batch_size: PositiveInt = 64
+    batch_size: PositiveInt = 32
+    """Examples of one forward pass. Clients evaluate too, and 64 texts of 64 tokens took more memory than training."""
     target: UnitInterval | None = None
     """Accuracy whose first reaching is reported as rounds_to_target."""
 
