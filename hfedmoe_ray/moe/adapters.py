@@ -56,8 +56,22 @@ class LowRank:
 class AdaptedExperts:
     """The frozen experts of a prepared model, and how factors go over them."""
 
-    def __init__(self, prepared: Path, lora: Lora, layout: MoELayout, device: torch.device) -> None:
+    def __init__(
+        self,
+        prepared: Path,
+        lora: Lora,
+        layout: MoELayout,
+        device: torch.device,
+        shared: Mapping[str, Tensor] | None = None,
+    ) -> None:
         """Maps the experts' file; nothing is read yet.
+
+        Args:
+            prepared: Directory of the prepared model.
+            lora: Rank, scale and the form of the frozen experts.
+            layout: The model's layout.
+            device: Where to compute.
+            shared: The frozen tensors by "layer.expert.name", where another process has read them onto the device.
 
         Raises:
             ModelError: The form `lora.base` is not there, or cannot be used on this machine.
@@ -67,6 +81,7 @@ class AdaptedExperts:
         self._transposed = layout.transposed
         self._names = tuple(layout.expert_shapes)
         self._matrices = matrices(layout.expert_shapes, layout.transposed)
+        self._shared = shared or {}
         self._quantised = None if lora.base == "fp32" else open_quantised(prepared, lora.base, layout.transposed)
         self._dense: Any = safe_open(prepared / EXPERTS, framework="pt") if self._quantised is None else None
         self.factor_shapes = factor_shapes(layout.expert_shapes, layout.transposed, lora.rank)
@@ -101,6 +116,8 @@ class AdaptedExperts:
         full = f"{key.layer}.{key.expert}.{name}"
         if self._quantised is not None:
             return self._quantised.weight(full, self._device)
+        if full in self._shared:
+            return self._shared[full]
         assert self._dense is not None
         tensor: Tensor = self._dense.get_tensor(full)
         return tensor.to(self._device)

@@ -28,7 +28,8 @@ from hfedmoe_ray.moe.layout import MoELayout, layout_of
 from hfedmoe_ray.moe.layout.base import assign, on_meta
 from hfedmoe_ray.moe.residents import ResidentExperts
 from hfedmoe_ray.moe.routing import RoutingTape
-from hfedmoe_ray.moe.store import BASE, CONFIG, Trainable, read_meta
+from hfedmoe_ray.moe.sharing import part
+from hfedmoe_ray.moe.store import BASE, CONFIG, EXPERTS, Trainable, read_meta
 from hfedmoe_ray.types import Array, ExpertKey, ExpertPlan, ModelShape, TaskWeights
 
 
@@ -77,13 +78,21 @@ class SparseModel:
     shared_parameters: dict[str, Parameter]
     """Routers and other shared parameters that train, by full name."""
 
-    def __init__(self, prepared: Path, device: torch.device | str | None = None, *, lora: Lora | None = None) -> None:
+    def __init__(
+        self,
+        prepared: Path,
+        device: torch.device | str | None = None,
+        *,
+        lora: Lora | None = None,
+        frozen: Mapping[str, Tensor] | None = None,
+    ) -> None:
         """Loads the frozen base of a prepared model; no expert is present yet.
 
         Args:
             prepared: Directory of the prepared model.
             device: Where to compute. Default: a GPU if torch sees one.
             lora: What trains are factors over the frozen experts, and over attention if it says so.
+            frozen: What never trains, where another process has read it onto the device (`sharing.read_frozen`).
 
         Raises:
             ModelError: The directory holds no prepared model, or not the quantised experts that `lora` asks for.
@@ -93,7 +102,8 @@ class SparseModel:
         self.module, self.layout = skeleton(prepared)
         self.tape = RoutingTape(self.layout.layers, self.layout.gate_values)
         self._lora = lora
-        adapted = AdaptedExperts(prepared, lora, self.layout, self.device) if lora else None
+        frozen = frozen or {}
+        adapted = AdaptedExperts(prepared, lora, self.layout, self.device, part(frozen, EXPERTS)) if lora else None
         self._residents = tuple(ResidentExperts(i, self.layout, self.tape, adapted) for i in range(self.layout.layers))
         for layer, (block, residents) in enumerate(zip(self.layout.blocks, self._residents, strict=True)):
             setattr(block, self.layout.experts_name, residents)
@@ -102,7 +112,7 @@ class SparseModel:
         self.features = None
         self.module.get_submodule(self.layout.head_names[0]).register_forward_pre_hook(self._note_features)
         self._sizes = {name: p.numel() for name, p in self.module.named_parameters()}
-        base, renamed = read_base(prepared), {}
+        base, renamed = part(frozen, BASE) or read_base(prepared), {}
         if lora and lora.attention:
             renamed = adapt_attention(self.module, self.layout.projections, lora)
             shapes = attention_shapes(self.layout.projections, lora.rank)

@@ -16,6 +16,7 @@ import numpy as np
 import ray
 
 from hfedmoe_ray.context import RunContext
+from hfedmoe_ray.runtime import timeouts
 from hfedmoe_ray.runtime.transfer import Directory
 from hfedmoe_ray.runtime.weights import TaskRefs
 from hfedmoe_ray.runtime.worker import Worker, WorkerFactory, last_line
@@ -32,6 +33,10 @@ class Loading:
     pid: int
     missing: tuple[str, ...]
     """Directories this node lacks, to be offered with their files; empty when the model is loaded."""
+    gpu: str = ""
+    """The GPU that this actor shares with others, where it waits to be told who holds the frozen tensors there."""
+    model: Path | None = None
+    """Directory of the prepared model on this node."""
 
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -54,21 +59,34 @@ class ClientActor:
         self._gpu_share = gpu_share
         self._worker: Worker | None = None
 
-    def load(self, directories: Mapping[str, Directory]) -> Loading:
-        """Loads the model, unless this node lacks files.
+    def load(self, directories: Mapping[str, Directory], holder: Any = None) -> Loading:
+        """Loads the model, unless this node lacks files, or the holder of a GPU that clients share is not known yet.
 
         Args:
             directories: "model" and "data" where this is another node than the server's, else empty.
+            holder: The actor that has the frozen tensors of this process's GPU (`holder.FrozenHolder`).
         """
         found = {name: directory.find() for name, directory in directories.items()}
         missing = tuple(name for name, path in found.items() if path is None)
         if missing:
             return Loading(os.getpid(), missing)
-        if 0 < self._gpu_share < 1:
-            cap_gpu_memory(self._gpu_share)
         context = _moved(self._context, {name: path for name, path in found.items() if path is not None})
-        self._worker = self._worker_factory(context)
+        shared_gpu = _visible_gpu() if 0 < self._gpu_share < 1 else ""
+        if shared_gpu and holder is None:
+            return Loading(os.getpid(), (), shared_gpu, context.model.path)
+        if holder is None:
+            self._worker = self._worker_factory(context)
+        else:
+            self._worker = self._worker_factory(context, frozen=self._aliased(holder))
         return Loading(os.getpid(), ())
+
+    def _aliased(self, holder: Any) -> dict[str, Any]:
+        """The holder's tensors; what is left of the GPU is capped to this client's share before they are opened."""
+        from hfedmoe_ray.moe.sharing import alias
+
+        handles = ray.get(holder.handles.remote(), timeout=timeouts.FETCH)
+        cap_gpu_memory(self._gpu_share, sum(handle.nbytes for handle in handles.values()))
+        return alias(handles)
 
     @ray.method(num_returns=3)
     def execute(self, task: ClientTask, refs: TaskRefs) -> tuple[Array, Array, Answer]:
@@ -121,9 +139,27 @@ def _moved(context: RunContext, paths: Mapping[str, Path]) -> RunContext:
     )
 
 
-def cap_gpu_memory(share: float) -> None:
-    """Makes the budget's share of the GPU a hard limit; Ray itself limits nothing."""
+def _visible_gpu() -> str:
+    """The GPU that Ray gave this process, as CUDA_VISIBLE_DEVICES names it; empty where torch sees none."""
+    import torch
+
+    return os.environ.get("CUDA_VISIBLE_DEVICES", "0") if torch.cuda.is_available() else ""
+
+
+def cap_gpu_memory(share: float, held: int = 0) -> None:
+    """Makes the budget's share of the GPU a hard limit; Ray itself limits nothing.
+
+    Args:
+        share: Of the GPU, or of what is left of it.
+        held: Bytes on it that all clients share and none is charged for.
+    """
     import torch
 
     if torch.cuda.is_available():
-        torch.cuda.set_per_process_memory_fraction(share)
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(capped_fraction(share, held, total))
+
+
+def capped_fraction(share: float, held: int, total: int) -> float:
+    """Returns the fraction of a GPU of `total` bytes that a client may allocate: its share of what is not `held`."""
+    return share * max(0, total - held) / total

@@ -19,6 +19,8 @@ from hfedmoe_ray.errors import ClusterError, HFedMoEError, TrainingError
 from hfedmoe_ray.federation.executor import Notify
 from hfedmoe_ray.packing import NodeCapacity, Packing
 from hfedmoe_ray.runtime import cluster, timeouts
+from hfedmoe_ray.runtime.client import Loading
+from hfedmoe_ray.runtime.holder import alive, start_holder
 from hfedmoe_ray.runtime.slot import ActorRecipe, Attempt, Slot, State
 from hfedmoe_ray.runtime.transfer import Directory, directory_hash
 from hfedmoe_ray.runtime.weights import WeightStore, keep_state
@@ -54,6 +56,8 @@ class RayExecutor:
         )
         self._home = ray.get_runtime_context().get_node_id()
         self._directories: dict[str, Directory] = {}
+        self._holders: dict[tuple[str, str], Any] = {}
+        """Holder of the frozen tensors by (node, GPU), where clients share a GPU."""
         self._last_loss = ""
         self.slots = tuple(Slot(number, spec, recipe) for number, spec in enumerate(specs))
         for slot in self.slots:
@@ -93,6 +97,9 @@ class RayExecutor:
         """Kills the pool's own actors and drops its objects."""
         for slot in self.slots:
             slot.kill()
+        for holder in self._holders.values():
+            ray.kill(holder)
+        self._holders.clear()
         self._store.clear()
 
     # ------------------------------------------------------------------------------------------------- the loop
@@ -163,6 +170,7 @@ class RayExecutor:
                 raise cause from None
             if cause is not None and not isinstance(cause, RayError):
                 raise TrainingError(f"A client actor cannot load the model or the data: {_told(error)}") from error
+            self._forget_dead_holders(slot.spec.node)
             slot.failed_starts += 1
             if slot.failed_starts < START_ATTEMPTS:
                 self._replace(slot, _told(error), notify)
@@ -175,6 +183,9 @@ class RayExecutor:
                     self._directories[name] = self._directories[name].offered()
             notify("files_sent", {"slot": slot.number, "what": list(loading.missing)})
             slot.load(self._directories)
+            return
+        if loading.gpu:
+            slot.load(self._offer(slot), self._holder(slot.spec.node, loading))
             return
         seconds = time.monotonic() - slot.since
         slot.rest()
@@ -254,6 +265,20 @@ class RayExecutor:
         slot.kill()
         self._last_loss = reason
         notify("slot_gone", {"slot": slot.number, "tiers": list(slot.spec.tiers), "reason": reason})
+
+    def _holder(self, node: str, loading: Loading) -> Any:
+        """The actor that has the frozen tensors of a GPU; started for the first client there."""
+        if (node, loading.gpu) not in self._holders:
+            assert loading.model is not None
+            lora = self._context.experiment.model.lora
+            self._holders[node, loading.gpu] = start_holder(loading.model, lora, node, loading.gpu)
+        return self._holders[node, loading.gpu]
+
+    def _forget_dead_holders(self, node: str) -> None:
+        """After a failed start: what aliased a dead holder's memory is of no use, and the next client needs another."""
+        for place in [place for place in self._holders if place[0] == node]:
+            if not alive(self._holders[place]):
+                del self._holders[place]
 
     def _offer(self, slot: Slot) -> dict[str, Directory]:
         """What an actor of this slot has to look for: nothing on the server's own node."""

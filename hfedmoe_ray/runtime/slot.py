@@ -109,9 +109,9 @@ class Slot:
         self._enter(State.STARTING, timeouts.CLIENT_START)
         self.load(directories)
 
-    def load(self, directories: Mapping[str, Directory]) -> None:
-        """Asks the actor to load (again, with files it lacked)."""
-        self.watched = self._actor.load.remote(directories)
+    def load(self, directories: Mapping[str, Directory], holder: Any = None) -> None:
+        """Asks the actor to load (again, with files it lacked, or with the holder of its GPU's frozen tensors)."""
+        self.watched = self._actor.load.remote(directories, holder)
 
     def loading(self) -> Loading:
         """How the actor's loading went. Raises what `ray.get` raises."""

@@ -1,8 +1,8 @@
 """What executors ask of whoever does a client's work. Free of Ray and of torch."""
 
 import traceback
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 from hfedmoe_ray.context import RunContext
 from hfedmoe_ray.types import ClientTask, TaskWeights
@@ -20,14 +20,15 @@ class Worker(Protocol):
         """
 
 
-WorkerFactory = Callable[[RunContext], Worker]
+WorkerFactory = Callable[..., Worker]
+"""Of a `RunContext` and, on a GPU that clients share, `frozen`: the tensors its holder has (`moe.sharing`)."""
 
 
-def client_worker(context: RunContext) -> Worker:
+def client_worker(context: RunContext, frozen: Mapping[str, Any] | None = None) -> Worker:
     """The real worker. Imports torch, transformers and DeepSpeed on its first call in a process."""
     from hfedmoe_ray.train.local import ClientWorker
 
-    return ClientWorker(context)
+    return ClientWorker(context, frozen)
 
 
 def last_line(error: BaseException) -> str:

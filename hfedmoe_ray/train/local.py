@@ -70,8 +70,12 @@ class _Steps:
 class ClientWorker:
     """Serves one client after another. Keeps the frozen base model between tasks and nothing of any client."""
 
-    def __init__(self, context: RunContext) -> None:
+    def __init__(self, context: RunContext, frozen: Mapping[str, Tensor] | None = None) -> None:
         """Loads the frozen base and opens the data.
+
+        Args:
+            context: The run.
+            frozen: The frozen tensors, where another process of this GPU has read them (`moe.sharing`).
 
         Raises:
             ModelError: Another model lies where this run's should.
@@ -82,7 +86,7 @@ class ClientWorker:
         self._local = context.experiment.local
         self._tiers = tier_of(context.experiment.clients)
         with _one_thread():
-            self._model = SparseModel(context.model.path, lora=context.experiment.model.lora)
+            self._model = SparseModel(context.model.path, lora=context.experiment.model.lora, frozen=frozen)
             self._data = FederatedDataset(context.data, context.experiment.data)
         self._strategy = build_strategy(self._experiment.strategy, context.model.shape, self._experiment.seed)
         self._specific = self._experiment.strategy.specific if isinstance(self._experiment.strategy, HFedMoE) else "max"

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from moe_models import batch, plan, prepare, save_bert, task_weights
+from moe_models import batch, plan, prepare, save_bert, save_mixtral, task_weights
 from torch.nn.functional import cross_entropy
 
 from hfedmoe_ray.config.schema import LocalTraining, Tier
+from hfedmoe_ray.moe.sharing import alias, export, read_frozen
 from hfedmoe_ray.moe.subset import SparseModel
 from hfedmoe_ray.runtime.client import cap_gpu_memory
 from hfedmoe_ray.train.deepspeed_config import deepspeed_config
@@ -78,3 +79,24 @@ def test_of_two_clients_on_a_gpu_the_one_beyond_its_share_alone_fails():
         greedy, modest = (clients.submit(_allocate, 0.2, wanted, both) for wanted in (0.3, 0.1))
         assert greedy.result() == "out of memory"
         assert modest.result() == "0.10"
+
+
+def _aliasing(prepared: Any, handles: Any) -> tuple[int, float]:
+    """In a process of its own: what a model in the holder's memory allocates, and the sum of its embeddings."""
+    frozen = alias(handles)
+    model = SparseModel(prepared.path, "cuda", frozen=frozen)
+    allocated = torch.cuda.memory_allocated()
+    return allocated, float(model.module.get_input_embeddings().weight.double().sum())
+
+
+def test_clients_of_a_gpu_share_one_frozen_base(tmp_path: Path):
+    prepared = prepare(save_mixtral(tmp_path / "mixtral"), tmp_path / "cache")
+    frozen = read_frozen(prepared.path, None, torch.device("cuda"))
+    size = sum(tensor.nbytes for tensor in frozen.values())
+    expected = float(frozen["base.safetensors/model.embed_tokens.weight"].double().sum())
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as clients:
+        found = [clients.submit(_aliasing, prepared, export(frozen)) for _ in range(2)]
+        for one in found:
+            allocated, total = one.result()
+            assert total == expected
+            assert allocated < size / 2, "the client has a copy of the base"
