@@ -97,12 +97,12 @@ class Engine:
         self._shared = tuple(shared)
         self._experts = {key: tuple(named.values()) for key, named in experts.items()}
         self._partitions = config["zero_optimization"]["stage"] > 0
-        groups: dict[ExpertKey | None, Sequence[nn.Parameter]] = {None: self._shared}
-        groups.update(self._experts)
+        keys: list[ExpertKey | None] = [None, *self._experts]
+        groups = dict(zip(keys, (self._shared, *self._experts.values()), strict=True))
         if not self._partitions:
             # Masked parameters are told by having no gradient. A group each would only cost: torch and DeepSpeed
             # compare every new group with all earlier ones.
-            groups = {None: [parameter for group in groups.values() for parameter in group]}
+            groups = {None: tuple(parameter for group in groups.values() for parameter in group)}
         groups = {key: group for key, group in groups.items() if group}
         optimizer = _MaskedAdamW(list(groups.values()), local)
         self._groups = dict(zip(groups, optimizer.param_groups, strict=True))

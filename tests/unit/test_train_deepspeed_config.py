@@ -109,16 +109,18 @@ def train(made, options: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> 
     turns = worker._strategy = Turns()
     worker._tiers = (Tier.model_validate({"name": "any", "share": 1, "experts": 1} | options),)
     history: list[State] = []
+    shared: State = {}
     step = client_work.ClientWorker._step
 
     def watched(self, *args):
         step(self, *args)
         history.append({key: worker._model.read_expert(key) for key in PLAN.trainable})
+        shared["shared"] = worker._model.read_shared()
 
     with monkeypatch.context() as patched:
         patched.setattr(client_work.ClientWorker, "_step", watched)
         worker.execute(TASK, weights, lambda: False)
-    return history, {"shared": worker._model.read_shared()}, turns
+    return history, shared, turns
 
 
 def train_plainly(made, precision: str) -> tuple[State, State]:
@@ -150,18 +152,14 @@ def same(one: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray]) -> bool
     return all(np.array_equal(one[name], other[name]) for name in one)
 
 
-def gap(result: State, expected: State, start: State) -> float:
-    """How far a result lies from where it should, as a share of the way there.
+def gap(result: State, expected: State) -> float:
+    """How far nineteen of twenty numbers at least lie from where they should.
 
-    Adam divides a gradient by its own size: one that is rounding alone makes a step of full length, in any direction.
-    The bias of attention's keys, which changes no output, is therefore left out; the rest sets the bounds below.
+    Adam divides a gradient by its own size: one that is rounding alone, as that of a neuron that no token excites,
+    makes a step of full length in any direction. A few such numbers are in every model.
     """
-    names = [(key, name) for key in expected for name in expected[key] if not name.endswith("key.bias")]
-
-    def length(one: State, other: State) -> float:
-        return sum(float(np.square(one[key][name] - other[key][name]).sum()) for key, name in names) ** 0.5
-
-    return length(result, expected) / length(start, expected)
+    names = [(key, name) for key in expected for name in expected[key]]
+    return float(np.quantile(np.concatenate([np.abs(result[k][n] - expected[k][n]).ravel() for k, n in names]), 0.95))
 
 
 @pytest.mark.parametrize(
@@ -180,10 +178,12 @@ def test_masked_experts_keep_their_bytes_and_the_others_train_as_in_plain_pytorc
         assert {key for key in PLAN.trainable if not same(before[key], after[key])} == selected
         before = after
     experts, expected_shared = plain(options.get("precision", "fp32"))
-    # The products of bfloat16 depend on how a batch is divided.
-    bound = 0.15 if options["micro_batch"] and "precision" in options else 2e-3
-    gaps = gap(history[-1], experts, made[1].experts), gap(shared, expected_shared, {"shared": made[1].shared})
-    assert max(gaps) <= bound
+    # A step moves a number by up to 1e-3, the learning rate. A divided batch adds gradients up in another order, and the
+    # products of bfloat16 depend on its shape.
+    divided = 2e-3 if "precision" in options else 2e-4
+    bound = divided if options["micro_batch"] else 1e-6
+    assert gap(history[-1], experts) <= bound
+    assert gap(shared, expected_shared) <= bound
 
 
 @pytest.mark.parametrize("made", ["mixtral"], indirect=True)
