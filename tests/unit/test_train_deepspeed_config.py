@@ -70,7 +70,7 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     root = tmp_path_factory.mktemp(family)
     (save_mixtral if family == "mixtral" else save_bert)(root / "model")
     upcycle = {"how": "copy", "experts": EXPERTS, "top_k": 2, "layers": [2, 3], "noise": 0.3}
-    texts = [" ".join(f"word{(i + j * j) % 17}" for j in range(3 + i % 7)) for i in range(60)]
+    texts = [" ".join(f"word{(3 * i + j * j) % 17}" for j in range(3 + i % 7)) for i in range(60)]
     rows = [{"text": text, "label": i % LABELS} for i, text in enumerate(texts)]
     (root / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     experiment = Experiment.model_validate(
@@ -178,8 +178,8 @@ def test_masked_experts_keep_their_bytes_and_the_others_train_as_in_plain_pytorc
         assert {key for key in PLAN.trainable if not same(before[key], after[key])} == selected
         before = after
     experts, expected_shared = plain(options.get("precision", "fp32"))
-    # A step moves a number by up to 1e-3, the learning rate. A divided batch adds gradients up in another order, and the
-    # products of bfloat16 depend on its shape.
+    # A step moves a number by up to 1e-3, the learning rate. A divided batch adds gradients up in another order, and
+    # the products of bfloat16 depend on its shape.
     divided = 2e-3 if "precision" in options else 2e-4
     bound = divided if options["micro_batch"] else 1e-6
     assert gap(history[-1], experts) <= bound
