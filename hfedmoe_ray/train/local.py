@@ -272,24 +272,20 @@ class ClientWorker:
         size = done.tier.micro_batch or len(indices)
         parts = [indices[start : start + size] for start in range(0, len(indices), size)]
         seen = self._new_profile()
-        chosen: frozenset[ExpertKey] | None = None
-        if len(parts) > 1 and self._strategy.selective(done.plan):
-            # Forked, so that dropout draws the same again.
-            with torch.no_grad(), torch.random.fork_rng(devices=[]):
-                for part in parts:
-                    self._forward(examples, part, precision=done.tier.precision)
-                    seen.add(self._model.tape)
-            chosen = self._strategy.select(seen.profile(), done.plan, done.rng)
+        whole = len(parts) == 1
+        ahead = not whole and self._strategy.selective(done.plan)
+        # Where nothing may be left out, all that may train are chosen.
+        chosen = self._choose_ahead(examples, parts, seen, done) if ahead else frozenset(done.plan.trainable)
         for part in parts:
             batch, logits = self._forward(examples, part, precision=done.tier.precision, run=engine.forward)
             loss = cross_entropy(logits.float(), self._labels(batch)) * (len(part) / len(indices))
-            if chosen is None:
+            if not ahead:
                 seen.add(self._model.tape)
             routing = seen.profile()
-            if len(parts) == 1:
+            if whole:
                 chosen = self._strategy.select(routing, done.plan, done.rng)
             # An expert without a token has no gradient, and must not move by momentum either.
-            active = [key for key in done.plan.trainable if (chosen is None or key in chosen) and routing.routed[key]]
+            active = [key for key in done.plan.trainable if key in chosen and routing.routed[key]]
             engine.backward(loss, active)
             done.loss += float(loss.detach()) * len(indices)
         engine.step()
@@ -298,6 +294,18 @@ class ClientWorker:
         done.profile.merge(seen)
         done.examples += len(indices)
         done.seconds += time.perf_counter() - started
+
+    def _choose_ahead(
+        self, examples: _Examples, parts: Sequence[Array], seen: ProfileAccumulator, done: _Steps
+    ) -> frozenset[ExpertKey]:
+        """Returns the experts chosen by the routing of a divided batch, which is added to `seen`."""
+        # Forked, so that dropout draws the same again.
+        device = self._model.device
+        with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            for part in parts:
+                self._forward(examples, part, precision=done.tier.precision)
+                seen.add(self._model.tape)
+        return self._strategy.select(seen.profile(), done.plan, done.rng)
 
     def _forward(
         self,

@@ -68,7 +68,7 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     """A worker that serves one client, and the weights to start from."""
     family = request.param
     root = tmp_path_factory.mktemp(family)
-    (save_mixtral if family == "mixtral" else save_bert)(root / "model")
+    (save_bert if family == "bert" else save_mixtral)(root / "model")
     upcycle = {"how": "copy", "experts": EXPERTS, "top_k": 2, "layers": [2, 3], "noise": 0.3}
     texts = [" ".join(f"word{(3 * i + j * j) % 17}" for j in range(3 + i % 7)) for i in range(60)]
     rows = [{"text": text, "label": i % LABELS} for i, text in enumerate(texts)]
@@ -77,13 +77,17 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         {
             "name": "tiny",
             "clients": {"count": 1, "tiers": [{"name": "any", "share": 1, "experts": 1}]},
-            "model": {"source": str(root / "model"), "upcycle": None if family == "mixtral" else upcycle},
+            "model": {
+                "source": str(root / "model"),
+                "upcycle": upcycle if family == "bert" else None,
+                "lora": {"rank": 2} if family == "lora" else None,
+            },
             "data": {"source": str(root / "texts.jsonl"), "max_length": 12},
             "local": {"steps": STEPS, "batch_size": BATCH, "learning_rate": 1e-3, "weight_decay": 0.1, "cache": "off"},
         }
     )
     context = prepare_run(experiment, root / "run")
-    weights = initial_weights(context.model, "top")
+    weights = initial_weights(context.model, "top", experiment.model.lora)
     return client_work.ClientWorker(context), TaskWeights(shared=weights.shared, experts=weights.experts)
 
 
@@ -165,7 +169,8 @@ def gap(result: State, expected: State) -> float:
 @pytest.mark.parametrize(
     ("made", "options"),
     [("mixtral", options) for options in OFFERED]
-    + [("bert", options) for options in OFFERED if not options["zero_stage"]],
+    + [("bert", options) for options in OFFERED if not options["zero_stage"]]
+    + [("lora", options) for options in OFFERED if options["checkpoint_activations"] and "precision" not in options],
     indirect=["made"],
     ids=named,
 )
