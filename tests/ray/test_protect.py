@@ -1,6 +1,5 @@
 """What is frozen exists once on a node and cannot be written: as the operating system tells it, on real actors."""
 
-import gc
 import json
 import os
 from collections.abc import Iterator
@@ -93,9 +92,7 @@ def test_the_second_mapping_lives_as_long_as_it_is_used_and_no_longer():
     seen = protected(fetched)["array"][5:]
     address = seen.ctypes.data
     del fetched
-    gc.collect()
     assert rights(address) == "r--s"
     assert np.array_equal(seen, NUMBERS[5:])
     del seen
-    gc.collect()
     assert rights(address) != "r--s"
