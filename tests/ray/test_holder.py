@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import ray
 import torch
@@ -40,6 +41,15 @@ def holder(prepared: PreparedModel) -> Iterator[Any]:
     made = start_holder(prepared.path, Lora(rank=2), ray.get_runtime_context().get_node_id(), "")
     yield made
     ray.kill(made)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nothing_stays_in_shared_memory() -> Iterator[None]:
+    """A killed holder's names stay in /dev/shm; on a GPU, where holders are for, there are none."""
+    yield
+    for file in Path("/dev/shm").glob("torch_*"):
+        if not psutil.pid_exists(int(file.name.split("_")[1])):
+            file.unlink(missing_ok=True)
 
 
 @ray.remote(num_cpus=0)
