@@ -19,15 +19,16 @@ from hfedmoe_ray.runtime.jobs import submit
 
 pytestmark = pytest.mark.ray
 TOKEN = "0123456789abcdef" * 4
-# Ray's agent for jobs listens on one fixed port, which another Ray of the machine, or one just killed, may hold;
-# only `ray start` has an option for it.
+# Ray's agent for jobs listens on one fixed port, which another Ray of the machine, or one just killed, may hold; only
+# `ray start` has an option for it. It also notes where it listens: without that a job joins any Ray it finds.
 HEAD = """
 import functools, ray, socket, sys
-from ray._private import parameter
+from ray._private import parameter, utils
 with socket.create_server(("127.0.0.1", 0)) as free:
     port = free.getsockname()[1]
 parameter.RayParams = functools.partial(parameter.RayParams, dashboard_agent_listen_port=port)
 head = ray.init(address="local", num_cpus=2, object_store_memory=2**28, include_dashboard=True, _temp_dir=sys.argv[1])
+utils.write_ray_address(head.address_info["gcs_address"], sys.argv[1])
 print("http://" + head.dashboard_url, head.address_info["gcs_address"], flush=True)
 sys.stdin.read()
 """
