@@ -139,6 +139,7 @@ def test_dense_layers_and_embeddings_are_taken_over(dense: BertModel, tmp_path: 
     with torch.no_grad():
         lower = dense(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states[1]
     torch.testing.assert_close(model.prefix(ids, mask), lower, rtol=1e-5, atol=1e-6)
+    torch.nn.init.normal_(model.classifier.weight)
     model.save_pretrained(tmp_path)
     loaded = MoEEncoderForSequenceClassification.from_pretrained(tmp_path).eval()
     assert torch.equal(loaded(ids, mask).logits, model(ids, mask).logits)

@@ -35,7 +35,7 @@ _COPY_STD = 0.02
 def upcycle(
     dense: PreTrainedModel, config: Upcycle, num_labels: int, seed: int, batches: Iterable[tuple[Tensor, Tensor]]
 ) -> tuple[PreTrainedModel, list[LayerReport]]:
-    """Builds a MoE classifier of a dense model. The head is the caller's to initialise.
+    """Builds a MoE classifier of a dense model. Its head is zero: the caller's to draw.
 
     Args:
         dense: The dense base model, fp32. It is used up: the MoE takes its tensors.
@@ -56,7 +56,8 @@ def upcycle(
     model, layout = skeleton_from({**upcycled_config(dense.config.to_dict(), config), "num_labels": num_labels})
     _take_over(dense, model, family)
     for name in layout.head_names:
-        model.get_submodule(name).to_empty(device="cpu")
+        for parameter in model.get_submodule(name).to_empty(device="cpu").parameters():
+            torch.nn.init.zeros_(parameter)
     distils = config.how == "split" and config.calibration_steps > 0
     inputs = LayerInputs(dense, family.layers_name, batches if distils else ())
     moe_layers = {_layer_number(name): layer for layer, name in enumerate(layout.block_names)}
