@@ -46,6 +46,17 @@ def shared_data() -> Path:
     return path
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """One thread computes, as in a client: how many there are decides the last bits of a matrix product."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def quickstart() -> Path:
     """The configuration everything starts with."""

@@ -2,7 +2,6 @@
 
 import importlib.util
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,6 +27,7 @@ from hfedmoe_ray.moe.subset import SparseModel
 from hfedmoe_ray.train.frozen import check_unwritten, frozen_versions
 from hfedmoe_ray.types import ExpertKey, ExpertPlan, TaskWeights, Weights
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 ALL_TRAIN = plan("TTTTTT", "TTTTTT")
 ALL_FROZEN = plan("FFFFFF", "FFFFFF")
 PARTLY = plan("T.F.T.", ".TT.F.")
@@ -35,14 +35,6 @@ LORA = Lora(rank=4, alpha=6)
 BOTH = Lora(rank=4, alpha=6, attention=True)
 HAS_BITSANDBYTES = importlib.util.find_spec("bitsandbytes") is not None
 QUANTISED = ["int8", pytest.param("nf4", marks=pytest.mark.skipif(not HAS_BITSANDBYTES, reason="no bitsandbytes"))]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module", params=["encoder", *FAMILIES])

@@ -51,18 +51,11 @@ from hfedmoe_ray.moe.subset import SparseModel
 from hfedmoe_ray.train.activations import checkpointed_layers
 from hfedmoe_ray.types import ExpertKey, ExpertPlan, TaskWeights, Weights
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 ALL_TRAIN = plan("TTTTTT", "TTTTTT")
 PRESENT = ((0, 2, 3, 5), (1, 2, 4, 5))
 """Four experts a layer, two of each group where routing is limited to groups."""
 CUT = plan("T.TT.T", ".FT.TT", absent="reroute")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @dataclass

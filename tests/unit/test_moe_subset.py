@@ -1,6 +1,5 @@
 """A client's part of a model computes what the whole model would, and keeps to itself what it changes."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,16 +16,9 @@ from hfedmoe_ray.moe.prepare import initial_weights, save_full
 from hfedmoe_ray.moe.subset import SparseModel
 from hfedmoe_ray.types import ExpertKey, ExpertPlan, TaskWeights
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 ALL_TRAIN = plan("TTTTTT", "TTTTTT")
 PARTLY = plan("T.F.T.", ".TT.F.")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module", params=["encoder", "mixtral"])
