@@ -39,10 +39,6 @@ class Loading:
     """Directory of the prepared model on this node."""
 
 
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-"""One thread per client: they share the cores, and a result's last bits depend on the number of threads."""
-
-
 class ClientActor:
     """Serves one task at a time, while `ping` is answered beside it."""
 

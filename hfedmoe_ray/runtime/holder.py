@@ -13,7 +13,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from hfedmoe_ray.config.schema import Lora
 from hfedmoe_ray.runtime import timeouts
-from hfedmoe_ray.runtime.client import ENVIRONMENT
+from hfedmoe_ray.train.environment import ENVIRONMENT
 
 
 class FrozenHolder:

@@ -20,10 +20,11 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from hfedmoe_ray.budget import SlotSpec
 from hfedmoe_ray.context import RunContext
 from hfedmoe_ray.runtime import timeouts
-from hfedmoe_ray.runtime.client import ENVIRONMENT, Answer, Loading, RemoteClient
+from hfedmoe_ray.runtime.client import Answer, Loading, RemoteClient
 from hfedmoe_ray.runtime.transfer import Directory
 from hfedmoe_ray.runtime.weights import TaskRefs
 from hfedmoe_ray.runtime.worker import WorkerFactory
+from hfedmoe_ray.train.environment import ENVIRONMENT
 from hfedmoe_ray.types import ClientTask
 
 

@@ -7,7 +7,7 @@ The quickstart takes half a minute.
 
 import multiprocessing
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -18,6 +18,7 @@ from hfedmoe_ray.budget import tier_of
 from hfedmoe_ray.calibration import Calibration
 from hfedmoe_ray.config.schema import Experiment, Placement, Tier
 from hfedmoe_ray.context import RunContext
+from hfedmoe_ray.train.environment import inherited
 from hfedmoe_ray.types import AbsentMode, ClientTask, ExpertPlan, ModelShape, Role, TaskKind, TaskWeights
 from hfedmoe_ray.wire import parse_metrics
 
@@ -48,21 +49,13 @@ def calibrate(context: RunContext, *, gpu: bool) -> None:
     inhabited = {tier.name: tier for tier in tier_of(experiment.clients)}.values()
     kinds = {calibration.path_of(calibration.setting(experiment, tier, shape, gpu=gpu)): tier for tier in inhabited}
     for tier in kinds.values():
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh:
+        with inherited(), ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh:
             points = fresh.submit(measure, context, tier).result()
         calibration.write(experiment, tier, shape, fit(points), gpu=gpu)
 
 
 def measure(context: RunContext, tier: Tier) -> list[Point]:
-    """Trains at four points in this process, which should be a fresh one.
-
-    In a thread beside the main one, as Ray does: the C library then keeps the heap in other pieces.
-    """
-    with ThreadPoolExecutor(1) as beside:
-        return beside.submit(_measure, context, tier).result()
-
-
-def _measure(context: RunContext, tier: Tier) -> list[Point]:
+    """Trains at four points in this process, which should be a fresh one with a client's environment."""
     from hfedmoe_ray.moe.prepare import initial_weights
     from hfedmoe_ray.train.local import ClientWorker
     from hfedmoe_ray.train.memory import MIB, private_bytes
