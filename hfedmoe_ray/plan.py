@@ -19,10 +19,15 @@ from hfedmoe_ray.wire import build_codec
 PROCESS_BYTES = 360 * 2**20
 """Own memory of an actor that has imported torch, transformers and DeepSpeed and mapped a model (measured: 325 MiB when
 it has just loaded, 340 once it has served a client, 375 after a hundred)."""
+PEFT_BYTES = 60 * 2**20
+"""What importing peft adds to that (measured); clients do where attention trains by low-rank factors."""
 CONTEXT_BYTES = 512 * 2**20
 """What CUDA keeps on a device for each process (typical)."""
 DENSE_VECTORS = 24
 """Activations of a token outside experts that the backward pass of a layer needs, in vectors of H (measured)."""
+LORA_VECTORS, LORA_ATTENTION_VECTORS = 12, 16
+"""What they become more where experts, or attention too, train by low-rank factors: the products of W and of B A, the
+second scaled, and their sums (measured)."""
 BF16_SHARE = 0.6
 """Of fp32's activations under autocast: norms and residuals stay fp32."""
 TRAINED_COPIES = 4
@@ -125,7 +130,7 @@ def predict_memory(
     from a file or the object store and shared by the processes of a node; only a GPU holds a copy for each.
     """
     measured = calibration.read(experiment, tier, shape, gpu=gpu)
-    process = 0 if gpu and measured else CONTEXT_BYTES if gpu else PROCESS_BYTES
+    process = (0 if measured else CONTEXT_BYTES) if gpu else _process_bytes(experiment)
     if measured:
         share = present / shape.total_experts
         return process + round(measured.peak(resident, share, calibration.examples_at_once(experiment, tier)))
@@ -176,18 +181,26 @@ def _experts(experiment: Experiment, tier: Tier, shape: ModelShape) -> tuple[int
     return resident, everything if strategy.unselected == "frozen" else resident, batch
 
 
+def _process_bytes(experiment: Experiment) -> int:
+    lora = experiment.model.lora
+    return PROCESS_BYTES + (PEFT_BYTES if lora and lora.attention else 0)
+
+
 def _activation_bytes(experiment: Experiment, shape: ModelShape, tier: Tier, present: int) -> int:
     """Activations that the backward pass needs, from a transformer block's main tensors.
 
-    Per token and MoE layer `DENSE_VECTORS` of H, and for each of its top-k experts that is present (re-routed tokens
-    find K that are) the input and output (H) and two vectors of the expert's inner size F, where an expert is about
-    2 H F numbers. With activation checkpointing, one such layer and the inputs of all.
+    Per token and MoE layer `DENSE_VECTORS` of H, and those of LoRA, and for each of its top-k experts that is present
+    (re-routed tokens find K that are) the input and output (H) and two vectors of the expert's inner size F, where an
+    expert is about 2 H F numbers. With activation checkpointing, one such layer and the inputs of all.
     """
     strategy = experiment.strategy
     reroutes = isinstance(strategy, Placement) and strategy.unselected == "reroute"
     share = 1.0 if reroutes else present / shape.total_experts
     inner = (shape.dense_expert_bytes or shape.expert_bytes) / BYTES / (2 * shape.hidden)
-    layer = DENSE_VECTORS * shape.hidden + share * shape.top_k * 2 * (shape.hidden + inner)
+    vectors, lora = DENSE_VECTORS, experiment.model.lora
+    if lora:
+        vectors += LORA_VECTORS + (LORA_ATTENTION_VECTORS if lora.attention else 0)
+    layer = vectors * shape.hidden + share * shape.top_k * 2 * (shape.hidden + inner)
     per_token = layer + shape.layers * shape.hidden if tier.checkpoint_activations else shape.layers * layer
     bf16 = (tier.precision or experiment.local.precision) == "bf16"
     tokens = calibration.examples_at_once(experiment, tier) * experiment.data.max_length
