@@ -15,7 +15,8 @@ import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from hfedmoe_ray.config.schema import Experiment, Placement, Tier
+from hfedmoe_ray.config.schema import Experiment, Tier
+from hfedmoe_ray.config.strategies import Placement
 from hfedmoe_ray.context import cache_dir
 from hfedmoe_ray.types import ModelShape
 

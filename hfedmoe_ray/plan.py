@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from math import ceil
 
 from hfedmoe_ray import budget, calibration
-from hfedmoe_ray.config.schema import Experiment, Placement, Tier
+from hfedmoe_ray.config.schema import Experiment, Tier
+from hfedmoe_ray.config.strategies import Placement
 from hfedmoe_ray.errors import CapacityError
 from hfedmoe_ray.packing import GIB, NodeCapacity, ResourceSpec
 from hfedmoe_ray.types import ModelShape

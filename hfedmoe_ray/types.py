@@ -21,6 +21,10 @@ TaskKind = Literal["profile", "train", "evaluate"]
 Fetch = Callable[[], bytes]
 """Fetches bytes from wherever they are kept."""
 Status = Literal["ok", "late", "failed", "rejected", "dropped"]
+Signal = Literal["accuracy", "loss", "gradient"]
+"""What a client can measure of each expert while it trains, [L, E] float64: mean over examples, weighted by how many of
+their tokens were routed to the expert, of being classified correctly or of the loss (0 where none was routed); or mean
+squared norm of the expert's gradient over the steps in which it had one (before clipping; 0 where it had none)."""
 
 
 LORA_A, LORA_B = "lora_A", "lora_B"
@@ -87,6 +91,9 @@ class ExpertPlan:
     """Role of every expert, [L][E]."""
     absent: AbsentMode = "mean"
     """What stands in for an ABSENT expert: its mean output, nothing, or the token's next present expert."""
+    top_k: int | None = None
+    """Experts each token is routed to on this client, among those present if `absent` is "reroute". None: the model's
+    own number."""
     batch_budget: int | None = None
     """K_c of eq. 15: at most so many experts get gradients in one batch, over all layers. None: every TRAIN expert."""
 
@@ -295,6 +302,8 @@ class ClientUpdate:
     means: Mapping[ExpertKey, tuple[Array, int]]
     """Mean output [H] of held experts over the tokens routed to them, and how many tokens that were."""
     prototypes: Prototypes | None = None
+    signals: Mapping[Signal, FloatArray] = field(default_factory=dict)
+    """What the strategy asked clients to measure of each expert, [L, E]."""
     payload_bytes: int = 0
 
 

@@ -4,93 +4,12 @@ Models are frozen and refuse unknown keys, so that a typing mistake can never be
 imports torch, ray or deepspeed.
 """
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-Share = Annotated[float, Field(gt=0.0, le=1.0)]
-UnitInterval = Annotated[float, Field(ge=0.0, le=1.0)]
-NonNegativeFloat = Annotated[float, Field(ge=0.0)]
-Precision = Literal["fp32", "bf16"]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=128)]
-
-
-class Section(BaseModel):
-    """Base of all sections: immutable, no unknown keys."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-# --------------------------------------------------------------------------------------------------- strategies
-
-
-class Placement(Section):
-    """How a budgeted strategy treats the experts a client did not choose."""
-
-    resident: Literal["budget", "all"] = "budget"
-    """budget: a client holds only as many trainable experts as its budget; all: it holds every expert and the budget
-    limits only how many get gradients in a batch (the paper's setting)."""
-    unselected: Literal["frozen", "mean", "drop", "reroute"] = "mean"
-    """With `resident: budget`, what stands in for an expert that was not chosen: a shared read-only copy of it, its
-    mean output, nothing, or the token's next present expert."""
-    scope: Literal["global", "per_layer"] = "global"
-    """Whether the budget is spent over all layers together (at least one expert a layer) or equally in each."""
-
-    @property
-    def deployed(self) -> Literal["mean", "drop", "reroute"]:
-        """What stands in for an absent expert when a client uses the model holding only its budget."""
-        return "mean" if self.resident == "all" or self.unselected == "frozen" else self.unselected
-
-
-class HFedMoE(Placement):
-    """HFedMoE (arXiv 2601.00583): information-bottleneck selection and sparsity-aware aggregation."""
-
-    name: Literal["hfedmoe"] = "hfedmoe"
-    lam: UnitInterval = 0.5
-    """Weight of cumulative against specific importance (eq. 5)."""
-    beta: NonNegativeFloat = 0.1
-    """Price of information in the score (eq. 14); 0 is plain importance."""
-    tau: NonNegativeFloat = 1.0
-    """Usage threshold of participation as a multiple of the uniform share 1/E (eq. 17; relative form ours)."""
-    rank_by: Literal["ib", "importance"] = "ib"
-    specific: Literal["max", "q99"] = "max"
-    """Specific importance: the largest gate value of a batch, or its 99 % quantile (ours; max saturates)."""
-    participation: Literal["trained", "usage"] = "trained"
-    """Who is averaged into an expert: usage above tau and trained (ours), or usage above tau alone (the paper)."""
-    gate_weights: Literal["normalised", "literal"] = "normalised"
-    """Router weights alpha of eq. 20, normalised to sum to 1 (ours) or as printed (shrinks the router)."""
-    explore: UnitInterval = 0.1
-    """Share of the resident budget given to experts drawn at random (ours)."""
-    decay: UnitInterval = 0.5
-    """How far the profile of an expert a client does not hold moves to the cohort's mean each round (ours)."""
-
-
-class RandomExperts(Placement):
-    """Control: as many experts as HFedMoE would hold, drawn at random each round; plain averaging."""
-
-    name: Literal["random"] = "random"
-
-
-class FedAvg(Section):
-    """Control: every client trains every expert, no budget; averaging by |D_c| (the unbudgeted ceiling)."""
-
-    name: Literal["fedavg"] = "fedavg"
-
-
-class Local(Section):
-    """Control: no federation; every client trains all experts on its own data and keeps the result."""
-
-    name: Literal["local"] = "local"
-
-
-def _named(value: Any) -> Any:
-    return {"name": value} if isinstance(value, str) else value
-
-
-StrategyConfig = Annotated[
-    Annotated[HFedMoE | RandomExperts | FedAvg | Local, Field(discriminator="name")], BeforeValidator(_named)
-]
-
+from hfedmoe_ray.config.section import Name, NonNegativeFloat, Precision, Section, Share, UnitInterval
+from hfedmoe_ray.config.strategies import HFedMoE, StrategyConfig
 
 # ------------------------------------------------------------------------------------------------------ clients
 
@@ -124,7 +43,7 @@ class Tier(Section):
     """Overrides the CPUs asked of Ray."""
     num_gpus: NonNegativeFloat | None = None
     """Overrides the GPUs asked of Ray."""
-    labels: dict[str, str] = {}
+    labels: dict[str, str] = Field(default_factory=dict)
     """Ray node labels the client must be placed on, e.g. {site: hospital-a}."""
 
     @model_validator(mode="after")

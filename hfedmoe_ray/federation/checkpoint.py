@@ -119,6 +119,7 @@ def _tensors(state: FederationState) -> dict[str, Array]:
         tensors |= _named(f"client-{client}", own.shared, own.experts)
     for client, profile in state.profiles.items():
         tensors |= {f"profile/{client}/{name}": getattr(profile, name) for name in PROFILE_FIELDS}
+    tensors |= {f"strategy/{name}": value for name, value in state.strategy.items()}
     return {name: np.ascontiguousarray(value) for name, value in tensors.items()}
 
 
@@ -135,11 +136,14 @@ def _state(fields: Mapping[str, Any], tensors: Mapping[str, Array], clients: Map
     shared: dict[str, dict[str, Array]] = {}
     experts: dict[str, dict[ExpertKey, dict[str, Array]]] = {}
     profiles: dict[int, dict[str, Array]] = {}
+    strategy: dict[str, Array] = {}
     means = None
     for path, value in tensors.items():
         match path.split("/"):
             case ["means"]:
                 means = value
+            case ["strategy", *name]:
+                strategy["/".join(name)] = value
             case ["profile", client, name]:
                 profiles.setdefault(int(client), {})[name] = value
             case [owner, "shared", name]:
@@ -171,6 +175,7 @@ def _state(fields: Mapping[str, Any], tensors: Mapping[str, Array], clients: Map
         own_accuracies={int(client): value for client, value in fields["own_accuracies"].items()},
         statuses=Counter(fields["statuses"]),
         clients={client: _held(state) for client, state in clients.items()},
+        strategy=strategy,
         **{scalar: fields[scalar] for scalar in _SCALARS},
     )
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from hfedmoe_ray.config.schema import Experiment
 from hfedmoe_ray.errors import TrainingError
-from hfedmoe_ray.strategies.base import Strategy
+from hfedmoe_ray.strategies import AnyStrategy
 from hfedmoe_ray.strategies.scores import uniform_plan
 from hfedmoe_ray.types import ClientMetrics, ClientTask, ExpertPlan, Role, TaskResult, Weights
 
@@ -28,14 +28,14 @@ class Evaluation:
         return sum(self.own.values()) / len(self.own) if self.own else None
 
 
-def evaluation_tasks(experiment: Experiment, round: int, strategy: Strategy, weights: Weights) -> list[ClientTask]:
+def evaluation_tasks(experiment: Experiment, round: int, strategy: AnyStrategy, weights: Weights) -> list[ClientTask]:
     """Returns tasks that together evaluate the whole model on the global test split, each example once.
 
     Without federation there is no global model: each client's own model takes an equal slice, which estimates the
     mean accuracy of the clients' models at the cost of one evaluation (before any training all are the same model).
     """
-    personal = weights.personal or {}
-    owners: list[int | None] = [*sorted(personal)] or [None] * _PARTS
+    private = {} if strategy.federated else weights.personal or {}
+    owners: list[int | None] = [*sorted(private)] or [None] * _PARTS
     plan = uniform_plan(strategy.shape, Role.FROZEN)
     return [
         ClientTask(
@@ -55,7 +55,7 @@ def evaluation_tasks(experiment: Experiment, round: int, strategy: Strategy, wei
 
 
 def own_tasks(
-    experiment: Experiment, round: int, strategy: Strategy, weights: Weights, plans: Mapping[int, ExpertPlan]
+    experiment: Experiment, round: int, strategy: AnyStrategy, weights: Weights, plans: Mapping[int, ExpertPlan]
 ) -> list[ClientTask]:
     """Returns a task per client that evaluates what it holds when it uses the model, on its own test split."""
     personal = weights.personal or {}

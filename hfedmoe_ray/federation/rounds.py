@@ -5,7 +5,7 @@ they hold the strategy's, and who is told the tracker's.
 """
 
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -19,6 +19,7 @@ from hfedmoe_ray.federation.checkpoint import load_checkpoint, run_identity, sav
 from hfedmoe_ray.federation.cohort import select_cohort
 from hfedmoe_ray.federation.evaluation import Evaluation, evaluation_tasks, own_tasks, summarise
 from hfedmoe_ray.federation.executor import Executor
+from hfedmoe_ray.federation.quorum import below_quorum, raise_common_failure
 from hfedmoe_ray.federation.state import FederationState
 from hfedmoe_ray.federation.validation import Rejected, accept
 from hfedmoe_ray.moe.prepare import head_parameters, initial_weights, router_layers
@@ -37,9 +38,6 @@ from hfedmoe_ray.types import (
     TaskKind,
     TaskResult,
 )
-
-_SAME_ERROR = 3
-"""So many clients failing with the same error in one round mean that the fault is not the clients'."""
 
 
 def run_experiment(
@@ -98,6 +96,7 @@ class Federation:
             model = self.experiment.model
             weights = initial_weights(context.model, model.trainable, model.lora, self.experiment.seed)
             self.state = FederationState(weights=weights)
+        self.strategy.state = self.state.strategy
         self.resumed_from = self.state.round if resume else None
 
     def run(self, should_stop: Callable[[], bool]) -> bool:
@@ -191,11 +190,11 @@ class Federation:
             missing = [task for task in tasks if task.client not in results or results[task.client].status != "ok"]
             for result in self.executor.run(missing, notify):
                 results[result.task.client] = result
-            _raise_common_failure(results.values(), tracebacks)
+            raise_common_failure(results.values(), tracebacks)
             if self._quorum(result.status == "ok" for result in results.values()):
                 return [results[client] for client in sorted(results)]
             self.tracker.event("below_quorum", {"round": tasks[0].round})
-        raise TrainingError(_below_quorum([(c, r.status, r.reason) for c, r in sorted(results.items())]))
+        raise TrainingError(below_quorum([(c, r.status, r.reason) for c, r in sorted(results.items())]))
 
     def reduce(
         self, results: Sequence[TaskResult], plans: Mapping[int, ExpertPlan]
@@ -227,6 +226,9 @@ class Federation:
             if strategy.federated:
                 taken.append(len(reducer.add(update, plans[client])))
                 means.add(update)
+                if strategy.private_router:
+                    routers = {name: value for name, value in update.shared.items() if name in self.router_layers}
+                    private[client] = PersonalWeights(shared=routers, experts={})
             else:
                 before = private[client].experts if client in private else {}
                 private[client] = PersonalWeights(shared=update.shared, experts={**before, **update.experts})
@@ -234,13 +236,14 @@ class Federation:
             # The tensors are folded; keeping them would make memory grow with the cohort.
             updates[client] = replace(update, experts={}, shared={}, means={})
         if not self._quorum(record.status == "ok" for record in records):
-            raise TrainingError(_below_quorum([(r.client, r.status, r.reason) for r in records]))
+            raise TrainingError(below_quorum([(r.client, r.status, r.reason) for r in records]))
         weights = reducer.result()
         state.weights = replace(weights, means=means.result(weights.means), personal=private or None)
         cohort = reporting.mean_profile([u.profile for u in updates.values() if u.profile is not None])
         for client, update in updates.items():
             if update.profile is not None and cohort is not None:
                 state.profiles[client] = strategy.blend(update.profile, plans[client], cohort)
+        strategy.observe(state.round + 1, updates, plans)
         everyone = len(reducer.participants)
         return records, updates, sum(taken) / (everyone * len(taken)) if everyone else None
 
@@ -322,7 +325,7 @@ class Federation:
             return result, None
         try:
             start = self.state.weights.seen_by(result.task.personal)
-            return result, accept(result, plan, start, self.experiment.wire)
+            return result, accept(result, plan, start, self.experiment.wire, self.strategy.signals)
         except Rejected as rejection:
             return replace(result, status="rejected", reason=str(rejection)), None
 
@@ -371,24 +374,3 @@ class Federation:
             yield
         finally:
             self.phases[name] += time.perf_counter() - started
-
-
-def _raise_common_failure(results: Iterable[TaskResult], tracebacks: Mapping[int, str]) -> None:
-    """Raises if several clients failed with the same error: then it is not the clients that are at fault."""
-    failed = [result for result in results if result.status == "failed"]
-    for reason, count in Counter(result.reason for result in failed).most_common(1):
-        if count >= _SAME_ERROR:
-            client = next(result.task.client for result in failed if result.reason == reason)
-            trace = tracebacks.get(client, "")
-            raise TrainingError(f"{count} clients failed with the same error: {reason}\n{trace}".rstrip())
-
-
-def _below_quorum(outcomes: Sequence[tuple[int, str, str]]) -> str:
-    lines = "\n".join(
-        f"  client {client}: {status}{f' ({reason})' if reason else ''}" for client, status, reason in outcomes
-    )
-    arrived = sum(status == "ok" for _, status, _ in outcomes)
-    return (
-        f"only {arrived} of {len(outcomes)} clients delivered a usable update, below `runtime.quorum`. The last "
-        f"checkpoint is complete: mend the cause and `hfedmoe resume`, or lower the quorum.\n{lines}"
-    )

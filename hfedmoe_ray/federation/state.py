@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from hfedmoe_ray.federation.evaluation import Evaluation
-from hfedmoe_ray.types import ClientRecord, Fetch, RoutingProfile, Weights
+from hfedmoe_ray.types import Array, ClientRecord, Fetch, RoutingProfile, Weights
 from hfedmoe_ray.wire import checksum, expert_name
 
 
@@ -27,6 +27,8 @@ class FederationState:
     """Client results by status, over all rounds."""
     clients: dict[int, Fetch] = field(default_factory=dict)
     """The clients' own states, of those that have any: kept here in their stead, and never read."""
+    strategy: dict[str, Array] = field(default_factory=dict)
+    """What the strategy has learned (`Strategy.state`)."""
     bytes_up: int = 0
     bytes_down: int = 0
     seconds: float = 0.0

@@ -5,13 +5,13 @@
 told to - and those stop the run: experts that silently never train are this field's commonest bug.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 
 from hfedmoe_ray.config.schema import Wire
 from hfedmoe_ray.errors import TrainingError
-from hfedmoe_ray.types import Array, ClientMetrics, ClientUpdate, ExpertPlan, TaskResult, Weights
+from hfedmoe_ray.types import Array, ClientMetrics, ClientUpdate, ExpertPlan, Signal, TaskResult, Weights
 from hfedmoe_ray.wire import PROFILE_FIELDS, checksum, expert_key, expert_name, read_upload
 
 
@@ -19,7 +19,9 @@ class Rejected(Exception):
     """An update that must not be averaged; the message is the reason, in one line."""
 
 
-def accept(result: TaskResult, plan: ExpertPlan, weights: Weights, wire: Wire) -> ClientUpdate:
+def accept(
+    result: TaskResult, plan: ExpertPlan, weights: Weights, wire: Wire, signals: Collection[Signal] = ()
+) -> ClientUpdate:
     """Fetches, parses and checks the update of a task that ended well.
 
     Args:
@@ -27,6 +29,7 @@ def accept(result: TaskResult, plan: ExpertPlan, weights: Weights, wire: Wire) -
         plan: What the client was given to do.
         weights: The weights it started from.
         wire: How updates travel in this run.
+        signals: What it was asked to measure of each expert while it trained.
 
     Raises:
         Rejected: It must not be used.
@@ -42,6 +45,9 @@ def accept(result: TaskResult, plan: ExpertPlan, weights: Weights, wire: Wire) -
     except ValueError as error:
         raise Rejected(f"cannot be read: {error}") from error
     check_update(update, plan, weights, trains=result.task.kind == "train")
+    asked = set(signals) if result.task.kind == "train" else set()
+    if set(update.signals) != asked:
+        raise Rejected(f"measured {sorted(update.signals)} of each expert, not {sorted(asked)}")
     if result.task.kind == "train":
         check_canary(update, metrics, plan, weights, lossy=wire.lossy)
     return update
@@ -93,6 +99,9 @@ def _check_statistics(update: ClientUpdate, plan: ExpertPlan, weights: Weights) 
     if update.profile is None:
         raise Rejected("holds no routing profile")
     shape = (len(plan.roles), len(plan.roles[0]))
+    for signal, value in update.signals.items():
+        if value.shape != shape or value.dtype != np.float64 or not np.isfinite(value).all() or (value < 0).any():
+            raise Rejected(f"its {signal} of each expert has a wrong shape or type, or is negative or not finite")
     for name in PROFILE_FIELDS:
         value = getattr(update.profile, name)
         if value.shape != shape or not np.isfinite(value).all():

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from hfedmoe_ray.moe.adapters import AdaptedExperts, frozen_parts
 from hfedmoe_ray.moe.layout import MoELayout, Routing
 from hfedmoe_ray.moe.routing import RoutingTape
-from hfedmoe_ray.types import AbsentMode, Array, ExpertKey, Role
+from hfedmoe_ray.types import Array, ExpertKey, ExpertPlan, Role
 
 
 @contextmanager
@@ -69,11 +69,11 @@ class ResidentExperts(nn.Module):
         self._is_present = torch.zeros(self._layout.num_experts + 1, dtype=torch.bool)  # [E + 1]; E is no expert
         self._absent_means: Tensor | None = None  # [E, H], zero where present
         self._reroutes = False
+        self._top_k = self._layout.top_k
 
     def bind(
         self,
-        roles: tuple[Role, ...],
-        absent: AbsentMode,
+        plan: ExpertPlan,
         experts: Mapping[ExpertKey, Mapping[str, Array]],
         means: Array | None,
         device: torch.device,
@@ -81,8 +81,7 @@ class ResidentExperts(nn.Module):
         """Replaces everything this layer holds.
 
         Args:
-            roles: Role of each expert, [E].
-            absent: What stands in for ABSENT experts.
+            plan: Role of each expert, what stands in for ABSENT ones, and how many experts a token is routed to.
             experts: Arrays of the present experts. TRAIN experts are copied, FROZEN ones aliased (copied to a GPU).
             means: Mean outputs of this layer's experts, [E, H]; needed for absent = "mean".
             device: Where the layer computes.
@@ -91,6 +90,7 @@ class ResidentExperts(nn.Module):
             ValueError: An array that the roles ask for is missing or has the wrong shape.
         """
         self._clear()
+        roles, absent = plan.roles[self.layer], plan.absent
         for expert, role in enumerate(roles):
             if role is Role.ABSENT:
                 continue
@@ -109,6 +109,7 @@ class ResidentExperts(nn.Module):
             self._weights[expert] = self._adapted.weights(key, tensors) if self._adapted else tensors
         present = torch.tensor([role is not Role.ABSENT for role in roles])
         self._is_present = torch.cat([present, torch.tensor([False])]).to(device)
+        self._top_k = min(plan.top_k or self._layout.top_k, self._layout.num_experts)
         self._reroutes = absent == "reroute" and bool(present.any()) and not bool(present.all())
         if absent == "mean" and not bool(present.all()):
             if means is None:
@@ -130,12 +131,12 @@ class ResidentExperts(nn.Module):
                 yield from frozen_parts(f"{self.layer}.{expert}.{name}", weight)
 
     def route(self, routing: Routing) -> Routing:
-        """Returns the routing to use: the router's own or, re-routing, its choice among the present experts."""
-        if not self._reroutes:
+        """Returns the routing to use: the router's own, or a new choice: with another top-k, or re-routing."""
+        if not self._reroutes and self._top_k == self._layout.top_k:
             return routing
         # Equal to cutting the router's rows to the present experts, softmax and renormalisation included.
-        masked = routing.logits.masked_fill(~self._is_present[:-1], float("-inf"))
-        top_k = min(self._layout.top_k, len(self._tensors))
+        masked = routing.logits.masked_fill(~self._is_present[:-1], float("-inf")) if self._reroutes else routing.logits
+        top_k = min(self._top_k, len(self._tensors)) if self._reroutes else self._top_k
         return Routing(routing.logits, *self._layout.choose(self.layer, masked, top_k))
 
     def forward(self, hidden_states: Tensor, *dispatch: Tensor) -> Tensor:

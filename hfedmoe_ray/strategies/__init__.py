@@ -1,22 +1,27 @@
 """Strategies: policies that plan what each client holds and trains, and rules that reduce what comes back."""
 
-from hfedmoe_ray.config import schema
+from typing import Any
+
+from hfedmoe_ray.config import strategies as configs
+from hfedmoe_ray.config.section import Section
 from hfedmoe_ray.strategies.base import Strategy
 from hfedmoe_ray.strategies.controls import FedAvg, Local, RandomExperts
 from hfedmoe_ray.strategies.hfedmoe import HFedMoE
 from hfedmoe_ray.types import ModelShape
 
-__all__ = ["Strategy", "build_strategy"]
+__all__ = ["AnyStrategy", "Strategy", "build_strategy"]
+
+AnyStrategy = Strategy[Any]
+
+_STRATEGIES: dict[type[Section], type[AnyStrategy]] = {
+    configs.HFedMoE: HFedMoE,
+    configs.RandomExperts: RandomExperts,
+    configs.FedAvg: FedAvg,
+    configs.Local: Local,
+}
+"""What carries out each section that `strategy` may be."""
 
 
-def build_strategy(config: schema.StrategyConfig, shape: ModelShape, seed: int) -> Strategy:
+def build_strategy(config: configs.StrategyConfig, shape: ModelShape, seed: int) -> AnyStrategy:
     """Returns the strategy that a configuration names."""
-    match config:
-        case schema.HFedMoE():
-            return HFedMoE(config, shape, seed)
-        case schema.RandomExperts():
-            return RandomExperts(config, shape, seed)
-        case schema.FedAvg():
-            return FedAvg(shape, seed)
-        case schema.Local():
-            return Local(shape, seed)
+    return _STRATEGIES[type(config)](config, shape, seed)

@@ -2,9 +2,11 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from typing import Generic, TypeVar
 
 import numpy as np
 
+from hfedmoe_ray.config.section import Section
 from hfedmoe_ray.strategies.aggregation import (
     ExpertRule,
     RouterRule,
@@ -14,14 +16,26 @@ from hfedmoe_ray.strategies.aggregation import (
     examples_per_layer,
 )
 from hfedmoe_ray.strategies.scores import uniform_plan
-from hfedmoe_ray.types import ClientInfo, ExpertKey, ExpertPlan, ModelShape, Role, RoutingProfile
+from hfedmoe_ray.types import (
+    Array,
+    ClientInfo,
+    ClientUpdate,
+    ExpertKey,
+    ExpertPlan,
+    ModelShape,
+    Role,
+    RoutingProfile,
+    Signal,
+)
 
 Profiles = Mapping[int, RoutingProfile]
+Config = TypeVar("Config", bound=Section)
 
 
-class Strategy(ABC):
-    """A federated method. Stateless between calls: what it needs comes in, so a killed server loses nothing.
+class Strategy(ABC, Generic[Config]):
+    """A federated method. What it learns from round to round stands in `state`, so a killed server loses nothing.
 
+    The server calls `plan`, `observe`, `blend` and `deploy`; the client `select`. On a client `state` is empty.
     The three rules of reduction are independent attributes; the defaults are FedAvg's.
     """
 
@@ -34,11 +48,18 @@ class Strategy(ABC):
     shared_rule: SharedRule = staticmethod(examples)
     literal_router = False
     """Sum router weights as printed in the paper instead of normalising them."""
+    private_router = False
+    """Whether every client keeps the routers it trained and never takes the averaged ones."""
+    signals: frozenset[Signal] = frozenset()
+    """What clients measure of each expert while they train, for `observe`."""
 
-    def __init__(self, shape: ModelShape, seed: int) -> None:
-        """Keeps the shape of the model and the run seed, from which every draw derives."""
+    def __init__(self, config: Config, shape: ModelShape, seed: int) -> None:
+        """Keeps its options, the shape of the model and the run seed, from which every draw derives."""
+        self.config = config
         self.shape = (shape.layers, shape.experts)
         self.seed = seed
+        self.state: dict[str, Array] = {}
+        """Arrays by name; part of every checkpoint."""
 
     @abstractmethod
     def plan(self, round: int, clients: Sequence[ClientInfo], profiles: Profiles) -> dict[int, ExpertPlan]:
@@ -55,6 +76,12 @@ class Strategy(ABC):
         If not, a batch that passes through the model in parts need not be looked at as a whole first.
         """
         return plan.batch_budget is not None and plan.batch_budget < len(plan.trainable)
+
+    def observe(self, round: int, updates: Mapping[int, ClientUpdate], plans: Mapping[int, ExpertPlan]) -> None:
+        """Learns from a round's accepted updates, by client in ascending order, without their tensors.
+
+        Default: nothing. Whatever it learns belongs into `state`.
+        """
 
     def deploy(self, round: int, clients: Sequence[ClientInfo], profiles: Profiles) -> dict[int, ExpertPlan]:
         """What each client holds when it uses the model after this round. Default: everything."""

@@ -1,17 +1,18 @@
 """The controls every method is compared with: same backbone, split, local steps and seeds."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
-from hfedmoe_ray.config import schema
+from hfedmoe_ray.config import strategies as configs
 from hfedmoe_ray.seeds import generator
 from hfedmoe_ray.strategies.base import Profiles, Strategy
 from hfedmoe_ray.strategies.scores import mask, resident_plan, top_experts, uniform_plan
-from hfedmoe_ray.types import ClientInfo, ExpertKey, ExpertPlan, ModelShape, Role, RoutingProfile
+from hfedmoe_ray.types import ClientInfo, ExpertKey, ExpertPlan, Role, RoutingProfile
 
 
-class FedAvg(Strategy):
+class FedAvg(Strategy[Any]):
     """Every client trains every expert; averaging by |D_c|. The ceiling that no budget limits."""
 
     def plan(self, round: int, clients: Sequence[ClientInfo], profiles: Profiles) -> dict[int, ExpertPlan]:
@@ -26,16 +27,12 @@ class Local(FedAvg):
     federated = False
 
 
-class RandomExperts(Strategy):
+class RandomExperts(Strategy[configs.RandomExperts]):
     """As many experts as HFedMoE would choose, drawn at random; averaging by |D_c| of those who trained an expert."""
 
-    def __init__(self, config: schema.RandomExperts, shape: ModelShape, seed: int) -> None:
-        """Takes the placement options it shares with HFedMoE."""
-        super().__init__(shape, seed)
-        self.config = config
-        # Not for the choice, which looks at nothing, but because the profiling pass also measures the mean outputs
-        # that stand in for absent experts, also when the client uses the model.
-        self.needs_profile = True
+    # Not for the choice, which looks at nothing, but because the profiling pass also measures the mean outputs that
+    # stand in for absent experts, also when the client uses the model.
+    needs_profile = True
 
     def plan(self, round: int, clients: Sequence[ClientInfo], profiles: Profiles) -> dict[int, ExpertPlan]:
         """A fresh draw for every client and round (or all experts, with the draw made batch by batch)."""

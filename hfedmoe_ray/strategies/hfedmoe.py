@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from hfedmoe_ray.config import schema
+from hfedmoe_ray.config import strategies as configs
 from hfedmoe_ray.seeds import generator
 from hfedmoe_ray.strategies.aggregation import SparsityAware
 from hfedmoe_ray.strategies.base import Profiles, Strategy
@@ -16,15 +16,14 @@ from hfedmoe_ray.strategies.scores import explore, mask, resident_plan, top_expe
 from hfedmoe_ray.types import ClientInfo, ExpertKey, ExpertPlan, FloatArray, ModelShape, Role, RoutingProfile
 
 
-class HFedMoE(Strategy):
+class HFedMoE(Strategy[configs.HFedMoE]):
     """The method of the paper, with the decisions of the README where the paper is silent."""
 
     needs_profile = True
 
-    def __init__(self, config: schema.HFedMoE, shape: ModelShape, seed: int) -> None:
+    def __init__(self, config: configs.HFedMoE, shape: ModelShape, seed: int) -> None:
         """Takes the method's hyper-parameters."""
-        super().__init__(shape, seed)
-        self.config = config
+        super().__init__(config, shape, seed)
         rule = SparsityAware(
             threshold=config.tau / shape.experts, lam=config.lam, literal=config.participation == "usage"
         )

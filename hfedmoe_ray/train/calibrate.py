@@ -16,7 +16,8 @@ from scipy.optimize import nnls
 from hfedmoe_ray import calibration
 from hfedmoe_ray.budget import tier_of
 from hfedmoe_ray.calibration import Calibration
-from hfedmoe_ray.config.schema import Experiment, Placement, Tier
+from hfedmoe_ray.config.schema import Experiment, Tier
+from hfedmoe_ray.config.strategies import Placement
 from hfedmoe_ray.context import RunContext
 from hfedmoe_ray.train.environment import inherited
 from hfedmoe_ray.types import AbsentMode, ClientTask, ExpertPlan, ModelShape, Role, TaskKind, TaskWeights

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from hfedmoe_ray.budget import tier_of
-from hfedmoe_ray.config.schema import HFedMoE, Precision, Tier
+from hfedmoe_ray.config.section import Precision
+from hfedmoe_ray.config.strategies import HFedMoE
 from hfedmoe_ray.context import RunContext
 from hfedmoe_ray.data.dataset import Batch, FederatedDataset, Split
 from hfedmoe_ray.errors import ModelError
@@ -32,7 +34,8 @@ from hfedmoe_ray.train.engine import Engine
 from hfedmoe_ray.train.frozen import check_unwritten, frozen_versions
 from hfedmoe_ray.train.memory import PeakMemory, return_freed_memory
 from hfedmoe_ray.train.prefix import PrefixStates, prefix_states
-from hfedmoe_ray.types import Array, ClientMetrics, ClientTask, ExpertKey, ExpertPlan, Prototypes, TaskWeights
+from hfedmoe_ray.train.steps import LocalSteps, Run, batch_labels
+from hfedmoe_ray.types import Array, ClientMetrics, ClientTask, ExpertKey, Prototypes, TaskWeights
 from hfedmoe_ray.wire import Upload, checksum, dump_metrics, expert_name, make_upload, pack_update
 
 ShouldStop = Callable[[], bool]
@@ -48,23 +51,6 @@ class _Examples:
 
     split: Split
     states: PrefixStates | None
-
-
-@dataclass
-class _Steps:
-    """What the optimizer steps of one task share, and what they add up to."""
-
-    tier: Tier
-    plan: ExpertPlan
-    rng: np.random.Generator
-    """Of strategies that select by chance."""
-    profile: ProfileAccumulator
-    trained: dict[ExpertKey, int]
-    """Steps in which an expert received a gradient."""
-    loss: float = 0.0
-    """Summed over examples."""
-    examples: int = 0
-    seconds: float = 0.0
 
 
 class ClientWorker:
@@ -151,7 +137,7 @@ class ClientWorker:
             for start in range(0, len(order), self._local.batch_size):
                 self._poll(should_stop)
                 batch, logits = self._forward(examples, order[start : start + self._local.batch_size])
-                labels = self._labels(batch)
+                labels = batch_labels(batch, self._model.device)
                 loss += float(cross_entropy(logits.float(), labels, reduction="sum"))
                 profile.add(self._model.tape)
                 if prototypes is not None:
@@ -167,29 +153,31 @@ class ClientWorker:
     ) -> tuple[Upload, ClientMetrics]:
         """Local steps: forward, choose the batch's experts, give only them a gradient (eq. 15)."""
         model, split, keys = self._model, examples.split, task.plan.trainable
+        tier = self._tiers[task.client]
         before = self._checksums(keys)
-        rng = generator(task.seed, "select", task.round, task.client)
-        done = _Steps(
-            tier=self._tiers[task.client],
+        done = LocalSteps(
+            model,
+            self._strategy,
+            partial(self._forward, examples),
+            tier=tier,
             plan=task.plan,
-            rng=rng,
-            profile=self._new_profile(),
-            trained=dict.fromkeys(keys, 0),
+            rng=generator(task.seed, "select", task.round, task.client),
+            specific=self._specific,
         )
         shared = list(model.shared_parameters.values())
         model.module.train()
         # Filling the prefix cache took room of its own, once.
         return_freed_memory()
         frozen = frozen_versions(model)
-        config = deepspeed_config(self._local, done.tier, model.device.type)
+        config = deepspeed_config(self._local, tier, model.device.type)
         with (
-            checkpointed_layers(model.module, done.tier.checkpoint_activations),
+            checkpointed_layers(model.module, tier.checkpoint_activations),
             Engine(model.module, shared, model.expert_parameters, self._local, config) as engine,
             PeakMemory(model.device) as peak,
         ):
             for indices in self._batches(task, len(split)):
                 self._poll(should_stop)
-                self._step(engine, examples, indices, done)
+                done.take(engine, indices)
         check_unwritten(frozen)
         # Gradients and moments are gone; what is packed now must not come on top of the room they took.
         return_freed_memory()
@@ -198,7 +186,15 @@ class ClientWorker:
             key: model.read_expert(key) for key, steps in done.trained.items() if steps
         }
         means = _without_counts(done.profile.means())
-        upload = make_upload(self._experiment.wire, weights, moved, model.read_shared(), profile=measured, means=means)
+        upload = make_upload(
+            self._experiment.wire,
+            weights,
+            moved,
+            model.read_shared(),
+            profile=measured,
+            means=means,
+            signals=done.signals.result(),
+        )
         metrics = _metrics(
             task,
             split,
@@ -224,7 +220,7 @@ class ClientWorker:
             for start in range(0, len(split), size):
                 self._poll(should_stop)
                 batch, logits = self._forward(examples, np.arange(start, min(start + size, len(split))))
-                labels = self._labels(batch)
+                labels = batch_labels(batch, self._model.device)
                 loss += float(cross_entropy(logits.float(), labels, reduction="sum"))
                 correct += int((logits.argmax(dim=-1) == labels).sum())
                 tokens += int(batch.attention_mask.sum())
@@ -261,59 +257,13 @@ class ClientWorker:
             yield order[:size]
             order = order[size:]
 
-    def _step(self, engine: Engine, examples: _Examples, indices: Array, done: _Steps) -> None:
-        """One optimizer step on one batch, added to `done`.
-
-        Eq. 15 chooses by the routing of the whole batch. A batch that passes in parts is therefore looked at first,
-        without gradients, where the choice may leave an expert out; the parts then add up the gradients of the chosen
-        ones alone. The result is that of the undivided batch within rounding.
-        """
-        started = time.perf_counter()
-        size = done.tier.micro_batch or len(indices)
-        parts = [indices[start : start + size] for start in range(0, len(indices), size)]
-        seen = self._new_profile()
-        whole = len(parts) == 1
-        ahead = not whole and self._strategy.selective(done.plan)
-        # Where nothing may be left out, all that may train are chosen.
-        chosen = self._choose_ahead(examples, parts, seen, done) if ahead else frozenset(done.plan.trainable)
-        for part in parts:
-            batch, logits = self._forward(examples, part, precision=done.tier.precision, run=engine.forward)
-            loss = cross_entropy(logits.float(), self._labels(batch)) * (len(part) / len(indices))
-            if not ahead:
-                seen.add(self._model.tape)
-            routing = seen.profile()
-            if whole:
-                chosen = self._strategy.select(routing, done.plan, done.rng)
-            # An expert without a token has no gradient, and must not move by momentum either.
-            active = [key for key in done.plan.trainable if key in chosen and routing.routed[key]]
-            engine.backward(loss, active)
-            done.loss += float(loss.detach()) * len(indices)
-        engine.step()
-        for key in active:
-            done.trained[key] += 1
-        done.profile.merge(seen)
-        done.examples += len(indices)
-        done.seconds += time.perf_counter() - started
-
-    def _choose_ahead(
-        self, examples: _Examples, parts: Sequence[Array], seen: ProfileAccumulator, done: _Steps
-    ) -> frozenset[ExpertKey]:
-        """Returns the experts chosen by the routing of a divided batch, which is added to `seen`."""
-        # Forked, so that dropout draws the same again.
-        device = self._model.device
-        with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            for part in parts:
-                self._forward(examples, part, precision=done.tier.precision)
-                seen.add(self._model.tape)
-        return self._strategy.select(seen.profile(), done.plan, done.rng)
-
     def _forward(
         self,
         examples: _Examples,
         indices: Array,
         *,
         precision: Precision | None = None,
-        run: Callable[..., Any] | None = None,
+        run: Run | None = None,
     ) -> tuple[Batch, Tensor]:
         """Returns a batch and its logits, [B, C].
 
@@ -353,9 +303,6 @@ class ClientWorker:
                 "not. Write `head: random`."
             )
         return features.float().cpu().numpy()
-
-    def _labels(self, batch: Batch) -> Tensor:
-        return torch.from_numpy(batch.labels).to(self._model.device)
 
     @staticmethod
     def _poll(should_stop: ShouldStop) -> None:

@@ -1,20 +1,22 @@
 """The payload of an update: safetensors bytes. Nothing else that a client sends as bytes is ever parsed.
 
 Names: `expert.<layer>.<expert>.<tensor>`, `shared.<parameter>`, `mean.<layer>.<expert>`, `profile.<field>`,
-`prototype.<field>`. Where a codec wrote a tensor (`wire.codecs`) its name is followed by `:<part>`.
+`prototype.<field>`, `signal.<name>`. Where a codec wrote a tensor (`wire.codecs`) its name is followed by `:<part>`.
 """
 
 from collections.abc import Mapping
+from typing import get_args
 
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from hfedmoe_ray.types import Array, ClientMetrics, ClientUpdate, ExpertKey, Prototypes, RoutingProfile
+from hfedmoe_ray.types import Array, ClientMetrics, ClientUpdate, ExpertKey, Prototypes, RoutingProfile, Signal
 from hfedmoe_ray.wire.codecs import from_bf16, to_bf16
 from hfedmoe_ray.wire.names import expert_key, expert_name
 
 PROFILE_FIELDS = ("usage", "specific", "kl", "routed")
+SIGNALS: tuple[Signal, ...] = get_args(Signal)
 
 
 def pack_update(
@@ -24,6 +26,7 @@ def pack_update(
     means: Mapping[ExpertKey, Array],
     prototypes: Prototypes | None = None,
     *,
+    signals: Mapping[Signal, Array] | None = None,
     lossy: bool = False,
 ) -> bytes:
     """Returns the payload of an update.
@@ -34,6 +37,7 @@ def pack_update(
         profile: How the client's tokens used the experts.
         means: Mean output [H] of held experts; the tokens behind each are the profile's `routed`.
         prototypes: Where the classes lie, if asked for.
+        signals: What was measured of each expert, [L, E], if asked for.
         lossy: Write the mean outputs in bfloat16: they stand in for experts to a few percent, not to 24 bits.
     """
     tensors: dict[str, Array] = {f"shared.{name}": value for name, value in shared.items()}
@@ -42,6 +46,7 @@ def pack_update(
     tensors |= {f"mean.{expert_name(key)}": to_bf16(mean) if lossy else mean for key, mean in means.items()}
     if prototypes is not None:
         tensors |= {"prototype.sums": prototypes.sums, "prototype.counts": prototypes.counts}
+    tensors |= {f"signal.{name}": value for name, value in (signals or {}).items()}
     if profile is not None:
         tensors |= {f"profile.{name}": getattr(profile, name) for name in PROFILE_FIELDS}
         tensors["profile.tokens"] = np.array([profile.tokens], dtype=np.int64)
@@ -60,6 +65,7 @@ def unpack_update(payload: bytes, metrics: ClientMetrics) -> ClientUpdate:
     means: dict[ExpertKey, Array] = {}
     profile: dict[str, Array] = {}
     prototypes: dict[str, Array] = {}
+    signals: dict[Signal, Array] = {}
     for name, value in read_tensors(payload).items():
         kind, _, rest = name.partition(".")
         match kind:
@@ -72,6 +78,8 @@ def unpack_update(payload: bytes, metrics: ClientMetrics) -> ClientUpdate:
                 means[expert_key(rest)] = from_bf16(value) if value.dtype == np.uint16 else value
             case "profile":
                 profile[rest] = value
+            case "signal" if rest in SIGNALS:
+                signals[rest] = value
             case "prototype" if rest in ("sums", "counts"):
                 prototypes[rest] = value
             case _:
@@ -86,6 +94,7 @@ def unpack_update(payload: bytes, metrics: ClientMetrics) -> ClientUpdate:
         profile=parsed,
         means={key: (mean, _tokens_behind(key, parsed)) for key, mean in means.items()},
         prototypes=Prototypes(**prototypes) if len(prototypes) == 2 else None,
+        signals=signals,
         payload_bytes=len(payload),
     )
 

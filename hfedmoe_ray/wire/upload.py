@@ -16,7 +16,16 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from hfedmoe_ray.config.schema import Wire
-from hfedmoe_ray.types import Array, ClientMetrics, ClientUpdate, ExpertKey, RoutingProfile, TaskWeights, Weights
+from hfedmoe_ray.types import (
+    Array,
+    ClientMetrics,
+    ClientUpdate,
+    ExpertKey,
+    RoutingProfile,
+    Signal,
+    TaskWeights,
+    Weights,
+)
 from hfedmoe_ray.wire.codecs import Codec, build_codec
 from hfedmoe_ray.wire.names import checksum, expert_key, expert_name
 from hfedmoe_ray.wire.payload import pack_update, read_tensors, unpack_update
@@ -44,6 +53,7 @@ def make_upload(
     *,
     profile: RoutingProfile,
     means: Mapping[ExpertKey, Array],
+    signals: Mapping[Signal, Array],
 ) -> Upload:
     """Writes what was trained as the configuration says.
 
@@ -54,13 +64,14 @@ def make_upload(
         shared: New routers and shared parameters.
         profile: The routing profile.
         means: Mean output [H] of held experts.
+        signals: What the strategy asked to be measured of each expert, [L, E].
 
     Raises:
         ValueError: The client's state does not belong to these tensors.
     """
     codec = build_codec(wire)
     if codec is None:
-        return Upload(payload=pack_update(experts, shared, profile, means))
+        return Upload(payload=pack_update(experts, shared, profile, means, signals=signals))
     residual = _read_state(start.state) if wire.feeds_back else {}
     parts: dict[ExpertKey, Tensors] = {}
     rebuilt: dict[str, str] = {}
@@ -70,7 +81,7 @@ def make_upload(
     sent = _compress(codec, start.shared, shared, residual.get(None, {}))
     residual[None] = sent.residual
     return Upload(
-        payload=pack_update(parts, sent.parts, profile, means, lossy=True),
+        payload=pack_update(parts, sent.parts, profile, means, signals=signals, lossy=True),
         rebuilt=rebuilt,
         state=_write_state(residual) if wire.feeds_back else b"",
     )

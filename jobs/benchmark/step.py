@@ -32,7 +32,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils import clip_grad_norm_
 
 from hfedmoe_ray.config.load import load_experiment
-from hfedmoe_ray.config.schema import HFedMoE
+from hfedmoe_ray.config.strategies import HFedMoE
 from hfedmoe_ray.context import RunContext, cache_dir
 from hfedmoe_ray.data.dataset import FederatedDataset
 from hfedmoe_ray.moe.prepare import initial_weights

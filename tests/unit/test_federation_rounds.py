@@ -243,11 +243,11 @@ def test_a_client_that_lies_is_left_out_and_a_fault_of_ours_stops_the_run(
     pack = upload.pack_update
     sent: list[int] = []
 
-    def poisoned(experts, shared, *rest):
+    def poisoned(experts, shared, *rest, **options):
         sent.append(1)
         if len(sent) == 1:
             shared = {name: value * np.nan for name, value in shared.items()}
-        return pack(experts, shared, *rest)
+        return pack(experts, shared, *rest, **options)
 
     monkeypatch.setattr(upload, "pack_update", poisoned)
     _, summary, recorder = run(experiment(sources, rounds=1), tmp_path / "lie")
@@ -258,8 +258,10 @@ def test_a_client_that_lies_is_left_out_and_a_fault_of_ours_stops_the_run(
     monkeypatch.setattr(
         upload,
         "pack_update",
-        lambda experts, *rest: pack(
-            {key: {name: value + 1 for name, value in tensors.items()} for key, tensors in experts.items()}, *rest
+        lambda experts, *rest, **options: pack(
+            {key: {name: value + 1 for name, value in tensors.items()} for key, tensors in experts.items()},
+            *rest,
+            **options,
         ),
     )
     with pytest.raises(TrainingError, match="other than it stood after training"):

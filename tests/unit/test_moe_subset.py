@@ -1,5 +1,6 @@
 """A client's part of a model computes what the whole model would, and keeps to itself what it changes."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +65,25 @@ def test_holding_every_expert_is_the_whole_model(prepared: PreparedModel, whole:
     for roles in ("TTTTTT", "FFFFFF", "TFTFTF"):
         logits = bound(prepared, plan(roles, roles)).forward(ids, mask)
         torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_another_top_k_equals_a_model_made_with_it(prepared: PreparedModel, whole: PreTrainedModel) -> None:
+    model = bound(prepared, replace(ALL_TRAIN, top_k=1))
+    routers = [module for module in whole.modules() if hasattr(module, "top_k")]
+    ids, mask = batch()
+    own = whole(input_ids=ids, attention_mask=mask).logits
+    assert routers
+    for router in routers:
+        router.top_k, before = 1, router.top_k
+    try:
+        expected = whole(input_ids=ids, attention_mask=mask).logits
+    finally:
+        for router in routers:
+            router.top_k = before
+    torch.testing.assert_close(model.forward(ids, mask), expected, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(own, expected, atol=1e-4)
+    model.bind(ALL_TRAIN, task_weights(prepared), "top")
+    torch.testing.assert_close(model.forward(ids, mask), own, rtol=1e-5, atol=1e-5)
 
 
 def test_rerouting_equals_cutting_the_router_and_the_experts(prepared: PreparedModel, whole: PreTrainedModel) -> None:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from hfedmoe_ray.config import schema
+from hfedmoe_ray.config import strategies as configs
 from hfedmoe_ray.strategies import build_strategy
 from hfedmoe_ray.strategies.scores import uniform_plan
 from hfedmoe_ray.types import ClientInfo, ModelShape, Role, RoutingProfile
@@ -23,7 +23,7 @@ def profile(seed=0, **changes):
 
 
 PROFILES = {c.client: profile(c.client) for c in CLIENTS}
-BUDGETED = [schema.HFedMoE(), schema.RandomExperts()]
+BUDGETED = [configs.HFedMoE(), configs.RandomExperts()]
 
 
 @pytest.mark.parametrize("config", BUDGETED, ids=lambda c: c.name)
@@ -44,13 +44,13 @@ def test_a_plan_is_a_function_of_seed_round_and_client(config):
 
 
 def test_random_draws_anew_each_round_and_with_each_seed():
-    strategy = build_strategy(schema.RandomExperts(), SHAPE, 0)
+    strategy = build_strategy(configs.RandomExperts(), SHAPE, 0)
     assert strategy.plan(1, CLIENTS, {}) != strategy.plan(2, CLIENTS, {})
-    assert strategy.plan(1, CLIENTS, {}) != build_strategy(schema.RandomExperts(), SHAPE, 1).plan(1, CLIENTS, {})
+    assert strategy.plan(1, CLIENTS, {}) != build_strategy(configs.RandomExperts(), SHAPE, 1).plan(1, CLIENTS, {})
 
 
 def test_without_exploration_hfedmoe_holds_the_best_by_its_score():
-    strategy = build_strategy(schema.HFedMoE(explore=0.0, beta=0.3), SHAPE, 0)
+    strategy = build_strategy(configs.HFedMoE(explore=0.0, beta=0.3), SHAPE, 0)
     for client in CLIENTS:
         plan = strategy.plan(1, CLIENTS, PROFILES)[client.client]
         score = PROFILES[client.client].ib_score(0.5, 0.3)
@@ -60,14 +60,14 @@ def test_without_exploration_hfedmoe_holds_the_best_by_its_score():
 
 
 def test_beta_zero_ranks_by_importance():
-    zero = build_strategy(schema.HFedMoE(beta=0.0), SHAPE, 0)
-    importance = build_strategy(schema.HFedMoE(beta=5.0, rank_by="importance"), SHAPE, 0)
-    strong = build_strategy(schema.HFedMoE(beta=5.0), SHAPE, 0)
+    zero = build_strategy(configs.HFedMoE(beta=0.0), SHAPE, 0)
+    importance = build_strategy(configs.HFedMoE(beta=5.0, rank_by="importance"), SHAPE, 0)
+    strong = build_strategy(configs.HFedMoE(beta=5.0), SHAPE, 0)
     assert zero.plan(1, CLIENTS, PROFILES) == importance.plan(1, CLIENTS, PROFILES)
     assert zero.plan(1, CLIENTS, PROFILES) != strong.plan(1, CLIENTS, PROFILES)
 
 
-@pytest.mark.parametrize("config", [schema.HFedMoE(resident="all"), schema.RandomExperts(resident="all")])
+@pytest.mark.parametrize("config", [configs.HFedMoE(resident="all"), configs.RandomExperts(resident="all")])
 def test_in_the_papers_setting_all_train_and_each_batch_chooses_among_the_routed(config):
     strategy = build_strategy(config, SHAPE, 0)
     plan = strategy.plan(1, CLIENTS, PROFILES)[1]
@@ -80,7 +80,7 @@ def test_in_the_papers_setting_all_train_and_each_batch_chooses_among_the_routed
 
 
 def test_hfedmoe_selects_a_batchs_best_routed_experts():
-    strategy = build_strategy(schema.HFedMoE(resident="all", beta=0.0, lam=1.0), SHAPE, 0)
+    strategy = build_strategy(configs.HFedMoE(resident="all", beta=0.0, lam=1.0), SHAPE, 0)
     usage = np.tile(np.array([0.4, 0.3, 0.2, 0.1, 0, 0, 0, 0.0]), (2, 1))
     routed = np.ones((2, 8))
     routed[:, 0] = 0
@@ -89,7 +89,7 @@ def test_hfedmoe_selects_a_batchs_best_routed_experts():
     assert {key.expert for key in chosen} == {1}
 
 
-@pytest.mark.parametrize("config", [schema.FedAvg(), schema.Local()])
+@pytest.mark.parametrize("config", [configs.FedAvg(), configs.Local()])
 def test_unbudgeted_controls_train_everything(config):
     strategy = build_strategy(config, SHAPE, 0)
     plan = strategy.plan(1, CLIENTS, {})[0]
@@ -99,7 +99,7 @@ def test_unbudgeted_controls_train_everything(config):
 
 
 def test_blending_moves_only_what_the_client_does_not_hold():
-    strategy = build_strategy(schema.HFedMoE(decay=1.0), SHAPE, 0)
+    strategy = build_strategy(configs.HFedMoE(decay=1.0), SHAPE, 0)
     plan = strategy.plan(1, CLIENTS, PROFILES)[0]
     mine, cohort = profile(1), profile(2)
     blended = strategy.blend(mine, plan, cohort)
@@ -107,5 +107,5 @@ def test_blending_moves_only_what_the_client_does_not_hold():
         for expert in range(8):
             expected = mine if (layer, expert) in set(plan.present) else cohort
             assert blended.usage[layer, expert] == expected.usage[layer, expert]
-    kept = build_strategy(schema.HFedMoE(decay=0.0), SHAPE, 0).blend(mine, plan, cohort)
+    kept = build_strategy(configs.HFedMoE(decay=0.0), SHAPE, 0).blend(mine, plan, cohort)
     assert (kept.usage == mine.usage).all()

@@ -1,0 +1,71 @@
+"""What a client measures of each expert while it trains, where its strategy asks for it (`types.Signal`)."""
+
+from collections.abc import Collection, Iterable, Mapping
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from hfedmoe_ray.moe.routing import RoutingTape
+from hfedmoe_ray.types import ExpertKey, FloatArray, Signal
+
+
+class Signals:
+    """Streams the steps of one task into [L, E] arrays."""
+
+    def __init__(self, wanted: Collection[Signal], shape: tuple[int, int]) -> None:
+        """Starts empty; what is not wanted costs nothing."""
+        self._wanted = wanted
+        self._weight = np.zeros(shape)
+        self._sums: dict[Signal, FloatArray] = {signal: np.zeros(shape) for signal in wanted}
+        self._steps = np.zeros(shape)
+
+    @torch.no_grad()
+    def add_examples(self, tape: RoutingTape, mask: Tensor, logits: Tensor, labels: Tensor) -> None:
+        """Adds a forward pass.
+
+        Args:
+            tape: Its routing.
+            mask: 1 for real tokens, [B, S].
+            logits: [B, C].
+            labels: [B].
+        """
+        values: dict[Signal, Tensor] = {}
+        if "accuracy" in self._wanted:
+            values["accuracy"] = (logits.argmax(dim=-1) == labels).double()
+        if "loss" in self._wanted:
+            values["loss"] = cross_entropy(logits.float(), labels, reduction="none").double()
+        if not values:
+            return
+        example = mask.bool().nonzero()[:, 0]  # [N]: which example a real token belongs to
+        for layer, index in enumerate(tape.index):
+            assert index is not None
+            experts = self._weight.shape[1]
+            tokens = torch.zeros(len(labels), experts + 1, dtype=torch.float64, device=index.device)
+            of = example.to(index.device)[:, None].expand_as(index)
+            tokens.index_put_((of, index), tokens.new_ones(()), accumulate=True)
+            tokens = tokens[:, :experts]  # [B, E] tokens of an example that were sent to an expert
+            self._weight[layer] += tokens.sum(dim=0).cpu().numpy()
+            for signal, value in values.items():
+                self._sums[signal][layer] += (value @ tokens).cpu().numpy()
+
+    @torch.no_grad()
+    def add_gradients(
+        self, active: Iterable[ExpertKey], parameters: Mapping[ExpertKey, Mapping[str, nn.Parameter]]
+    ) -> None:
+        """Adds the gradients of a step before the optimizer takes it; `active` are the experts that have one."""
+        if "gradient" not in self._wanted:
+            return
+        for key in active:
+            gradients = [p.grad for p in parameters[key].values() if p.grad is not None]
+            self._sums["gradient"][key] += float(sum(g.double().square().sum() for g in gradients))
+            self._steps[key] += 1
+
+    def result(self) -> dict[Signal, FloatArray]:
+        """The signals, in the order of their names."""
+        found: dict[Signal, FloatArray] = {}
+        for signal in sorted(self._sums):
+            divisor = self._steps if signal == "gradient" else self._weight
+            found[signal] = np.divide(self._sums[signal], divisor, out=np.zeros_like(divisor), where=divisor > 0)
+        return found
