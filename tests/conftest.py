@@ -38,6 +38,17 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def sources(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
+    """What the runs of `tiny_federation` are made of."""
+    del cache  # set before anything is prepared
+    from tiny_federation import write_sources
+
+    root = tmp_path_factory.mktemp("sources")
+    write_sources(root)
+    return root
+
+
+@pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Directory of further datasets ($HFEDMOE_DATA, or shared/data beside the checkout); skips where there is none."""
     path = Path(os.environ.get("HFEDMOE_DATA") or REPOSITORY.parent / "shared" / "data")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_federation_rounds import experiment, final_weights, run, sources  # noqa: F401
+from tiny_federation import experiment, final_weights, run
 
 from hfedmoe_ray import strategies
 from hfedmoe_ray.federation.checkpoint import load_checkpoint, run_identity
@@ -34,7 +34,7 @@ def learner(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("learner")
-def test_routers_stay_with_their_clients_and_everything_else_is_averaged(sources: Path, tmp_path: Path):  # noqa: F811
+def test_routers_stay_with_their_clients_and_everything_else_is_averaged(sources: Path, tmp_path: Path):
     context, summary, recorder = run(experiment(sources, strategy="fedavg"), tmp_path / "run")
     weights = final_weights(context)
     routers = set(router_layers(context.model))
@@ -53,7 +53,7 @@ def test_routers_stay_with_their_clients_and_everything_else_is_averaged(sources
 
 
 @pytest.mark.usefixtures("learner")
-def test_what_a_strategy_learns_survives_the_server(sources: Path, tmp_path: Path):  # noqa: F811
+def test_what_a_strategy_learns_survives_the_server(sources: Path, tmp_path: Path):
     made = experiment(sources, strategy="fedavg")
     straight, _, _ = run(made, tmp_path / "straight")
     run(made, tmp_path / "broken", stop_after=1)

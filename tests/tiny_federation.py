@@ -1,0 +1,91 @@
+"""Whole runs in one process, in seconds: four clients of two tiers, tiny models, texts of three classes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from moe_models import save_bert, save_mixtral
+
+from hfedmoe_ray.config.schema import Experiment
+from hfedmoe_ray.context import RunContext
+from hfedmoe_ray.federation.checkpoint import load_checkpoint, run_identity
+from hfedmoe_ray.federation.rounds import run_experiment
+from hfedmoe_ray.prepare import prepare_run
+from hfedmoe_ray.runtime.local import LocalExecutor
+from hfedmoe_ray.types import RoundReport, Weights
+
+HFEDMOE = {"name": "hfedmoe", "tau": 0.5}
+
+
+class Recorder:
+    """Keeps what a run reports."""
+
+    def __init__(self) -> None:
+        self.rounds: list[RoundReport] = []
+        self.facts: dict[str, Any] = {}
+        self.events: list[tuple[str, dict[str, Any]]] = []
+
+    def start(self, _config: Any, facts: Any) -> None:
+        self.facts = dict(facts)
+
+    def event(self, name: str, fields: Any) -> None:
+        self.events.append((name, dict(fields)))
+
+    def round(self, report: RoundReport) -> None:
+        self.rounds.append(report)
+
+    def finish(self, _summary: Any) -> None:
+        pass
+
+
+def write_sources(root: Path) -> None:
+    """Writes a BERT, a Mixtral, and texts of three classes, each with words of its own."""
+    save_bert(root / "bert")
+    save_mixtral(root / "mixtral")
+    texts = [(i % 3, " ".join(f"word{3 * ((i + j * j) % 5) + i % 3}" for j in range(3 + i % 7))) for i in range(160)]
+    rows = [{"text": text, "label": f"class {label}"} for label, text in texts]
+    (root / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def experiment(sources: Path, family: str = "bert", **changes: Any) -> Experiment:
+    """Two rounds on the sources (fixture `sources`), with other top-level sections where `changes` has them."""
+    upcycle = {"how": "copy", "experts": 6, "top_k": 2, "layers": [2, 3], "noise": 0.3} if family == "bert" else None
+    config: dict[str, Any] = {
+        "name": "tiny",
+        "backend": "local",
+        "rounds": 2,
+        "strategy": HFEDMOE,
+        "clients": {
+            "count": 4,
+            "tiers": [
+                {"name": "phone", "share": 0.5, "experts": 0.25, "device": 0.1},
+                {"name": "server", "share": 0.5, "experts": 0.5, "device": 0.1},
+            ],
+        },
+        "model": {"source": str(sources / family), "upcycle": upcycle, "trainable": "experts"},
+        "data": {"source": str(sources / "texts.jsonl"), "max_length": 12, "partition": {"how": "iid"}},
+        "local": {"steps": 3, "batch_size": 4, "learning_rate": 1e-2, "profile_examples": 8},
+    }
+    return Experiment.model_validate(config | changes)
+
+
+def run(
+    made: Experiment, run_dir: Path, *, resume: bool = False, stop_after: int | None = None
+) -> tuple[RunContext, dict[str, Any], Recorder]:
+    """Runs an experiment in this process, to its end or until after a round; returns its summary and its record."""
+    context = prepare_run(made, run_dir)
+    executor, recorder = LocalExecutor(context), Recorder()
+
+    def should_stop() -> bool:
+        return stop_after is not None and bool(recorder.rounds) and recorder.rounds[-1].round >= stop_after
+
+    try:
+        summary = run_experiment(context, executor, recorder, resume=resume, should_stop=should_stop)
+    finally:
+        executor.close()
+    return context, summary, recorder
+
+
+def final_weights(context: RunContext) -> Weights:
+    """The weights of a run's last checkpoint."""
+    return load_checkpoint(context.run_dir / "checkpoints", run_identity(context)).weights
