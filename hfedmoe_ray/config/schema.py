@@ -82,6 +82,9 @@ class Clients(Section):
     count: PositiveInt = 10
     per_round: PositiveInt | None = None
     """Clients drawn for each round. Default: all."""
+    failure_rate: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """For studies: chance that a client drops out of a round after it has trained, so that its update is lost (status
+    `dropped`). Drawn by (seed, round, client); such losses do not count against `runtime.quorum`."""
     tiers: tuple[Tier, ...] = Field(min_length=1)
 
     @model_validator(mode="after")

@@ -17,6 +17,7 @@ from hfedmoe_ray.errors import TrainingError
 from hfedmoe_ray.federation import reporting
 from hfedmoe_ray.federation.checkpoint import load_checkpoint, run_identity, save_checkpoint
 from hfedmoe_ray.federation.cohort import select_cohort
+from hfedmoe_ray.federation.dropout import without_dropouts
 from hfedmoe_ray.federation.evaluation import Evaluation, evaluation_tasks, own_tasks, summarise
 from hfedmoe_ray.federation.executor import Executor
 from hfedmoe_ray.federation.quorum import below_quorum, raise_common_failure
@@ -134,6 +135,7 @@ class Federation:
             plans = self.strategy.plan(round, clients, self.state.profiles)
         with self._phase("train"):
             results = self.collect([self.task("train", round, client, plan) for client, plan in plans.items()])
+            results = without_dropouts(results, self.experiment.clients.failure_rate)
         with self._phase("reduce"):
             records, updates, participation = self.reduce(results, plans)
         with self._phase("publish"):
@@ -235,7 +237,8 @@ class Federation:
             state.samples[client] = update.samples
             # The tensors are folded; keeping them would make memory grow with the cohort.
             updates[client] = replace(update, experts={}, shared={}, means={})
-        if not self._quorum(record.status == "ok" for record in records):
+        # Dropping out is the experiment's doing, not a fault that should stop it.
+        if not self._quorum(record.status == "ok" for record in records if record.status != "dropped"):
             raise TrainingError(below_quorum([(r.client, r.status, r.reason) for r in records]))
         weights = reducer.result()
         state.weights = replace(weights, means=means.result(weights.means), personal=private or None)
