@@ -17,7 +17,7 @@ Array = npt.NDArray[Any]
 FloatArray = npt.NDArray[np.float64]
 
 AbsentMode = Literal["mean", "drop", "reroute"]
-TaskKind = Literal["profile", "train", "evaluate"]
+TaskKind = Literal["profile", "train", "evaluate", "personalise"]
 Fetch = Callable[[], bytes]
 """Fetches bytes from wherever they are kept."""
 Status = Literal["ok", "late", "failed", "rejected", "dropped"]
@@ -173,7 +173,7 @@ class ClientTask:
     version: int
     """Version of the published weights the task starts from."""
     split: Literal["train", "own_test", "global_test"] = "train"
-    """Which examples an "evaluate" task reads."""
+    """Which examples an "evaluate" task reads, and a "personalise" task after it has trained on its own."""
     part: tuple[int, int] = (0, 1)
     """(index, count): the slice of the split that this task evaluates."""
     personal: int | None = None
@@ -358,3 +358,5 @@ class RoundReport:
     """Mean Jensen-Shannon divergence of the clients' usage to their mean (nats; 0 = all route alike)."""
     participation: float | None = None
     """Mean over clients of |S_c| / |S_global| (eq. 18); logged, never used."""
+    personalised_accuracy: float | None = None
+    """`own_accuracy` after each client has trained for one more round by itself (last round only)."""

@@ -58,6 +58,7 @@ def save_checkpoint(directory: Path, state: FederationState, identity: str, keep
         "profile_tokens": {str(client): profile.tokens for client, profile in state.profiles.items()},
         "accuracies": state.accuracies,
         "own_accuracies": {str(client): value for client, value in state.own_accuracies.items()},
+        "personalised_accuracies": {str(client): value for client, value in state.personalised_accuracies.items()},
         "statuses": dict(state.statuses),
         "clients": sorted(state.clients),
         **{scalar: getattr(state, scalar) for scalar in _SCALARS},
@@ -172,10 +173,11 @@ def _state(fields: Mapping[str, Any], tensors: Mapping[str, Array], clients: Map
         },
         samples={int(client): count for client, count in fields["samples"].items()},
         accuracies=[(int(round), float(accuracy)) for round, accuracy in fields["accuracies"]],
-        own_accuracies={int(client): value for client, value in fields["own_accuracies"].items()},
         statuses=Counter(fields["statuses"]),
         clients={client: _held(state) for client, state in clients.items()},
         strategy=strategy,
+        own_accuracies={int(client): value for client, value in fields["own_accuracies"].items()},
+        personalised_accuracies={int(client): value for client, value in fields["personalised_accuracies"].items()},
         **{scalar: fields[scalar] for scalar in _SCALARS},
     )
 

@@ -1,13 +1,14 @@
 """Measuring a round's model: the global one on the global test split, and each client's on its own."""
 
+import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from hfedmoe_ray.config.schema import Experiment
 from hfedmoe_ray.errors import TrainingError
 from hfedmoe_ray.strategies import AnyStrategy
 from hfedmoe_ray.strategies.scores import uniform_plan
-from hfedmoe_ray.types import ClientMetrics, ClientTask, ExpertPlan, Role, TaskResult, Weights
+from hfedmoe_ray.types import ClientInfo, ClientMetrics, ClientTask, ExpertPlan, Role, TaskResult, Weights
 
 _PARTS = 8
 """Slices of the global test split: a fixed number, so that results do not depend on how many slots there are."""
@@ -21,11 +22,35 @@ class Evaluation:
     loss: float | None = None
     own: Mapping[int, float] = field(default_factory=dict)
     """Accuracy of each client on its own test split."""
+    personalised: Mapping[int, float] = field(default_factory=dict)
+    """The same after a local training round."""
 
     @property
     def own_accuracy(self) -> float | None:
         """Mean over clients."""
-        return sum(self.own.values()) / len(self.own) if self.own else None
+        return mean_accuracy(self.own)
+
+    @property
+    def personalised_accuracy(self) -> float | None:
+        """Mean over clients."""
+        return mean_accuracy(self.personalised)
+
+
+def mean_accuracy(accuracies: Mapping[int, float]) -> float | None:
+    """Mean over clients; None of none."""
+    return sum(accuracies.values()) / len(accuracies) if accuracies else None
+
+
+def worst_tenth(accuracies: Mapping[int, float]) -> float | None:
+    """Mean of the tenth of the clients (at least one) that fares worst."""
+    worst = sorted(accuracies.values())[: math.ceil(len(accuracies) / 10)]
+    return sum(worst) / len(worst) if worst else None
+
+
+def variance(accuracies: Mapping[int, float]) -> float | None:
+    """Variance over clients: how unequally a model serves them (0: all alike)."""
+    mean = mean_accuracy(accuracies)
+    return None if mean is None else sum((value - mean) ** 2 for value in accuracies.values()) / len(accuracies)
 
 
 def evaluation_tasks(experiment: Experiment, round: int, strategy: AnyStrategy, weights: Weights) -> list[ClientTask]:
@@ -55,17 +80,32 @@ def evaluation_tasks(experiment: Experiment, round: int, strategy: AnyStrategy, 
 
 
 def own_tasks(
-    experiment: Experiment, round: int, strategy: AnyStrategy, weights: Weights, plans: Mapping[int, ExpertPlan]
+    experiment: Experiment,
+    round: int,
+    strategy: AnyStrategy,
+    weights: Weights,
+    plans: Mapping[int, ExpertPlan],
+    *,
+    trains: Mapping[int, ClientInfo] | None = None,
 ) -> list[ClientTask]:
-    """Returns a task per client that evaluates what it holds when it uses the model, on its own test split."""
+    """Returns a task per client that evaluates what it holds when it uses the model, on its own test split.
+
+    Args:
+        experiment: The run.
+        round: The round that has ended.
+        strategy: The run's.
+        weights: As they are published.
+        plans: What each client holds.
+        trains: The clients, if they are to train by themselves first.
+    """
     personal = weights.personal or {}
     return [
         ClientTask(
-            kind="evaluate",
+            kind="personalise" if trains else "evaluate",
             round=round,
             client=client,
             seed=experiment.seed,
-            plan=_for_inference(plan),
+            plan=_for_training(plan, trains[client]) if trains else _for_inference(plan),
             version=weights.version,
             split="own_test",
             personal=client if client in personal else None,
@@ -79,7 +119,14 @@ def own_tasks(
 def _for_inference(plan: ExpertPlan) -> ExpertPlan:
     """The same experts held, none of them a private copy."""
     roles = tuple(tuple(min(role, Role.FROZEN) for role in row) for row in plan.roles)
-    return ExpertPlan(roles=roles, absent=plan.absent)
+    return replace(plan, roles=roles, batch_budget=None)
+
+
+def _for_training(plan: ExpertPlan, client: ClientInfo) -> ExpertPlan:
+    """The same experts held, to be trained: those with the role TRAIN within the batch budget, or else all."""
+    if plan.trainable:
+        return replace(plan, batch_budget=client.batch_experts)
+    return replace(plan, roles=tuple(tuple(Role.TRAIN if role else Role.ABSENT for role in row) for row in plan.roles))
 
 
 def summarise(results: Iterable[TaskResult]) -> Evaluation:
@@ -90,6 +137,7 @@ def summarise(results: Iterable[TaskResult]) -> Evaluation:
     """
     slices: dict[int, ClientMetrics] = {}
     own: dict[int, float] = {}
+    personalised: dict[int, float] = {}
     for result in results:
         task, metrics = result.task, result.metrics
         if task.split == "global_test":
@@ -101,13 +149,12 @@ def summarise(results: Iterable[TaskResult]) -> Evaluation:
                 )
             slices[task.part[0]] = metrics
         elif metrics is not None and metrics.examples:
-            own[task.client] = metrics.correct / metrics.examples
+            found = personalised if task.kind == "personalise" else own
+            found[task.client] = metrics.correct / metrics.examples
     examples = sum(metrics.examples for metrics in slices.values())
+    ordered = Evaluation(own=dict(sorted(own.items())), personalised=dict(sorted(personalised.items())))
     if not examples:
-        return Evaluation(own=dict(sorted(own.items())))
+        return ordered
     total_loss = sum(slices[part].loss * slices[part].examples for part in sorted(slices) if slices[part].examples)
-    return Evaluation(
-        accuracy=sum(metrics.correct for metrics in slices.values()) / examples,
-        loss=total_loss / examples,
-        own=dict(sorted(own.items())),
-    )
+    accuracy = sum(metrics.correct for metrics in slices.values()) / examples
+    return replace(ordered, accuracy=accuracy, loss=total_loss / examples)

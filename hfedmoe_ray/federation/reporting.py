@@ -12,7 +12,7 @@ import numpy as np
 from hfedmoe_ray import budget
 from hfedmoe_ray.config.schema import Tier
 from hfedmoe_ray.context import RunContext
-from hfedmoe_ray.federation.evaluation import Evaluation
+from hfedmoe_ray.federation.evaluation import Evaluation, mean_accuracy, variance, worst_tenth
 from hfedmoe_ray.federation.state import FederationState, model_sha256
 from hfedmoe_ray.types import (
     ClientInfo,
@@ -142,6 +142,7 @@ def round_report(
         phases=dict(phases),
         agreement=agreement(profiles),
         participation=participation,
+        personalised_accuracy=evaluation.personalised_accuracy,
     )
 
 
@@ -172,7 +173,6 @@ def run_summary(context: RunContext, state: FederationState, status: str) -> dic
     target = experiment.evaluate.target
     reached = [round for round, accuracy in state.accuracies if target is not None and accuracy >= target]
     values = [accuracy for _, accuracy in state.accuracies]
-    own = state.own_accuracies
     return {
         "name": experiment.name,
         "status": status,
@@ -182,8 +182,8 @@ def run_summary(context: RunContext, state: FederationState, status: str) -> dic
         "accuracy": values[-1] if values else None,
         "initial_accuracy": values[0] if values else None,
         "best_accuracy": max(values, default=None),
-        "own_accuracy": sum(own.values()) / len(own) if own else None,
-        "own_accuracy_by_client": {str(client): value for client, value in sorted(own.items())},
+        **_over_clients("own", state.own_accuracies),
+        **_over_clients("personalised", state.personalised_accuracies),
         "target": target,
         "rounds_to_target": reached[0] if reached else None,
         "wall_seconds": state.seconds,
@@ -192,4 +192,14 @@ def run_summary(context: RunContext, state: FederationState, status: str) -> dic
         "peak_client_mib": state.peak_client_mib,
         "model_sha256": model_sha256(state.weights, context.model.sha256),
         "clients": {name: state.statuses[name] for name in _STATUSES},
+    }
+
+
+def _over_clients(name: str, accuracies: Mapping[int, float]) -> dict[str, Any]:
+    """What is told of the clients' accuracies on their own test splits."""
+    return {
+        f"{name}_accuracy": mean_accuracy(accuracies),
+        f"{name}_worst_tenth": worst_tenth(accuracies),
+        f"{name}_variance": variance(accuracies),
+        f"{name}_accuracy_by_client": {str(client): value for client, value in sorted(accuracies.items())},
     }

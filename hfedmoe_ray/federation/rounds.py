@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 from hfedmoe_ray import budget
@@ -259,9 +260,10 @@ class Federation:
             tasks += evaluation_tasks(self.experiment, round, self.strategy, self.state.weights)
         if when.own == "always" or (when.own == "final" and last):
             clients = [self.client_info(client) for client in range(self.experiment.clients.count)]
-            known = [c for c in clients if not self.strategy.needs_profile or c.client in self.state.profiles]
-            plans = self.strategy.deploy(round, known, self.state.profiles)
-            tasks += own_tasks(self.experiment, round, self.strategy, self.state.weights, plans)
+            known = {c.client: c for c in clients if not self.strategy.needs_profile or c.client in self.state.profiles}
+            plans = self.strategy.deploy(round, list(known.values()), self.state.profiles)
+            own = partial(own_tasks, self.experiment, round, self.strategy, self.state.weights, plans)
+            tasks += own() + (own(trains=known) if when.personalised and last else [])
         return summarise(self.executor.run(tasks, self.tracker.event))
 
     # --------------------------------------------------------------------------------------------------- details

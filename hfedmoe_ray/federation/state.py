@@ -23,6 +23,8 @@ class FederationState:
     """(round, accuracy) of every evaluation of the global model."""
     own_accuracies: dict[int, float] = field(default_factory=dict)
     """Latest accuracy of each client on its own test split."""
+    personalised_accuracies: dict[int, float] = field(default_factory=dict)
+    """The same after the last round and a local training round."""
     statuses: Counter[str] = field(default_factory=Counter)
     """Client results by status, over all rounds."""
     clients: dict[int, Fetch] = field(default_factory=dict)
@@ -46,6 +48,7 @@ class FederationState:
         if evaluation.accuracy is not None:
             self.accuracies.append((round, evaluation.accuracy))
         self.own_accuracies |= evaluation.own
+        self.personalised_accuracies |= evaluation.personalised
 
 
 def model_sha256(weights: Weights, base_sha256: str) -> str:

@@ -84,7 +84,11 @@ class Strategy(ABC, Generic[Config]):
         """
 
     def deploy(self, round: int, clients: Sequence[ClientInfo], profiles: Profiles) -> dict[int, ExpertPlan]:
-        """What each client holds when it uses the model after this round. Default: everything."""
+        """What each client holds when it uses the model after this round. Default: everything.
+
+        A client that makes the model its own (`evaluate.personalised`) trains those of them that have the role TRAIN
+        within its batch budget, or where none has, all that it holds.
+        """
         del round, profiles
         return {client.client: uniform_plan(self.shape, Role.FROZEN) for client in clients}
 

@@ -119,7 +119,7 @@ class ConsoleRenderer:
         self.close()
         if self._results:
             self._print("")
-            self._print(self._table(summary.get("own_accuracy_by_client") or {}))
+            self._print(self._table(summary))
             self._print("")
         for subject, words in self._result(summary):
             self._print(Text.assemble((f"  {subject:8}", "dim"), words))
@@ -185,15 +185,19 @@ class ConsoleRenderer:
         cells += [(f"{count} {kind}", "yellow") for kind, count in sorted(troubles.items()) if count]
         return Text("  ").join(Text(words, style=style) for words, style in cells)
 
-    def _table(self, own: Mapping[str, float]) -> Table:
+    def _table(self, summary: Mapping[str, Any]) -> Table:
         """A row per tier: experts held and trained, and the other means, per client and round in which it trained."""
         table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
         table.add_column("  tier")
-        for heading in ("clients", "held", "trained", "up", "down", "seconds", "own test"):
+        # Clients' accuracies on their own test data: as the run left them, and after they trained by themselves.
+        own = {"own test": summary.get("own_accuracy_by_client") or {}}
+        if personalised := summary.get("personalised_accuracy_by_client"):
+            own["after a local round"] = personalised
+        for heading in ("clients", "held", "trained", "up", "down", "seconds", *own):
             table.add_column(heading, justify="right")
         trained = [result for result in self._results if result.status != "ok" or result.trained]
         for tier, row in by_tier(trained, self._order).items():
-            values = [value for client, value in own.items() if self._tiers.get(int(client)) == tier]
+            values = [[v for client, v in by.items() if self._tiers.get(int(client)) == tier] for by in own.values()]
             table.add_row(
                 Text(f"  {tier}", style=tier_colour(tier, self._order)),
                 str(row.clients),
@@ -202,7 +206,7 @@ class ConsoleRenderer:
                 size(row.bytes_up),
                 size(row.bytes_down),
                 f"{row.seconds:.1f}",
-                self._legible(percent(mean(values) if values else None)),
+                *(self._legible(percent(mean(of_tier) if of_tier else None)) for of_tier in values),
             )
         return table
 
@@ -223,6 +227,12 @@ class ConsoleRenderer:
             lines.append(("test", words))
         if (own := summary.get("own_accuracy")) is not None:
             lines.append(("own", f"{percent(own)} on the clients' own test data, each holding its resident experts"))
+        if (after := summary.get("personalised_accuracy")) is not None:
+            words = f"{percent(after)} after one more local round each"
+            if own is not None:
+                words += f" ({points(own, after)}); the worst tenth of them {percent(summary.get('own_worst_tenth'))} "
+                words += f"before and {percent(summary.get('personalised_worst_tenth'))} after"
+            lines.append(("", words))
         if summary.get("status", "finished") != "finished":
             lines.append(("ended", f"{summary['status']} after round {summary.get('rounds', MISSING)}"))
         files = sorted(path.name for path in self._run_dir.iterdir()) if self._run_dir.is_dir() else []

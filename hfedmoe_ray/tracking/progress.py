@@ -49,6 +49,8 @@ class Progress:
         self.counts["retried"] += 1
 
     def _turn_to(self, kind: str) -> None:
+        # Clients that train before they are evaluated take turns with the others, in one bar.
+        kind = "evaluate" if kind == "personalise" else kind
         if kind != self._kind:
             self._kind, self._running, self._done = kind, 0, []
 

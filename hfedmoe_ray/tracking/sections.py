@@ -7,6 +7,7 @@ from typing import Any
 
 from hfedmoe_ray.tracking import charts
 from hfedmoe_ray.tracking.charts import Bullet, Series
+from hfedmoe_ray.tracking.fairness import fairness
 from hfedmoe_ray.tracking.files import CONFIG
 from hfedmoe_ray.tracking.formatting import MISSING, decimal, duration, percent, plural, short, size
 from hfedmoe_ray.tracking.markup import figure, key, section, table
@@ -16,6 +17,8 @@ from hfedmoe_ray.types import ClientRecord, ExpertKey, RoundReport
 
 _MOST_CLIENTS = 200
 """Clients drawn in the partition; more would not be told apart."""
+_ALONE = ["*After a local round"]
+"""Heading of the clients' accuracy after they trained by themselves, where it was measured."""
 _PHASES = ("plan", "profile", "publish", "train", "reduce", "evaluate", "checkpoint")
 
 
@@ -217,11 +220,11 @@ def budgets(run: RunRecord) -> str:
 
 
 def _tier_table(run: RunRecord, rows: Mapping[str, TierStatistics]) -> str:
-    own = _own_accuracy(run)
+    own, personalised = _own_accuracy(run), _own_accuracy(run, "personalised")
     cells = []
     for tier, row in rows.items():
         members = [client for client in run.clients if client.tier == tier]
-        values = [own[client.client] for client in members if client.client in own]
+        values, after = ([by[one.client] for one in members if one.client in by] for by in (own, personalised))
         cells.append(
             [
                 _tier(run, tier),
@@ -231,13 +234,12 @@ def _tier_table(run: RunRecord, rows: Mapping[str, TierStatistics]) -> str:
                 f"{row.seconds:.1f} s",
                 size(row.peak_mib * 2**20) if row.peak_mib else MISSING,
                 percent(mean(values) if values else None),
+                *([percent(mean(after) if after else None)] if personalised else []),
                 _statuses(row.statuses),
             ]
         )
-    return table(
-        ["Tier", "*Clients", "*Examples each", "*Training loss", "*Time", "*Peak memory", "*Own accuracy", "Results"],
-        cells,
-    )
+    headings = ["Tier", "*Clients", "*Examples each", "*Training loss", "*Time", "*Peak memory", "*Own accuracy"]
+    return table([*headings, *_ALONE[: bool(personalised)], "Results"], cells)
 
 
 # ---------------------------------------------------------------------------------------------------------- clients
@@ -248,7 +250,7 @@ def clients(run: RunRecord) -> str:
     results: dict[int, list[ClientRecord]] = {}
     for result in _training(run):
         results.setdefault(result.client, []).append(result)
-    own = _own_accuracy(run)
+    own, personalised = _own_accuracy(run), _own_accuracy(run, "personalised")
     cells = []
     for client in run.clients:
         known = results.get(client.client, [])
@@ -265,12 +267,15 @@ def clients(run: RunRecord) -> str:
                 size(row.bytes_up) if row else MISSING,
                 f"{row.seconds:.1f} s" if row else MISSING,
                 percent(own.get(client.client)),
+                *([percent(personalised.get(client.client))] if personalised else []),
                 _statuses(row.statuses) if row else "never asked",
             ]
         )
     headings = ["*Client", "Tier", "Resources", "*Examples", "*Budget", "*Held", "*Trained", "*Sent", "*Time"]
     intro = "Budget, held and trained are experts; all but the budget are means over the client's rounds."
-    return section("Clients", intro, table([*headings, "*Own accuracy", "Results"], cells))
+    intro += fairness(run.summary)
+    headings += ["*Own accuracy", *_ALONE[: bool(personalised)], "Results"]
+    return section("Clients", intro, table(headings, cells))
 
 
 def _residents(client: ClientFacts) -> str:
@@ -376,8 +381,8 @@ def _statuses(statuses: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {status}" for status, count in statuses.items() if count) or MISSING
 
 
-def _own_accuracy(run: RunRecord) -> dict[int, float]:
-    return {int(client): value for client, value in (run.summary.get("own_accuracy_by_client") or {}).items()}
+def _own_accuracy(run: RunRecord, name: str = "own") -> dict[int, float]:
+    return {int(client): value for client, value in (run.summary.get(f"{name}_accuracy_by_client") or {}).items()}
 
 
 def _training(run: RunRecord) -> list[ClientRecord]:

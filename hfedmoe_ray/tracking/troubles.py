@@ -16,6 +16,7 @@ _TROUBLES = {
     "warning": "warning",
 }
 """Events that are told, and how they are called."""
+_EVALUATIONS = ("evaluate", "personalise")
 _MOST = 300
 """Rows shown; a run with more has one cause, told in the first."""
 _KNOWN = {"time", "event", "round", "client", "kind", "status", "traceback"}
@@ -52,7 +53,7 @@ def _events(run: RunRecord) -> Iterator[Row]:
     for event in run.events:
         what = _TROUBLES.get(event["event"])
         # An evaluation has no line of its own among the results: only its task tells that it failed.
-        if what is None and event.get("kind") == "evaluate" and event.get("status", "ok") != "ok":
+        if what is None and event.get("kind") in _EVALUATIONS and event.get("status", "ok") != "ok":
             what = f"evaluation {event['status']}"
         if what is not None:
             round, client = event.get("round"), event.get("client")

@@ -115,6 +115,7 @@ class WandbTracker:
             "global/accuracy": report.accuracy,
             "global/loss": report.test_loss,
             "own/accuracy": report.own_accuracy,
+            "own/personalised_accuracy": report.personalised_accuracy,
             "train/loss": report.loss,
             "experts/trained": sum(count > 0 for layer in report.selected for count in layer),
             "experts/agreement": report.agreement,

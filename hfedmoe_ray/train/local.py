@@ -117,13 +117,15 @@ class ClientWorker:
                         payload, state = upload.payload, upload.state
                     case "evaluate":
                         payload, metrics = self._evaluate(task, examples, should_stop)
+                    case "personalise":
+                        payload, metrics = self._personalise(task, examples, should_stop)
             finally:
                 self._model.release()
                 return_freed_memory()
         seconds = time.perf_counter() - started
         return payload, dump_metrics(replace(metrics, seconds=seconds)), state
 
-    # ------------------------------------------------------------------------------------------ the three tasks
+    # ------------------------------------------------------------------------------------------- the four tasks
 
     def _profile(self, task: ClientTask, examples: _Examples, should_stop: ShouldStop) -> tuple[bytes, ClientMetrics]:
         """Forward passes over a sample of the client's data: its routing profile and the experts' mean outputs."""
@@ -152,35 +154,9 @@ class ClientWorker:
         self, task: ClientTask, weights: TaskWeights, examples: _Examples, should_stop: ShouldStop
     ) -> tuple[Upload, ClientMetrics]:
         """Local steps: forward, choose the batch's experts, give only them a gradient (eq. 15)."""
-        model, split, keys = self._model, examples.split, task.plan.trainable
-        tier = self._tiers[task.client]
+        model, keys = self._model, task.plan.trainable
         before = self._checksums(keys)
-        done = LocalSteps(
-            model,
-            self._strategy,
-            partial(self._forward, examples),
-            tier=tier,
-            plan=task.plan,
-            rng=generator(task.seed, "select", task.round, task.client),
-            specific=self._specific,
-        )
-        shared = list(model.shared_parameters.values())
-        model.module.train()
-        # Filling the prefix cache took room of its own, once.
-        return_freed_memory()
-        frozen = frozen_versions(model)
-        config = deepspeed_config(self._local, tier, model.device.type)
-        with (
-            checkpointed_layers(model.module, tier.checkpoint_activations),
-            Engine(model.module, shared, model.expert_parameters, self._local, config) as engine,
-            PeakMemory(model.device) as peak,
-        ):
-            for indices in self._batches(task, len(split)):
-                self._poll(should_stop)
-                done.take(engine, indices)
-        check_unwritten(frozen)
-        # Gradients and moments are gone; what is packed now must not come on top of the room they took.
-        return_freed_memory()
+        done, peak_mib = self._local_steps(task, examples, should_stop)
         measured = done.profile.profile()
         moved: dict[ExpertKey, dict[str, Array]] = {
             key: model.read_expert(key) for key, steps in done.trained.items() if steps
@@ -197,7 +173,7 @@ class ClientWorker:
         )
         metrics = _metrics(
             task,
-            split,
+            examples.split,
             tokens=measured.tokens,
             loss=done.loss / done.examples,
             examples=done.examples,
@@ -206,7 +182,7 @@ class ClientWorker:
             after=self._checksums(keys),
             rebuilt=upload.rebuilt,
             step_seconds=done.seconds,
-            peak_mib=peak.mib,
+            peak_mib=peak_mib,
         )
         return upload, metrics
 
@@ -227,7 +203,51 @@ class ClientWorker:
         mean = loss / max(len(split), 1)
         return b"", _metrics(task, split, tokens=tokens, loss=mean, correct=correct, examples=len(split))
 
+    def _personalise(
+        self, task: ClientTask, examples: _Examples, should_stop: ShouldStop
+    ) -> tuple[bytes, ClientMetrics]:
+        """One more round of local training, then loss and accuracy on a split; the trained weights are forgotten."""
+        if len(examples.split) == 0:
+            return self._evaluate(task, examples, should_stop)
+        # The draws of the round that would have come next: the last one's batches have been seen.
+        next_round = replace(task, round=task.round + 1, split="train")
+        done, peak_mib = self._local_steps(next_round, self._examples(next_round), should_stop)
+        payload, metrics = self._evaluate(task, examples, should_stop)
+        trained = {expert_name(key): steps for key, steps in done.trained.items() if steps}
+        return payload, replace(metrics, trained=trained, step_seconds=done.seconds, peak_mib=peak_mib)
+
     # ------------------------------------------------------------------------------------------------- the parts
+
+    def _local_steps(self, task: ClientTask, examples: _Examples, should_stop: ShouldStop) -> tuple[LocalSteps, float]:
+        """Takes a round's optimizer steps on the bound model; returns what they told, and their peak memory in MiB."""
+        model, tier = self._model, self._tiers[task.client]
+        done = LocalSteps(
+            model,
+            self._strategy,
+            partial(self._forward, examples),
+            tier=tier,
+            plan=task.plan,
+            rng=generator(task.seed, "select", task.round, task.client),
+            specific=self._specific,
+        )
+        shared = list(model.shared_parameters.values())
+        model.module.train()
+        # Filling the prefix cache took room of its own, once.
+        return_freed_memory()
+        frozen = frozen_versions(model)
+        config = deepspeed_config(self._local, tier, model.device.type)
+        with (
+            checkpointed_layers(model.module, tier.checkpoint_activations),
+            Engine(model.module, shared, model.expert_parameters, self._local, config) as engine,
+            PeakMemory(model.device) as peak,
+        ):
+            for indices in self._batches(task, len(examples.split)):
+                self._poll(should_stop)
+                done.take(engine, indices)
+        check_unwritten(frozen)
+        # Gradients and moments are gone; what is packed now must not come on top of the room they took.
+        return_freed_memory()
+        return done, peak.mib
 
     def _examples(self, task: ClientTask) -> _Examples:
         match task.split:
