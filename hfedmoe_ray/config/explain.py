@@ -133,7 +133,8 @@ def _advise_key(path: KeyPath, values: Any) -> str:
     """For an unknown key: the same key in another section, or else the nearest here and all that are known here."""
     *above, wrong = path
     elsewhere = {name for name in _all_keys(Experiment, "") if name.rpartition(".")[2] == wrong} - {show_path(path)}
-    if len(elsewhere) == 1:
+    # What one strategy does not know is rather another strategy's option than another section's.
+    if len(elsewhere) == 1 and above != ["strategy"]:
         return f" Did you mean {elsewhere.pop()}?"
     known = list(_fields(above, values))
     return f"{closest(str(wrong), known)} Known here: {', '.join(known)}."

@@ -8,7 +8,9 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
+from hfedmoe_ray.config.combinations import check_combinations
 from hfedmoe_ray.config.section import Name, NonNegativeFloat, Precision, Section, Share, UnitInterval
+from hfedmoe_ray.config.server import Rules, RulesConfig
 from hfedmoe_ray.config.strategies import HFedMoE, StrategyConfig
 
 # ------------------------------------------------------------------------------------------------------ clients
@@ -384,6 +386,8 @@ class Experiment(Section):
     """The run directory is `output`/`name`."""
     seed: Annotated[int, Field(ge=0)] = 0
     strategy: StrategyConfig = HFedMoE()
+    rules: RulesConfig = Rules()
+    """Rules of averaging in place of the strategy's own."""
     backend: Literal["ray", "local"] = "ray"
     """local: the same run in this one process, for a debugger."""
     actors: Literal["pooled", "dedicated"] = "pooled"
@@ -400,11 +404,6 @@ class Experiment(Section):
     tracking: Tracking = Tracking()
 
     @model_validator(mode="after")
-    def _owed_factors(self) -> Self:
-        lora = self.model.lora
-        if self.wire.feeds_back and lora is not None and lora.average == "svd":
-            raise ValueError(
-                "with `model.lora.average: svd` the factors are others after each round, so what a client owes of the "
-                "old ones means nothing to the new: write `model.lora.average: factors` or `wire.error_feedback: false`"
-            )
+    def _fit_together(self) -> Self:
+        check_combinations(self)
         return self

@@ -86,7 +86,9 @@ class Federation:
         self.experiment = context.experiment
         self.executor = executor
         self.tracker = tracker
-        self.strategy = build_strategy(self.experiment.strategy, context.model.shape, self.experiment.seed)
+        self.strategy = build_strategy(
+            self.experiment.strategy, context.model.shape, self.experiment.seed, self.experiment.rules
+        )
         self.router_layers = router_layers(context.model)
         self.tiers = budget.tier_of(self.experiment.clients)
         self.checkpoints = context.run_dir / "checkpoints"
@@ -213,10 +215,7 @@ class Federation:
             old=state.weights,
             router_layers=self.router_layers,
             layers=strategy.shape[0],
-            expert_rule=strategy.expert_rule,
-            router_rule=strategy.router_rule,
-            shared_rule=strategy.shared_rule,
-            literal_router=strategy.literal_router,
+            rules=strategy.rules,
             average=self.experiment.model.lora.average if self.experiment.model.lora else "factors",
         )
         means = MeanOutputs()

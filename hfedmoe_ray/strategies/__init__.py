@@ -4,9 +4,11 @@ from typing import Any
 
 from hfedmoe_ray.config import strategies as configs
 from hfedmoe_ray.config.section import Section
+from hfedmoe_ray.config.server import Rules
 from hfedmoe_ray.strategies.base import Strategy
 from hfedmoe_ray.strategies.controls import FedAvg, Local, RandomExperts
 from hfedmoe_ray.strategies.hfedmoe import HFedMoE
+from hfedmoe_ray.strategies.rules import override
 from hfedmoe_ray.types import ModelShape
 
 __all__ = ["AnyStrategy", "Strategy", "build_strategy"]
@@ -22,6 +24,12 @@ _STRATEGIES: dict[type[Section], type[AnyStrategy]] = {
 """What carries out each section that `strategy` may be."""
 
 
-def build_strategy(config: configs.StrategyConfig, shape: ModelShape, seed: int) -> AnyStrategy:
-    """Returns the strategy that a configuration names."""
-    return _STRATEGIES[type(config)](config, shape, seed)
+def build_strategy(
+    config: configs.StrategyConfig, shape: ModelShape, seed: int, rules: Rules | None = None
+) -> AnyStrategy:
+    """Returns the strategy that a configuration names, with those of its rules replaced that `rules` names."""
+    strategy = _STRATEGIES[type(config)](config, shape, seed)
+    if rules is not None:
+        tau, lam = (config.tau, config.lam) if isinstance(config, configs.HFedMoE) else (1.0, 0.5)
+        strategy.rules = override(strategy.rules, rules, tau=tau, lam=lam, experts=shape.experts)
+    return strategy

@@ -1,112 +1,52 @@
 """Reduction: weighted means, folded one client at a time in client order, expert by expert.
 
-A rule says how much an update weighs; the `Reducer` does the arithmetic in float64, so that equal contributions give
-back exactly what was sent and the fold needs memory for one model, whatever the cohort. Experts nobody contributes to
-keep their bytes. The three rules - for experts, routers and shared parameters - are independent, and so is how LoRA
-factors are averaged (`lora`).
+A rule (`rules`) says how much an update weighs; the `Reducer` does the arithmetic in float64, so that equal
+contributions give back exactly what was sent and the fold needs memory for one model, whatever the cohort. Experts
+nobody contributes to keep their bytes, and so do router rows where rows are weighed. How LoRA factors are averaged
+(`lora`) is independent of that.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 
 from hfedmoe_ray.strategies.lora import ProductMean, factor_pairs
+from hfedmoe_ray.strategies.rules import RuleSet
 from hfedmoe_ray.types import Array, ClientUpdate, ExpertKey, ExpertPlan, FloatArray, Prototypes, Weights
 
 
-class ExpertRule(Protocol):
-    """How much an update weighs in the mean of one expert; 0 leaves it out."""
-
-    def __call__(self, update: ClientUpdate, plan: ExpertPlan, key: ExpertKey) -> float:
-        """Returns the weight of `update` in expert `key`."""
-
-
-RouterRule = Callable[[ClientUpdate, ExpertPlan, int], FloatArray]
-"""(update, plan, L) -> weight of the update in each layer's router, [L]."""
-SharedRule = Callable[[ClientUpdate], float]
-"""update -> its weight in the mean of shared parameters."""
-
-
-def examples(update: ClientUpdate) -> float:
-    """|D_c|: FedAvg's weight."""
-    return float(update.samples)
-
-
-def examples_per_layer(update: ClientUpdate, plan: ExpertPlan, layers: int) -> FloatArray:
-    """|D_c| for the router of every layer."""
-    del plan
-    return np.full(layers, float(update.samples))
-
-
-class TrainedExperts:
-    """|D_c| for every expert the client really trained: FedAvg restricted to what has moved."""
-
-    def __call__(self, update: ClientUpdate, plan: ExpertPlan, key: ExpertKey) -> float:
-        """See `ExpertRule`."""
-        del plan
-        return float(update.samples) if update.trained.get(key, 0) > 0 else 0.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class SparsityAware:
-    """HFedMoE's participation S_c and the weights that follow from it (eq. 16-20 of arXiv 2601.00583).
-
-    A client takes part in an expert if its usage reaches the threshold and it trained the expert (ours), or by usage
-    alone (`literal`, the paper): then an expert whose gradient was masked throughout drags the mean to its old value.
-    """
-
-    threshold: float
-    """Least usage u_c(e), absolute (tau / E)."""
-    lam: float
-    literal: bool = False
-
-    def participates(self, update: ClientUpdate, plan: ExpertPlan) -> Array:
-        """S_c as a bool [L, E] array; only experts the client may train can be in it."""
-        profile = update.profile
-        if profile is None:
-            raise ValueError(f"client {update.client} sent no routing profile; sparsity-aware aggregation needs one")
-        result = np.zeros(profile.usage.shape, dtype=bool)
-        for key in plan.trainable:
-            used = profile.usage[key] >= self.threshold
-            result[key] = used and (self.literal or update.trained.get(key, 0) > 0)
-        return result
-
-    def __call__(self, update: ClientUpdate, plan: ExpertPlan, key: ExpertKey) -> float:
-        """Weight |D_c| 1[e in S_c] of eq. 17."""
-        return float(update.samples) if self.participates(update, plan)[key] else 0.0
-
-    def router_weights(self, update: ClientUpdate, plan: ExpertPlan, layers: int) -> FloatArray:
-        """Sum over S_c of p_c(e) = u_c(e) s_c(e) (eq. 19, numerator of eq. 20), read per layer (ours), [L]."""
-        del layers
-        participates = self.participates(update, plan)
-        assert update.profile is not None
-        weight: FloatArray = np.where(participates, update.profile.usage * update.profile.importance(self.lam), 0.0)
-        total: FloatArray = weight.sum(axis=1)
-        return total
-
-
-@dataclass
 class _Mean:
-    """A weighted mean being folded."""
+    """A weighted mean being folded; a weight may be one number, or one for each row."""
 
-    total: Array | None = None
-    weight: float = 0.0
+    def __init__(self) -> None:
+        self.total: Array | None = None
+        self.weight: FloatArray = np.zeros(())  # [] or [rows]
 
-    def add(self, value: Array, weight: float) -> None:
-        if weight <= 0.0:
+    def add(self, value: Array, weight: float | FloatArray) -> None:
+        weights = np.asarray(weight, dtype=np.float64)
+        if not (weights > 0.0).any():
             return
-        scaled = value.astype(np.float64) * weight
+        scaled = value.astype(np.float64) * _along_rows(weights, value)
         self.total = scaled if self.total is None else self.total + scaled
-        self.weight += weight
+        self.weight = self.weight + weights
 
     def result(self, old: Array, divisor: float | None = None) -> Array:
-        """The mean, or the sum over `divisor`; the old array itself if nothing was added."""
+        """The mean, or the sum over `divisor`; the old array itself if nothing was added, and its rows likewise."""
         if self.total is None:
             return old
-        return (self.total / (self.weight if divisor is None else divisor)).astype(old.dtype)
+        if self.weight.ndim == 0:
+            return (self.total / (self.weight if divisor is None else divisor)).astype(old.dtype)
+        rows, new = self.weight > 0.0, old.copy()
+        new[rows] = (self.total[rows] / _along_rows(self.weight[rows], self.total)).astype(old.dtype)
+        return new
+
+
+def _along_rows(weights: FloatArray, value: Array) -> FloatArray:
+    """Weights in a shape that multiplies the rows of `value`, or all of it."""
+    return weights.reshape(weights.shape + (1,) * (value.ndim - 1)) if weights.ndim else weights
 
 
 class MeanOutputs:
@@ -173,10 +113,7 @@ class Reducer:
     """Router parameter name -> its MoE layer; all other shared names are plain shared parameters."""
     layers: int
     """L."""
-    expert_rule: ExpertRule
-    router_rule: RouterRule
-    shared_rule: SharedRule
-    literal_router: bool = False
+    rules: RuleSet
     average: Literal["svd", "factors"] = "factors"
     """LoRA factors: the exact mean of their products at the same rank, or the mean of each factor by itself."""
     _means: dict[tuple[ExpertKey | None, str], _Mean] = field(default_factory=dict)
@@ -194,18 +131,18 @@ class Reducer:
         """Folds one update; returns the experts it took part in, S_c."""
         mine = set()
         for key in plan.trainable:
-            weight = self.expert_rule(update, plan, key)
+            weight = self.rules.experts(update, plan, key)
             if weight > 0.0:
                 mine.add(key)
                 # An expert that takes part without having moved was not sent: its value is the published one.
                 self._fold(key, update.experts.get(key, self.old.experts[key]), weight)
-        router = self.router_rule(update, plan, self.layers)
+        router = self.rules.routers(update, plan, self.layers)
         layer_of = self.router_layers
         for name, value in update.shared.items():
             if name in layer_of:
-                self._fold(None, {name: value}, float(router[layer_of[name]]))
+                self._fold(None, {name: value}, router[layer_of[name]])
         plain = {name: value for name, value in update.shared.items() if name not in layer_of}
-        self._fold(None, plain, self.shared_rule(update))
+        self._fold(None, plain, self.rules.shared(update))
         self._participants |= mine
         return frozenset(mine)
 
@@ -215,11 +152,16 @@ class Reducer:
         shared = self._averaged(None, self.old.shared)
         return replace(self.old, version=self.old.version + 1, shared=shared, experts=experts)
 
-    def _fold(self, owner: ExpertKey | None, tensors: Mapping[str, Array], weight: float) -> None:
+    @property
+    def rows(self) -> dict[str, Array]:
+        """Rows averaged so far, bool [rows], of the router parameters that are weighed row by row."""
+        return {name: mean.weight > 0.0 for (_, name), mean in self._means.items() if mean.weight.ndim}
+
+    def _fold(self, owner: ExpertKey | None, tensors: Mapping[str, Array], weight: float | FloatArray) -> None:
         """Adds tensors that belong together with one weight."""
         pairs = self._pairs(tensors)
         for a, b in pairs.items():
-            self._products.setdefault((owner, a), ProductMean()).add(tensors[a], tensors[b], weight)
+            self._products.setdefault((owner, a), ProductMean()).add(tensors[a], tensors[b], float(weight))
         for name in tensors.keys() - pairs.keys() - set(pairs.values()):
             self._means.setdefault((owner, name), _Mean()).add(tensors[name], weight)
 
@@ -240,6 +182,6 @@ class Reducer:
     def _literal_divisor(self, name: str) -> float | None:
         """|S_global| of eq. 20 for a router when weights are used as printed, else None (normalise)."""
         layer = self.router_layers.get(name)
-        if layer is None or not self.literal_router:
+        if layer is None or not self.rules.literal_router:
             return None
         return float(sum(key.layer == layer for key in self._participants)) or None

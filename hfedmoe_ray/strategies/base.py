@@ -7,9 +7,10 @@ from typing import Generic, TypeVar
 import numpy as np
 
 from hfedmoe_ray.config.section import Section
-from hfedmoe_ray.strategies.aggregation import (
+from hfedmoe_ray.strategies.rules import (
     ExpertRule,
     RouterRule,
+    RuleSet,
     SharedRule,
     TrainedExperts,
     examples,
@@ -60,6 +61,22 @@ class Strategy(ABC, Generic[Config]):
         self.seed = seed
         self.state: dict[str, Array] = {}
         """Arrays by name; part of every checkpoint."""
+
+    @property
+    def rules(self) -> RuleSet:
+        """The rules of reduction, as one value."""
+        return RuleSet(
+            experts=self.expert_rule,
+            routers=self.router_rule,
+            shared=self.shared_rule,
+            literal_router=self.literal_router,
+            private_router=self.private_router,
+        )
+
+    @rules.setter
+    def rules(self, rules: RuleSet) -> None:
+        self.expert_rule, self.router_rule, self.shared_rule = rules.experts, rules.routers, rules.shared
+        self.literal_router, self.private_router = rules.literal_router, rules.private_router
 
     @abstractmethod
     def plan(self, round: int, clients: Sequence[ClientInfo], profiles: Profiles) -> dict[int, ExpertPlan]:

@@ -10,8 +10,8 @@ import numpy as np
 
 from hfedmoe_ray.config import strategies as configs
 from hfedmoe_ray.seeds import generator
-from hfedmoe_ray.strategies.aggregation import SparsityAware
 from hfedmoe_ray.strategies.base import Profiles, Strategy
+from hfedmoe_ray.strategies.rules import GateWeights, SparsityAware
 from hfedmoe_ray.strategies.scores import explore, mask, resident_plan, top_experts, uniform_plan
 from hfedmoe_ray.types import ClientInfo, ExpertKey, ExpertPlan, FloatArray, ModelShape, Role, RoutingProfile
 
@@ -24,11 +24,8 @@ class HFedMoE(Strategy[configs.HFedMoE]):
     def __init__(self, config: configs.HFedMoE, shape: ModelShape, seed: int) -> None:
         """Takes the method's hyper-parameters."""
         super().__init__(config, shape, seed)
-        rule = SparsityAware(
-            threshold=config.tau / shape.experts, lam=config.lam, literal=config.participation == "usage"
-        )
-        self.expert_rule = rule
-        self.router_rule = rule.router_weights
+        self.expert_rule = SparsityAware(threshold=config.tau / shape.experts, literal=config.participation == "usage")
+        self.router_rule = GateWeights(experts=self.expert_rule, lam=config.lam)
         self.literal_router = config.gate_weights == "literal"
 
     def score(self, profile: RoutingProfile) -> FloatArray:

@@ -4,49 +4,17 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from made_up_updates import EXPERTS, HIDDEN, KEYS, LAYERS, PLAN, ROUTERS, update, weights
 
-from hfedmoe_ray.strategies.aggregation import (
-    ClassMeans,
-    MeanOutputs,
-    Reducer,
+from hfedmoe_ray.strategies.aggregation import ClassMeans, MeanOutputs, Reducer
+from hfedmoe_ray.strategies.rules import (
+    GateWeights,
+    RuleSet,
     SparsityAware,
     TrainedExperts,
-    examples,
     examples_per_layer,
 )
-from hfedmoe_ray.strategies.scores import uniform_plan
-from hfedmoe_ray.types import ClientUpdate, ExpertKey, Prototypes, Role, RoutingProfile, Weights
-
-LAYERS, EXPERTS, HIDDEN = 2, 4, 3
-KEYS = [ExpertKey(layer, e) for layer in range(LAYERS) for e in range(EXPERTS)]
-ROUTERS = {f"gate.{layer}": layer for layer in range(LAYERS)}
-PLAN = uniform_plan((LAYERS, EXPERTS), Role.TRAIN)
-
-
-def weights(seed=0):
-    rng = np.random.default_rng(seed)
-    return Weights(
-        version=3,
-        shared={name: rng.normal(size=(EXPERTS, HIDDEN)).astype(np.float32) for name in [*ROUTERS, "head"]},
-        experts={key: {"w": rng.normal(size=(5, HIDDEN)).astype(np.float32)} for key in KEYS},
-        means=rng.normal(size=(LAYERS, EXPERTS, HIDDEN)).astype(np.float32),
-    )
-
-
-def update(client, trained, seed=None, samples=10, usage=None):
-    source = weights(client + 100 if seed is None else seed)
-    usage = np.full((LAYERS, EXPERTS), 1 / EXPERTS) if usage is None else usage
-    return ClientUpdate(
-        client=client,
-        samples=samples,
-        experts={key: source.experts[key] for key in trained},
-        shared=source.shared,
-        trained=dict.fromkeys(trained, 2),
-        profile=RoutingProfile(
-            usage=usage, specific=usage * 2, kl=usage * 0, routed=np.ones((LAYERS, EXPERTS)), tokens=100
-        ),
-        means={},
-    )
+from hfedmoe_ray.types import ClientUpdate, Prototypes
 
 
 def reduce(updates, rule=None, router=examples_per_layer, old=None, literal=False):
@@ -54,10 +22,7 @@ def reduce(updates, rule=None, router=examples_per_layer, old=None, literal=Fals
         old=old or weights(),
         router_layers=ROUTERS,
         layers=LAYERS,
-        expert_rule=rule or TrainedExperts(),
-        router_rule=router,
-        shared_rule=examples,
-        literal_router=literal,
+        rules=RuleSet(experts=rule or TrainedExperts(), routers=router, literal_router=literal),
     )
     for one in updates:
         reducer.add(one, PLAN)
@@ -109,17 +74,17 @@ def test_fedavg_is_the_mean_weighted_by_examples():
 def test_usage_below_the_threshold_keeps_a_client_out_of_an_expert():
     low = np.full((LAYERS, EXPERTS), 1 / EXPERTS)
     low[0, 0] = 0.01
-    rule = SparsityAware(threshold=1 / EXPERTS, lam=0.5)
+    rule = SparsityAware(threshold=1 / EXPERTS)
     one, two = update(0, KEYS, usage=low), update(1, KEYS)
-    new = reduce([one, two], rule, rule.router_weights)
+    new = reduce([one, two], rule, GateWeights(experts=rule, lam=0.5))
     assert (new.experts[KEYS[0]]["w"] == two.experts[KEYS[0]]["w"]).all()
 
 
 def test_literal_participation_drags_an_expert_to_its_old_value_and_ours_does_not():
     old = weights()
     trained, masked = update(0, KEYS), update(1, KEYS[1:])
-    ours = SparsityAware(threshold=0.1, lam=0.5)
-    paper = SparsityAware(threshold=0.1, lam=0.5, literal=True)
+    ours = SparsityAware(threshold=0.1)
+    paper = SparsityAware(threshold=0.1, literal=True)
     key = KEYS[0]
     assert (reduce([trained, masked], ours, old=old).experts[key]["w"] == trained.experts[key]["w"]).all()
     np.testing.assert_allclose(
@@ -130,22 +95,22 @@ def test_literal_participation_drags_an_expert_to_its_old_value_and_ours_does_no
 
 
 def test_normalised_gate_weights_keep_the_routers_size_and_literal_ones_shrink_it_every_round():
-    rule = SparsityAware(threshold=0.1, lam=0.5)
+    rule = SparsityAware(threshold=0.1)
     for literal in (False, True):
         current = weights()
         size = np.linalg.norm(current.shared["gate.0"])
         for _ in range(3):
             same = [ClientUpdate(**{**vars(update(client, KEYS)), "shared": current.shared}) for client in range(3)]
-            current = reduce(same, rule, rule.router_weights, old=current, literal=literal)
+            current = reduce(same, rule, GateWeights(experts=rule, lam=0.5), old=current, literal=literal)
         ratio = np.linalg.norm(current.shared["gate.0"]) / size
         assert (ratio < 0.1) if literal else (ratio == pytest.approx(1.0, rel=1e-6))
 
 
 def test_a_router_nobody_takes_part_in_keeps_its_bytes():
     old = weights()
-    rule = SparsityAware(threshold=0.1, lam=0.5)
+    rule = SparsityAware(threshold=0.1)
     only_first_layer = [key for key in KEYS if key.layer == 0]
-    new = reduce([update(0, only_first_layer)], rule, rule.router_weights, old=old)
+    new = reduce([update(0, only_first_layer)], rule, GateWeights(experts=rule, lam=0.5), old=old)
     assert new.shared["gate.1"] is old.shared["gate.1"]
     assert (new.shared["gate.0"] != old.shared["gate.0"]).any()
 

@@ -5,8 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hfedmoe_ray.strategies.aggregation import Reducer, TrainedExperts, examples, examples_per_layer
+from hfedmoe_ray.strategies.aggregation import Reducer
 from hfedmoe_ray.strategies.lora import ProductMean, factor_pairs
+from hfedmoe_ray.strategies.rules import RuleSet
 from hfedmoe_ray.strategies.scores import uniform_plan
 from hfedmoe_ray.types import ClientUpdate, ExpertKey, Role, RoutingProfile, Weights
 
@@ -127,15 +128,7 @@ def reduced(average, updates):
         shared={**dict(zip(ATTENTION, OLD, strict=True)), "gate": a, "norm": b},
         experts={KEY: {"up.lora_A": a, "up.lora_B": b}},
     )
-    reducer = Reducer(
-        old=old,
-        router_layers={"gate": 0},
-        layers=1,
-        expert_rule=TrainedExperts(),
-        router_rule=examples_per_layer,
-        shared_rule=examples,
-        average=average,
-    )
+    reducer = Reducer(old=old, router_layers={"gate": 0}, layers=1, rules=RuleSet(), average=average)
     for one in updates:
         reducer.add(one, PLAN)
     return reducer.result()
