@@ -1,0 +1,11 @@
+"""The figures of the papers as commands (`hfedmoe study NAME`), one file a study.
+
+A study varies one thing of an experiment, makes the runs that takes (or forward passes alone), and tells what it found:
+`study.Findings`, which `page` writes as JSON, Markdown and HTML.
+"""
+
+from hfedmoe_ray.studies import activation
+from hfedmoe_ray.studies.study import Study
+
+STUDIES: dict[str, Study] = {module.STUDY.name: module.STUDY for module in (activation,)}
+"""Every study by name, in the order in which they are listed."""

@@ -1,0 +1,121 @@
+"""The charts of studies, drawn with the marks of `tracking.svg`: curves over any axis, and estimates with intervals."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hfedmoe_ray.tracking.charts import Write
+from hfedmoe_ray.tracking.svg import LETTER, circle, colour, image, line, polyline, text, ticks
+
+_WIDE = 440.0
+"""Natural width, as of the charts of a report."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """One line: (x, y) in the order of x, and where each y may lie."""
+
+    name: str
+    points: Sequence[tuple[float, float]]
+    spread: Sequence[tuple[float, float]] = ()
+    """(low, high) of every point; empty where there is none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """One row: a mean, its interval, and the values behind it."""
+
+    name: str
+    mean: float
+    low: float
+    high: float
+    values: Sequence[float] = ()
+    group: int = 0
+    """Its colour."""
+
+
+def curves(
+    lines: Sequence[Curve], *, label: str, across: str, write: Write, write_x: Write, doubling: bool = False
+) -> str:
+    """Lines over any quantity, each ending in its last value; later ones are dashed, as in `charts.legend`.
+
+    Args:
+        lines: At least one, of at least one point.
+        label: The text alternative.
+        across: What the x axis is.
+        write: Writes a value.
+        write_x: Writes an x.
+        doubling: Whether equal steps of the x axis are doublings. Its marks are then the points themselves.
+    """
+    height, left, top, bottom = 270.0, 50.0, 12.0, 226.0
+    right = _WIDE - 14 - 1.2 * LETTER * max(len(write(one.points[-1][1])) for one in lines)
+    every_x = sorted({x for one in lines for x, _ in one.points})
+    values = [y for one in lines for _, y in one.points] + [y for one in lines for ends in one.spread for y in ends]
+    low, high = min(values), max(values)
+    marks = ticks(0.0 if 0 <= low < 0.4 * high else low, high)
+    marks_x = every_x if doubling else ticks(every_x[0], every_x[-1])
+    first, last = (math.log2(x) if doubling else x for x in (marks_x[0], marks_x[-1]))
+
+    def place(x: float) -> float:
+        at = math.log2(x) if doubling else x
+        return left + (right - left) * ((at - first) / (last - first) if last > first else 0.5)
+
+    def up(y: float) -> float:
+        return bottom - (bottom - top) * (y - marks[0]) / (marks[-1] - marks[0])
+
+    parts = [line(left, up(mark), right, up(mark), "grid" if index else "axis") for index, mark in enumerate(marks)]
+    parts += [text(left - 7, up(mark) + 3.5, write(mark), anchor="end") for mark in marks]
+    needed = LETTER * max(len(write_x(x)) for x in marks_x) + 6
+    shown, end = [], -math.inf
+    for x in marks_x:
+        if place(x) - end >= needed:
+            shown.append(x)
+            end = place(x)
+    parts += [text(place(x), bottom + 17, write_x(x)) for x in shown]
+    parts.append(text((left + right) / 2, height - 3, across, "name"))
+    for index, one in enumerate(lines):
+        for (x, _), (least, most) in zip(one.points, one.spread, strict=False):
+            parts.append(line(place(x), up(least), place(x), up(most), f"line {colour(index)} interval"))
+        kind = f"line {colour(index)} dashed" if index else f"line {colour(index)}"
+        parts.append(polyline(((place(x), up(y)) for x, y in one.points), kind))
+        for x, y in one.points:
+            tip = f"{one.name}, {across} {write_x(x)}: {write(y)}"
+            parts.append(circle(place(x), up(y), 2.8, kind=f"dot {colour(index)}", tip=tip))
+    floor = -math.inf
+    for y, index in sorted((up(one.points[-1][1]), index) for index, one in enumerate(lines)):
+        floor = max(y, floor + 14)  # Two lines that end together would write over each other.
+        x, value = lines[index].points[-1]
+        parts.append(text(place(x) + 8, floor + 4, write(value), f"end {colour(index)}", "start"))
+    return image(_WIDE, height, label, *parts)
+
+
+def estimates(rows: Sequence[Estimate], *, label: str, write: Write, reference: float | None = None) -> str:
+    """A row per estimate: a dot at the mean, a line over the interval, a small mark per value.
+
+    `reference`, such as the mean of what is varied, is a dashed line through all rows.
+    """
+    left = 14 + LETTER * max(len(row.name) for row in rows)
+    right = max(left + 120, _WIDE - 12 - 1.1 * LETTER * max(len(write(row.mean)) for row in rows))
+    ends = [value for row in rows for value in (row.low, row.high, *row.values)]
+    marks = ticks(*((min(ends), max(ends)) if reference is None else (min(*ends, reference), max(*ends, reference))))
+    tall, top = 26.0, 6.0
+    bottom = top + tall * len(rows)
+
+    def place(value: float) -> float:
+        return left + (right - left) * (value - marks[0]) / (marks[-1] - marks[0])
+
+    parts = [line(place(mark), top, place(mark), bottom) for mark in marks]
+    widest = max(len(write(mark)) for mark in marks) * LETTER + 8
+    stride = next(n for n in (1, 2, 3, 4, 8) if n * (place(marks[1]) - place(marks[0])) >= widest or n == 8)
+    parts += [text(place(mark), bottom + 15, write(mark)) for mark in marks[::stride]]
+    if reference is not None:
+        parts.append(line(place(reference), top, place(reference), bottom, "even"))
+    for index, row in enumerate(rows):
+        y = top + (index + 0.5) * tall
+        tip = f"{row.name}: {write(row.mean)}, {write(row.low)} to {write(row.high)}"
+        parts.append(text(left - 8, y + 4, row.name, "row", "end"))
+        parts.append(line(place(row.low), y, place(row.high), y, f"line {colour(row.group)}"))
+        parts += [line(place(v), y - 5, place(v), y + 5, f"line {colour(row.group)} thin") for v in row.values]
+        parts.append(circle(place(row.mean), y, 4.2, kind=f"bubble {colour(row.group)}", tip=tip))
+        parts.append(text(right + 8, y + 4, write(row.mean), f"end {colour(row.group)}", "start"))
+    return image(_WIDE if right < _WIDE else right + 60, bottom + 20, label, *parts)
