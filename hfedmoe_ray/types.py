@@ -16,7 +16,8 @@ import numpy.typing as npt
 Array = npt.NDArray[Any]
 FloatArray = npt.NDArray[np.float64]
 
-AbsentMode = Literal["mean", "drop", "reroute"]
+AbsentMode = Literal["mean", "drop", "reroute", "merge"]
+HeldAs = Literal["exact", "int8"]
 TaskKind = Literal["profile", "train", "evaluate", "personalise"]
 Fetch = Callable[[], bytes]
 """Fetches bytes from wherever they are kept."""
@@ -84,13 +85,34 @@ class ModelShape:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MergedExpert:
+    """One expert that stands in for several ABSENT ones of its layer: their weighted mean, tensor by tensor."""
+
+    layer: int
+    members: tuple[int, ...]
+    """Numbers of the experts it stands for, ascending."""
+    shares: tuple[float, ...]
+    """Weight of each member in the mean; they sum to 1."""
+
+    @property
+    def keys(self) -> tuple[ExpertKey, ...]:
+        """The experts it stands for."""
+        return tuple(ExpertKey(self.layer, expert) for expert in self.members)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ExpertPlan:
     """What one client holds, trains and is given for the experts it does not hold, in one round."""
 
     roles: tuple[tuple[Role, ...], ...]
     """Role of every expert, [L][E]."""
     absent: AbsentMode = "mean"
-    """What stands in for an ABSENT expert: its mean output, nothing, or the token's next present expert."""
+    """What stands in for an ABSENT expert: its mean output, nothing, the token's next present expert, or the merged
+    expert it is a member of."""
+    merged: tuple[MergedExpert, ...] = ()
+    """With `absent` = "merge", which ABSENT experts are merged with which: each is a member of exactly one."""
+    frozen_as: HeldAs = "exact"
+    """How FROZEN experts travel and are held: as published, or in 8 bits with a scale per row."""
     top_k: int | None = None
     """Experts each token is routed to on this client, among those present if `absent` is "reroute". None: the model's
     own number."""
@@ -192,9 +214,11 @@ class TaskWeights:
     shared: Mapping[str, Array]
     """Routers and trainable shared parameters by full parameter name."""
     experts: Mapping[ExpertKey, Mapping[str, Array]]
-    """Tensors of every present expert by tensor name."""
+    """Tensors of every present expert by tensor name (see `moe.derived` for FROZEN experts held in 8 bits)."""
     means: Array | None = None
     """Mean output of every expert over the tokens routed to it, [L, E, H]; None where the plan has no use for it."""
+    merged: tuple[Mapping[str, Array], ...] = ()
+    """Tensors of every merged expert, in the order of `ExpertPlan.merged`."""
     state: bytes = b""
     """The client's own state (`ClientTask.state`); empty where it has none."""
 
@@ -320,7 +344,7 @@ class ClientRecord:
     samples: int = 0
     loss: float | None = None
     resident: int = 0
-    """Experts held."""
+    """Experts held, merged ones among them."""
     trained: int = 0
     """Experts that took at least one optimizer step."""
     bytes_up: int = 0

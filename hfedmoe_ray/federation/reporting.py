@@ -14,6 +14,7 @@ from hfedmoe_ray.config.schema import Tier
 from hfedmoe_ray.context import RunContext
 from hfedmoe_ray.federation.evaluation import Evaluation, mean_accuracy, variance, worst_tenth
 from hfedmoe_ray.federation.state import FederationState, model_sha256
+from hfedmoe_ray.moe import derived
 from hfedmoe_ray.types import (
     ClientInfo,
     ClientRecord,
@@ -34,15 +35,24 @@ _STATUSES = ("ok", "late", "failed", "rejected", "dropped")
 def published_bytes(weights: Weights, task: ClientTask) -> int:
     """Returns the bytes of the arrays a client fetches for a task: shared ones, present experts, means if needed.
 
+    Of experts that are merged it fetches what they are merged into, and no member; of FROZEN ones in 8 bits those.
     What is private to the client (`ClientTask.personal`, `ClientTask.state`) lies with it and is not counted.
     """
     own = None if task.personal is None else (weights.personal or {}).get(task.personal)
     arrays = [array for name, array in weights.shared.items() if own is None or name not in own.shared]
+    in_8_bits = 0
     for key in task.plan.present:
-        arrays += weights.experts[key].values() if own is None or key not in own.experts else ()
+        if own is not None and key in own.experts:
+            continue
+        if derived.in_8_bits(task.plan, key):
+            in_8_bits += derived.int8_bytes(weights.experts[key])
+        else:
+            arrays += weights.experts[key].values()
+    for merged in task.plan.merged:
+        arrays += weights.experts[merged.keys[0]].values()  # a mean of experts has the size of one
     if task.plan.needs_means and weights.means is not None:
         arrays.append(weights.means)
-    return sum(array.nbytes for array in arrays)
+    return in_8_bits + sum(array.nbytes for array in arrays)
 
 
 def client_record(result: TaskResult, tier: Tier, update: ClientUpdate | None, weights: Weights) -> ClientRecord:
@@ -58,7 +68,7 @@ def client_record(result: TaskResult, tier: Tier, update: ClientUpdate | None, w
         attempts=result.attempts,
         samples=metrics.samples if metrics else 0,
         loss=metrics.loss if metrics and math.isfinite(metrics.loss) else None,
-        resident=len(result.task.plan.present),
+        resident=len(result.task.plan.present) + len(result.task.plan.merged),
         trained=len(update.trained) if update else 0,
         bytes_up=update.payload_bytes if update else 0,
         bytes_down=published_bytes(weights, result.task),

@@ -5,11 +5,14 @@ and were chosen compute anything: tokens are sorted by expert once, each expert 
 puts the results back. Tokens of absent experts are left out, not multiplied by zero, and so are padding tokens, whose
 expert output is 0: no real token ever reads it, because attention masks padding and pooling leaves it out.
 
-Legend: T tokens, H hidden, E experts, K top-k, P pairs of a token and a present expert.
+With `absent` = "merge" the merged experts are units of their own, numbered from E + 1 (E is no expert): tokens of their
+members go there, a token that chose several members of one goes there once, with the sum of its gate weights.
+
+Legend: T tokens, H hidden, E experts, K top-k, P pairs of a token and a present or merged expert.
 """
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,7 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from hfedmoe_ray.moe.adapters import AdaptedExperts, frozen_parts
+from hfedmoe_ray.moe.derived import INT8, SCALE
 from hfedmoe_ray.moe.layout import MoELayout, Routing
+from hfedmoe_ray.moe.quantised import Int8
 from hfedmoe_ray.moe.routing import RoutingTape
 from hfedmoe_ray.types import Array, ExpertKey, ExpertPlan, Role
 
@@ -63,10 +68,12 @@ class ResidentExperts(nn.Module):
         self.trained = nn.ModuleDict()
         """TRAIN experts by number, one parameter per tensor so that an optimizer can skip any of them."""
         self._tensors: dict[int, Mapping[str, Tensor]] = {}
-        """Tensors of every present expert by number, as they are published: dense ones, or LoRA factors."""
+        """Tensors of every present expert by number, as they came: dense ones, LoRA factors, or in 8 bits."""
         self._weights: dict[int, Mapping[str, Any]] = {}
-        """What the layout computes with (a `Weight` by name): the same tensors, or frozen ones under their factors."""
+        """What the layout computes with (a `Weight` by name): the same tensors, or frozen ones under their factors.
+        Merged experts are here too, by unit."""
         self._is_present = torch.zeros(self._layout.num_experts + 1, dtype=torch.bool)  # [E + 1]; E is no expert
+        self._unit: Tensor | None = None  # [E + 1]: what computes each expert where some are merged
         self._absent_means: Tensor | None = None  # [E, H], zero where present
         self._reroutes = False
         self._top_k = self._layout.top_k
@@ -77,6 +84,7 @@ class ResidentExperts(nn.Module):
         experts: Mapping[ExpertKey, Mapping[str, Array]],
         means: Array | None,
         device: torch.device,
+        merged: Sequence[Mapping[str, Array]] = (),
     ) -> None:
         """Replaces everything this layer holds.
 
@@ -85,6 +93,7 @@ class ResidentExperts(nn.Module):
             experts: Arrays of the present experts. TRAIN experts are copied, FROZEN ones aliased (copied to a GPU).
             means: Mean outputs of this layer's experts, [E, H]; needed for absent = "mean".
             device: Where the layer computes.
+            merged: Arrays of the merged experts of all layers, in the plan's order.
 
         Raises:
             ValueError: An array that the roles ask for is missing or has the wrong shape.
@@ -95,7 +104,8 @@ class ResidentExperts(nn.Module):
             if role is Role.ABSENT:
                 continue
             key = ExpertKey(self.layer, expert)
-            arrays = self._arrays(key, experts)
+            in_8_bits = role is Role.FROZEN and plan.frozen_as == "int8"
+            arrays = self._arrays(key, experts.get(key, {}), in_8_bits=in_8_bits)
             tensors: dict[str, Tensor]
             if role is Role.TRAIN:
                 private = {name: nn.Parameter(torch.tensor(array, device=device)) for name, array in arrays.items()}
@@ -103,10 +113,12 @@ class ResidentExperts(nn.Module):
                 self.trained[str(expert)] = nn.ParameterDict({n.replace(".", "_"): p for n, p in private.items()})
                 tensors = dict(private)
             else:
-                with aliasing():
-                    tensors = {name: torch.from_numpy(a).to(device) for name, a in arrays.items()}
+                tensors = _aliased(arrays, device)
             self._tensors[expert] = tensors
-            self._weights[expert] = self._adapted.weights(key, tensors) if self._adapted else tensors
+            if in_8_bits:
+                self._weights[expert] = _in_8_bits(tensors, self._layout)
+            else:
+                self._weights[expert] = self._adapted.weights(key, tensors) if self._adapted else tensors
         present = torch.tensor([role is not Role.ABSENT for role in roles])
         self._is_present = torch.cat([present, torch.tensor([False])]).to(device)
         self._top_k = min(plan.top_k or self._layout.top_k, self._layout.num_experts)
@@ -115,6 +127,26 @@ class ResidentExperts(nn.Module):
             if means is None:
                 raise ValueError("the plan replaces absent experts by their mean output, but no means were published")
             self._absent_means = torch.tensor(means * ~present.numpy()[:, None], dtype=torch.float32, device=device)
+        if absent == "merge":
+            self._bind_merged(plan, merged, device)
+
+    def _bind_merged(self, plan: ExpertPlan, merged: Sequence[Mapping[str, Array]], device: torch.device) -> None:
+        experts = self._layout.num_experts
+        if self._adapted or len(merged) != len(plan.merged):
+            raise ValueError("merged experts are dense, and published one for each that the plan names")
+        here = [(one, arrays) for one, arrays in zip(plan.merged, merged, strict=True) if one.layer == self.layer]
+        members = [expert for one, _ in here for expert in one.members]
+        if sorted(members) != (~self._is_present[:-1]).nonzero().flatten().tolist():
+            raise ValueError(f"layer {self.layer}: the members of merged experts are {members}, not its absent experts")
+        if not here:
+            return
+        self._unit = torch.arange(experts + 1, device=device)
+        for unit, (one, arrays) in enumerate(here, start=experts + 1):
+            key = one.keys[0]
+            self._weights[unit] = _aliased(self._arrays(key, arrays), device)
+            self._unit[list(one.members)] = unit
+        self._is_present = torch.ones(experts + 1 + len(here), dtype=torch.bool, device=device)
+        self._is_present[experts] = False
 
     def parameters_of(self, expert: int) -> dict[str, nn.Parameter]:
         """Returns the parameters of a TRAIN expert by tensor name."""
@@ -125,7 +157,7 @@ class ResidentExperts(nn.Module):
         return self._tensors[expert]
 
     def frozen_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor of the FROZEN experts, and with LoRA of the matrices under the others, by layer.expert.name."""
+        """Every tensor of FROZEN and merged experts, and with LoRA of the matrices under the others, by full name."""
         for expert, weights in self._weights.items():
             for name, weight in weights.items():
                 yield from frozen_parts(f"{self.layer}.{expert}.{name}", weight)
@@ -148,13 +180,18 @@ class ResidentExperts(nn.Module):
         """
         top_k_index, top_k_weights = self._layout.read_dispatch(*dispatch)
         tokens, top_k = top_k_index.shape
+        once = None
+        if self._unit is not None:
+            top_k_index, top_k_weights, once = _gathered(self._unit[top_k_index], top_k_weights)
         expert = top_k_index.flatten()  # [T * K]
         pair = self._is_present[expert]
+        if once is not None:
+            pair = pair & once
         if self._tape.real is not None:
             pair = pair & self._tape.real.repeat_interleave(top_k)
         pairs = pair.nonzero().squeeze(1)  # [P], places in [T * K]
         pairs = pairs[torch.argsort(expert[pairs], stable=True)]
-        counts = torch.bincount(expert[pairs], minlength=self._layout.num_experts).tolist()
+        counts = torch.bincount(expert[pairs], minlength=len(self._is_present)).tolist()
         combined = torch.zeros_like(hidden_states)
         if len(pairs):
             token = pairs // top_k
@@ -170,13 +207,53 @@ class ResidentExperts(nn.Module):
 
     def _compute(self, expert: int, tokens: Tensor) -> Tensor:
         outputs = self._layout.expert_forward(tokens, self._weights[expert])
-        self._tape.record_output(ExpertKey(self.layer, expert), outputs)
+        if expert < self._layout.num_experts:
+            self._tape.record_output(ExpertKey(self.layer, expert), outputs)
         return outputs
 
-    def _arrays(self, key: ExpertKey, experts: Mapping[ExpertKey, Mapping[str, Array]]) -> dict[str, Array]:
-        arrays = experts.get(key, {})
+    def _arrays(self, key: ExpertKey, arrays: Mapping[str, Array], *, in_8_bits: bool = False) -> dict[str, Array]:
         shapes = {name: np.shape(array) for name, array in arrays.items()}
         expected = dict(self._adapted.factor_shapes if self._adapted else self._layout.expert_shapes)
+        if in_8_bits:
+            expected = _shapes_in_8_bits(expected)
         if shapes != expected:
             raise ValueError(f"weights of expert {key.layer}.{key.expert}: got {shapes}, expected {expected}")
         return {name: arrays[name] for name in expected}
+
+
+def _gathered(unit: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums, for each token, the gate weights of choices that lead to the same unit.
+
+    Args:
+        unit: What computes each choice, [T, K].
+        weights: Gate weights, [T, K].
+
+    Returns:
+        The same units, the weight of each choice's unit in all, and which choices are the first of theirs, [T * K].
+    """
+    same = unit[:, :, None] == unit[:, None, :]  # [T, K, K]
+    summed = (same * weights[:, None, :]).sum(dim=-1)
+    return unit, summed, ~same.tril(diagonal=-1).any(dim=-1).flatten()
+
+
+def _aliased(arrays: Mapping[str, Array], device: torch.device) -> dict[str, Tensor]:
+    with aliasing():
+        return {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
+
+
+def _in_8_bits(tensors: Mapping[str, Tensor], layout: MoELayout) -> dict[str, Any]:
+    """The tensors of one expert as its layout computes with them: matrices dequantised at each use, biases."""
+    return {
+        name: tensors[name]
+        if name in tensors
+        else Int8(tensors[f"{name}.{INT8}"], tensors[f"{name}.{SCALE}"], layout.transposed)
+        for name in layout.expert_shapes
+    }
+
+
+def _shapes_in_8_bits(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    result: dict[str, tuple[int, ...]] = {}
+    for name, shape in shapes.items():
+        parts = {name: shape} if len(shape) == 1 else {f"{name}.{INT8}": shape, f"{name}.{SCALE}": (shape[0], 1)}
+        result.update(parts)
+    return result

@@ -155,7 +155,7 @@ class SparseModel:
         self.module.tie_weights()
         for layer, residents in enumerate(self._residents):
             means = None if weights.means is None else weights.means[layer]
-            residents.bind(plan, weights.experts, means, self.device)
+            residents.bind(plan, weights.experts, means, self.device, weights.merged)
         self.expert_parameters = {key: self._residents[key.layer].parameters_of(key.expert) for key in plan.trainable}
         self.shape = self._shape(trainable)
         self._trainable = trainable

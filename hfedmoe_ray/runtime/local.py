@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 
 from hfedmoe_ray.context import RunContext
 from hfedmoe_ray.federation.executor import Notify
+from hfedmoe_ray.moe.derived import in_8_bits, int8_expert, merged_expert
 from hfedmoe_ray.runtime.overlay import overlay, read_only, view
 from hfedmoe_ray.runtime.worker import Worker, WorkerFactory, client_worker, last_line, late_reason
 from hfedmoe_ray.types import ClientTask, Status, TaskResult, TaskWeights, Weights
@@ -83,10 +84,14 @@ class LocalExecutor:
 def task_weights(weights: Weights, task: ClientTask) -> TaskWeights:
     """What `task` reads of a version, as read-only views, and the client's state."""
     own = None if task.personal is None else (weights.personal or {}).get(task.personal)
-    experts = overlay(task.plan.present, weights.experts, own.experts if own else {})
+    experts = overlay(weights.experts, weights.experts, own.experts if own else {})
     return TaskWeights(
         shared=read_only({**weights.shared, **(own.shared if own else {})}),
-        experts={key: read_only(arrays) for key, arrays in experts.items()},
+        experts={
+            key: read_only(int8_expert(experts[key]) if in_8_bits(task.plan, key) else experts[key])
+            for key in task.plan.present
+        },
+        merged=tuple(read_only(merged_expert(one, experts)) for one in task.plan.merged),
         means=view(weights.means) if weights.means is not None and task.plan.needs_means else None,
         state=task.state() if task.state is not None else b"",
     )

@@ -4,20 +4,24 @@ Objects are put once per version, whatever the number of clients; an expert that
 before keeps its object. A task carries references, so a client fetches only the experts its plan names, and clients
 of one node read the same memory, through pages that cannot be written (see `protect`).
 
+What is derived from published experts (merged ones, and those in 8 bits) is made when a task first asks for it, put
+beside its version and given to every task that asks for the same.
+
 The state of a client is an object too, from one of its tasks to the next.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import ray
 
+from hfedmoe_ray.moe.derived import in_8_bits, int8_expert, merged_expert
 from hfedmoe_ray.runtime import timeouts
 from hfedmoe_ray.runtime.overlay import overlay
 from hfedmoe_ray.runtime.protect import protected
-from hfedmoe_ray.types import Array, ClientTask, ExpertKey, Fetch, TaskWeights, Weights
+from hfedmoe_ray.types import Array, ClientTask, ExpertKey, Fetch, MergedExpert, TaskWeights, Weights
 
 Arrays = Mapping[str, Array]
 Ref = Any
@@ -36,6 +40,8 @@ class TaskRefs:
     """Objects that hold shared parameters; later ones are laid over earlier ones."""
     experts: Mapping[ExpertKey, Ref]
     means: Ref | None
+    merged: tuple[Ref, ...] = ()
+    """One object a merged expert, in the plan's order."""
     state: Ref | None = None
     """The client's state (uint8)."""
 
@@ -47,15 +53,17 @@ class TaskRefs:
         """
         keys = list(self.experts)
         optional = [ref for ref in (self.means, self.state) if ref is not None]
-        values = ray.get([*self.shared, *self.experts.values(), *optional], timeout=timeouts.FETCH)
+        values = ray.get([*self.shared, *self.experts.values(), *self.merged, *optional], timeout=timeouts.FETCH)
         shared: dict[str, Array] = {}
         for part in values[: len(self.shared)]:
             shared.update(protected(part))
         experts = values[len(self.shared) : len(self.shared) + len(keys)]
+        merged = values[len(self.shared) + len(keys) : len(values) - len(optional)]
         return TaskWeights(
             shared=shared,
             experts={key: protected(part) for key, part in zip(keys, experts, strict=True)},
-            means=None if self.means is None else protected(values[len(self.shared) + len(keys)])[MEANS],
+            means=None if self.means is None else protected(values[-len(optional)])[MEANS],
+            merged=tuple(protected(part) for part in merged),
             state=b"" if self.state is None else values[-1].tobytes(),
         )
 
@@ -80,6 +88,9 @@ class _Version:
     experts: Mapping[ExpertKey, _Entry]
     means: _Entry | None
     personal: Mapping[int, _Personal]
+    derived: dict[tuple[MergedExpert | ExpertKey, int | None], Ref] = field(default_factory=dict)
+    """Objects made of this version's experts: a merged one, or (by its key) one in 8 bits; and of whose private
+    ones."""
 
 
 class WeightStore:
@@ -117,11 +128,17 @@ class WeightStore:
         """
         version = self._versions[task.version]
         own = None if task.personal is None else version.personal.get(task.personal)
-        experts = overlay(task.plan.present, version.experts, own.experts if own else {})
+        private = own.experts if own else {}
+        owner = task.personal if private else None
+        experts = overlay(version.experts, version.experts, private)
         return TaskRefs(
             shared=(version.shared.ref, *([own.shared.ref] if own else [])),
-            experts={key: entry.ref for key, entry in experts.items()},
+            experts={
+                key: _derived(version, experts, key, owner) if in_8_bits(task.plan, key) else experts[key].ref
+                for key in task.plan.present
+            },
             means=version.means.ref if version.means and task.plan.needs_means else None,
+            merged=tuple(_derived(version, experts, one, owner) for one in task.plan.merged),
             state=None if task.state is None else _state_ref(task.state),
         )
 
@@ -158,6 +175,26 @@ def keep_state(ref: Ref, *, put_again: bool) -> StoredState | None:
 def _state_ref(state: Fetch) -> Ref:
     """The object of a state, made now if it comes from a checkpoint."""
     return state.ref if isinstance(state, StoredState) else ray.put(np.frombuffer(state(), dtype=np.uint8))
+
+
+def _derived(
+    version: _Version, experts: Mapping[ExpertKey, _Entry], what: MergedExpert | ExpertKey, owner: int | None
+) -> Ref:
+    """The object of a merged expert, or of one in 8 bits, made now unless a task has asked for it before.
+
+    Args:
+        version: Where it is kept.
+        experts: What it is made from: the version's experts, or the owner's private ones laid over them.
+        what: A merged expert, or the key of one to be had in 8 bits.
+        owner: Client whose private experts are among `experts`.
+    """
+    if (what, owner) not in version.derived:
+        if isinstance(what, MergedExpert):
+            arrays = merged_expert(what, {key: experts[key].source for key in what.keys})
+        else:
+            arrays = int8_expert(experts[what].source)
+        version.derived[what, owner] = ray.put(arrays)
+    return version.derived[what, owner]
 
 
 def _put_each(experts: Mapping[ExpertKey, Arrays], last: Mapping[ExpertKey, _Entry]) -> dict[ExpertKey, _Entry]:
