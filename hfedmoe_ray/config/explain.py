@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from hfedmoe_ray.config.plugins import is_plugin, plugin_options
 from hfedmoe_ray.config.schema import Experiment
 
 KeyPath = tuple[str | int, ...]
@@ -147,10 +148,14 @@ def _fields(path: Sequence[str | int], values: Any) -> Iterator[str]:
         values = values[part]
         if isinstance(part, str):
             models = _models_in(models[0].model_fields[part].annotation)
-    named = (
-        [model for model in models if model.model_fields["name"].default == values["name"]] if models[1:] else models
-    )
-    return iter(named[0].model_fields)
+    if models[1:]:
+        name = values["name"]
+        models = (
+            (plugin_options(name),)
+            if is_plugin(name)
+            else tuple(model for model in models if model.model_fields["name"].default == name)
+        )
+    return iter(models[0].model_fields)
 
 
 def _all_keys(model: type[BaseModel], prefix: str) -> Iterator[str]:

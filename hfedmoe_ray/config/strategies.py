@@ -1,13 +1,15 @@
 """The methods, their options and defaults. Torch-free; what they do stands in `hfedmoe_ray.strategies`."""
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field, SerializeAsAny, TypeAdapter, ValidatorFunctionWrapHandler, WrapValidator
 
+from hfedmoe_ray.config.plugins import StrategyOptions, is_plugin, plugin_options
 from hfedmoe_ray.config.section import NonNegativeFloat, Section, UnitInterval
 
 
-class Placement(Section):
+class Placement(StrategyOptions):
     """How a budgeted strategy treats the experts a client did not choose."""
 
     resident: Literal["budget", "all"] = "budget"
@@ -66,10 +68,18 @@ class Local(Section):
     name: Literal["local"] = "local"
 
 
-def _named(value: Any) -> Any:
-    return {"name": value} if isinstance(value, str) else value
+BuiltIn = Annotated[HFedMoE | RandomExperts | FedAvg | Local, Field(discriminator="name")]
+_BUILT_IN: TypeAdapter[BuiltIn] = TypeAdapter(BuiltIn)
 
 
-StrategyConfig = Annotated[
-    Annotated[HFedMoE | RandomExperts | FedAvg | Local, Field(discriminator="name")], BeforeValidator(_named)
-]
+def _by_name(value: Any, _: ValidatorFunctionWrapHandler) -> StrategyOptions | BuiltIn:
+    """Validates the options of a built-in strategy, or by those of the class that is named."""
+    options = {"name": value} if isinstance(value, str) else value
+    if isinstance(options, Mapping) and is_plugin(options.get("name")):
+        return plugin_options(options["name"]).model_validate(options)
+    if isinstance(options, StrategyOptions) and is_plugin(options.name):
+        return options
+    return _BUILT_IN.validate_python(options)
+
+
+StrategyConfig = Annotated[BuiltIn | SerializeAsAny[StrategyOptions], WrapValidator(_by_name)]

@@ -22,6 +22,7 @@ from ray.job_submission import JobSubmissionClient
 
 import hfedmoe_ray
 from hfedmoe_ray.config.load import dump_experiment, load_experiment
+from hfedmoe_ray.config.plugins import plugin_source
 from hfedmoe_ray.errors import ClusterError, ConfigError
 from hfedmoe_ray.runtime import timeouts
 from hfedmoe_ray.runtime.archive import Receiver
@@ -74,7 +75,7 @@ def submit(
         shutil.rmtree(target)
     client = _connect(address or os.environ.get("RAY_API_SERVER_ADDRESS") or DEFAULT_ADDRESS)
     with tempfile.TemporaryDirectory(prefix="hfedmoe-job-") as upload:
-        fill_upload(Path(upload), dump_experiment(experiment))
+        fill_upload(Path(upload), dump_experiment(experiment), plugin_source(experiment.strategy.name))
         options = ["--send-files"] * follow + ["--overwrite"] * overwrite
         entrypoint = " ".join([python, "-u", "jobs/federate.py", *options, "config.yaml"])
         job = _submit_job(client, entrypoint, upload, experiment.name)
@@ -121,8 +122,13 @@ def _submit_job(client: JobSubmissionClient, entrypoint: str, upload: str, run: 
             return job
 
 
-def fill_upload(directory: Path, config: str) -> None:
+def fill_upload(directory: Path, config: str, plugin: Path | None = None) -> None:
     """Puts what the job needs into an empty directory.
+
+    Args:
+        directory: Where.
+        config: The resolved configuration.
+        plugin: The module or package of the user's strategy, if it is not installed.
 
     Raises:
         ConfigError: the package was installed without its checkout, so that there is no `jobs/federate.py`.
@@ -136,6 +142,10 @@ def fill_upload(directory: Path, config: str) -> None:
     shutil.copytree(PACKAGE, directory / PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__"))
     (directory / "jobs").mkdir()
     shutil.copy(entry, directory / "jobs")
+    if plugin is not None and plugin.is_dir():
+        shutil.copytree(plugin, directory / plugin.name, ignore=shutil.ignore_patterns("__pycache__"))
+    elif plugin is not None:
+        shutil.copy(plugin, directory)
     (directory / "config.yaml").write_text(config, encoding="utf-8")
 
 

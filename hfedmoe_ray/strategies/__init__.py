@@ -3,6 +3,7 @@
 from typing import Any
 
 from hfedmoe_ray.config import strategies as configs
+from hfedmoe_ray.config.plugins import StrategyOptions, is_plugin, load_plugin
 from hfedmoe_ray.config.section import Section
 from hfedmoe_ray.config.server import Rules
 from hfedmoe_ray.strategies.base import Strategy
@@ -11,7 +12,7 @@ from hfedmoe_ray.strategies.hfedmoe import HFedMoE
 from hfedmoe_ray.strategies.rules import override
 from hfedmoe_ray.types import ModelShape
 
-__all__ = ["AnyStrategy", "Strategy", "build_strategy"]
+__all__ = ["AnyStrategy", "Strategy", "StrategyOptions", "build_strategy", "built_in"]
 
 AnyStrategy = Strategy[Any]
 
@@ -24,11 +25,17 @@ _STRATEGIES: dict[type[Section], type[AnyStrategy]] = {
 """What carries out each section that `strategy` may be."""
 
 
+def built_in() -> tuple[str, ...]:
+    """The names of all strategies of this package."""
+    return tuple(section.model_fields["name"].default for section in _STRATEGIES)
+
+
 def build_strategy(
     config: configs.StrategyConfig, shape: ModelShape, seed: int, rules: Rules | None = None
 ) -> AnyStrategy:
     """Returns the strategy that a configuration names, with those of its rules replaced that `rules` names."""
-    strategy = _STRATEGIES[type(config)](config, shape, seed)
+    found = load_plugin(config.name) if is_plugin(config.name) else _STRATEGIES[type(config)]
+    strategy = found(config, shape, seed)
     if rules is not None:
         tau, lam = (config.tau, config.lam) if isinstance(config, configs.HFedMoE) else (1.0, 0.5)
         strategy.rules = override(strategy.rules, rules, tau=tau, lam=lam, experts=shape.experts)

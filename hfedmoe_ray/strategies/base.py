@@ -6,6 +6,7 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
+from hfedmoe_ray.config.plugins import StrategyOptions
 from hfedmoe_ray.config.section import Section
 from hfedmoe_ray.strategies.rules import (
     ExpertRule,
@@ -16,7 +17,7 @@ from hfedmoe_ray.strategies.rules import (
     examples,
     examples_per_layer,
 )
-from hfedmoe_ray.strategies.scores import uniform_plan
+from hfedmoe_ray.strategies.scores import mask, top_experts, uniform_plan
 from hfedmoe_ray.types import (
     Array,
     ClientInfo,
@@ -40,6 +41,8 @@ class Strategy(ABC, Generic[Config]):
     The three rules of reduction are independent attributes; the defaults are FedAvg's.
     """
 
+    Options: type[StrategyOptions] = StrategyOptions
+    """Of a class that a configuration names by its module: what else may stand in its section `strategy`."""
     needs_profile = False
     """Whether a client must be profiled (one forward-only pass) before its first round."""
     federated = True
@@ -83,9 +86,15 @@ class Strategy(ABC, Generic[Config]):
         """Decides what every client of the cohort holds and may train in this round."""
 
     def select(self, batch: RoutingProfile, plan: ExpertPlan, rng: np.random.Generator) -> frozenset[ExpertKey]:
-        """Decides, on the client, which experts get gradients from one batch. Default: every trainable one."""
-        del batch, rng
-        return frozenset(plan.trainable)
+        """Decides, on the client, which experts get gradients from one batch.
+
+        Default: every trainable one; where the plan limits a batch, those that most of its tokens are routed to.
+        """
+        del rng
+        if plan.batch_budget is None or plan.batch_budget >= len(plan.trainable):
+            return frozenset(plan.trainable)
+        allowed = mask(self.shape, plan.trainable) & (batch.routed > 0)
+        return top_experts(batch.routed, allowed, plan.batch_budget, "global")
 
     def selective(self, plan: ExpertPlan) -> bool:
         """Whether `select` may leave out an expert that may train and was routed to.

@@ -148,7 +148,7 @@ def test_an_override_that_cannot_be_applied_is_named(override: str):
 def test_an_option_of_another_strategy_is_unknown():
     message = refusal(QUICKSTART, "strategy.tau=2", "strategy=random")
     assert "strategy.tau is not a known key" in message
-    assert "resident, unselected, scope, name" in message
+    assert "name, resident, unselected, scope" in message
 
 
 def test_a_mistake_is_reported_with_the_file_and_line_it_stands_in(write):

@@ -1,0 +1,93 @@
+"""Strategies of the user's own: `strategy: {name: "package.module:Class"}` names a class that is imported here.
+
+Torch-free as long as the module that is named is.
+"""
+
+import importlib
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hfedmoe_ray.config.section import Section
+
+if TYPE_CHECKING:
+    from hfedmoe_ray.strategies.base import Strategy
+
+
+class StrategyOptions(Section):
+    """Base of the options of a strategy."""
+
+    name: str
+    """A built-in strategy, or "package.module:Class"."""
+
+
+def is_plugin(name: Any) -> bool:
+    """Whether a strategy's name is that of a class."""
+    return isinstance(name, str) and ":" in name
+
+
+def load_plugin(name: str) -> "type[Strategy[Any]]":
+    """Imports the class that `name` names. The working directory counts as importable, as it is for a Ray job.
+
+    Raises:
+        ValueError: in one sentence: it cannot be imported, or is not a strategy.
+    """
+    from hfedmoe_ray.strategies.base import Strategy
+
+    module_name, _, class_name = name.partition(":")
+    here = str(Path.cwd())
+    if here not in sys.path and "" not in sys.path:
+        sys.path.append(here)
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"'{name}' cannot be imported: there is no module {error.name}. Write package.module:Class, of a module "
+            f"that is installed or lies below the working directory ({here})"
+        ) from error
+    except Exception as error:
+        raise ValueError(f"'{name}' cannot be imported: {module_name} raises {_said(error)}") from error
+    found = getattr(module, class_name, None)
+    if not isinstance(found, type):
+        classes = [key for key, value in vars(module).items() if _is_strategy(value, module_name)]
+        known = f" (strategies in it: {', '.join(classes)})" if classes else ""
+        raise ValueError(
+            f"'{name}' cannot be used: {module_name} has no class {class_name or 'of an empty name'}{known}"
+        )
+    if not issubclass(found, Strategy):
+        raise ValueError(f"'{name}' is no strategy: derive the class from hfedmoe_ray.strategies.Strategy")
+    if not issubclass(found.Options, StrategyOptions):
+        raise ValueError(
+            f"{name}.Options is no section of options: derive it from hfedmoe_ray.strategies.StrategyOptions"
+        )
+    return found
+
+
+def plugin_options(name: str) -> type[StrategyOptions]:
+    """The section of options of the class that `name` names."""
+    options: type[StrategyOptions] = load_plugin(name).Options
+    return options
+
+
+def plugin_source(name: str) -> Path | None:
+    """The module or package below the working directory that a strategy comes from; None if it is installed."""
+    here = Path.cwd()
+    top = name.partition(":")[0].partition(".")[0]
+    found = [path for path in (here / top, here / f"{top}.py") if is_plugin(name) and path.exists()]
+    return found[0] if found else None
+
+
+def _is_strategy(value: Any, module: str) -> bool:
+    from hfedmoe_ray.strategies.base import Strategy
+
+    return isinstance(value, type) and issubclass(value, Strategy) and value.__module__ == module
+
+
+def _said(error: Exception) -> str:
+    """The error in one line, with the line of the user's file it came from."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    place = "" if trace is None else f" ({trace.tb_frame.f_code.co_filename}:{trace.tb_lineno})"
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}{place}"
