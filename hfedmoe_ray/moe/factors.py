@@ -113,7 +113,7 @@ def base_bytes(expert_shapes: Shapes, base: str) -> int:
         elif base == "int8":
             total += count + _BYTES * shape[0]
         else:
-            total += -(-count // 2) + _BYTES * -(-count // NF4_BLOCK)
+            total += (NF4_BLOCK // 2 + _BYTES) * -(-count // NF4_BLOCK)
     return total
 
 

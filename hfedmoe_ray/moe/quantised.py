@@ -20,6 +20,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn.functional import pad
 
 from hfedmoe_ray.errors import ModelError
 from hfedmoe_ray.moe.factors import NF4_BLOCK
@@ -89,14 +90,14 @@ class NF4(Quantised):
         functional = _bitsandbytes()
         state = functional.QuantState(
             absmax=self._scale,
-            shape=self._shape,
+            shape=torch.Size((len(self._scale), NF4_BLOCK)),
             dtype=torch.float32,
             blocksize=NF4_BLOCK,
             quant_type="nf4",
             code=functional.get_4bit_type("nf4", device=self._values.device),
         )
-        dense: Tensor = functional.dequantize_4bit(self._values, state)
-        return dense.to(dtype)
+        blocks: Tensor = functional.dequantize_4bit(self._values, state)
+        return blocks.flatten()[: self._shape.numel()].reshape(self._shape).to(dtype)
 
 
 class QuantisedExperts:
@@ -164,11 +165,20 @@ def quantise_experts(prepared: Path, form: Quantisation) -> None:
             elif form == "int8":
                 tensors[f"{name}.int8"], tensors[f"{name}.scale"] = _int8(dense)
             else:
-                values, state = _bitsandbytes().quantize_4bit(dense, blocksize=NF4_BLOCK, quant_type="nf4")
+                values, state = _bitsandbytes().quantize_4bit(_blocks(dense), blocksize=NF4_BLOCK, quant_type="nf4")
                 tensors[f"{name}.nf4"], tensors[f"{name}.scale"] = values, state.absmax
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     save_file(tensors, partial)
     partial.replace(path)
+
+
+def _blocks(dense: Tensor) -> Tensor:
+    """Returns a matrix's numbers in rows of one block each, [blocks, NF4_BLOCK], the last filled up with zeros.
+
+    bitsandbytes 0.50 dequantises a matrix of any other width on some CPUs by the wrong scales: off by as much as the
+    largest number where rows are 96 wide.
+    """
+    return pad(dense.flatten(), (0, -dense.numel() % NF4_BLOCK)).reshape(-1, NF4_BLOCK)
 
 
 def _int8(dense: Tensor) -> tuple[Tensor, Tensor]:

@@ -53,7 +53,7 @@ def make_upload(
     *,
     profile: RoutingProfile,
     means: Mapping[ExpertKey, Array],
-    signals: Mapping[Signal, Array],
+    signals: Mapping[Signal, Array] | None = None,
 ) -> Upload:
     """Writes what was trained as the configuration says.
 
@@ -64,7 +64,7 @@ def make_upload(
         shared: New routers and shared parameters.
         profile: The routing profile.
         means: Mean output [H] of held experts.
-        signals: What the strategy asked to be measured of each expert, [L, E].
+        signals: What the strategy asked to be measured of each expert, [L, E], if anything.
 
     Raises:
         ValueError: The client's state does not belong to these tensors.

@@ -16,6 +16,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 from hfedmoe_ray import budget
+from hfedmoe_ray.config import strategies as configs
 from hfedmoe_ray.config.schema import Experiment, LocalTraining, Tier
 from hfedmoe_ray.errors import ConfigError
 from hfedmoe_ray.moe.prepare import initial_weights
@@ -25,7 +26,8 @@ from hfedmoe_ray.strategies.controls import FedAvg
 from hfedmoe_ray.train import activations
 from hfedmoe_ray.train import local as client_work
 from hfedmoe_ray.train.deepspeed_config import deepspeed_config
-from hfedmoe_ray.types import ClientTask, ExpertKey, ExpertPlan, Role, TaskWeights
+from hfedmoe_ray.train.steps import LocalSteps
+from hfedmoe_ray.types import ClientTask, ExpertKey, ExpertPlan, ModelShape, Role, TaskWeights
 
 STEPS, BATCH, EXPERTS, LAYERS = 5, 6, 6, 2
 PLAN = ExpertPlan(roles=((Role.TRAIN,) * 5 + (Role.ABSENT,),) * LAYERS, absent="drop", batch_budget=4)
@@ -50,7 +52,8 @@ def named(options: dict[str, object] | str) -> str:
 class Turns(Strategy):
     """Trains all experts but one for two steps, then those of even number alone: the odd ones have momentum."""
 
-    def __init__(self) -> None:
+    def __init__(self, shape: ModelShape) -> None:
+        super().__init__(configs.FedAvg(), shape, 0)
         self.selected: list[set[ExpertKey]] = []
 
     def plan(self, round, clients, profiles):
@@ -110,11 +113,11 @@ def _offload_from_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def train(made, options: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> tuple[list[State], State, Turns]:
     """Trains; returns every held expert after each step, the shared parameters, and what was selected."""
     worker, weights = made
-    turns = worker._strategy = Turns()
+    turns = worker._strategy = Turns(worker._model.shape)
     worker._tiers = (Tier.model_validate({"name": "any", "share": 1, "experts": 1} | options),)
     history: list[State] = []
     shared: State = {}
-    step = client_work.ClientWorker._step
+    step = LocalSteps.take
 
     def watched(self, *args):
         step(self, *args)
@@ -122,7 +125,7 @@ def train(made, options: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> 
         shared["shared"] = worker._model.read_shared()
 
     with monkeypatch.context() as patched:
-        patched.setattr(client_work.ClientWorker, "_step", watched)
+        patched.setattr(LocalSteps, "take", watched)
         worker.execute(TASK, weights, lambda: False)
     return history, shared, turns
 
@@ -130,7 +133,7 @@ def train(made, options: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> 
 def train_plainly(made, precision: str) -> tuple[State, State]:
     """The same steps as a PyTorch user writes them: a whole batch, all gradients, those of masked experts dropped."""
     worker, weights = made
-    model, local, turns = worker._model, worker._local, Turns()
+    model, local, turns = worker._model, worker._local, Turns(worker._model.shape)
     model.bind(PLAN, weights, "top")
     model.module.train()
     experts, shared = model.expert_parameters, list(model.shared_parameters.values())
@@ -212,7 +215,10 @@ def test_a_batch_is_looked_at_first_only_where_the_choice_may_leave_an_expert_ou
     for plan, expected in ((PLAN, 4), (replace(PLAN, batch_budget=None), 2)):
         passes.clear()
         worker, weights = made
-        worker._tiers, worker._strategy = (Tier(name="any", share=1, experts=1, micro_batch=4),), Turns()
+        worker._tiers, worker._strategy = (
+            (Tier(name="any", share=1, experts=1, micro_batch=4),),
+            Turns(worker._model.shape),
+        )
         worker.execute(replace(TASK, plan=plan), weights, lambda: False)
         assert len(passes) == expected * STEPS  # two parts of 4 and 2 examples
 
@@ -222,17 +228,17 @@ def test_an_expert_without_a_token_in_the_batch_does_not_move_by_momentum(made, 
     """Under ZeRO its group has a gradient of zeros; what trains every expert selects it all the same."""
     worker, weights = made
     worker._tiers = (Tier(name="any", share=1, experts=1, zero_stage=1),)
-    worker._strategy = FedAvg(worker._model.shape, 0)
+    worker._strategy = FedAvg(configs.FedAvg(), worker._model.shape, 0)
     monkeypatch.setattr(client_work.ClientWorker, "_batches", lambda *_: iter([np.arange(6), np.arange(1)]))
     routed, states = [], []
-    step = client_work.ClientWorker._step
+    step = LocalSteps.take
 
     def watched(self, *args):
         step(self, *args)
         routed.append(worker._model.tape.counts())
         states.append({key: worker._model.read_expert(key) for key in PLAN.trainable})
 
-    monkeypatch.setattr(client_work.ClientWorker, "_step", watched)
+    monkeypatch.setattr(LocalSteps, "take", watched)
     worker.execute(TASK, weights, lambda: False)
     idle = [key for key in PLAN.trainable if routed[0][key] and not routed[1][key]]
     assert idle
