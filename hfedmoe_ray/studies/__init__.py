@@ -4,8 +4,19 @@ A study varies one thing of an experiment, makes the runs that takes (or forward
 `study.Findings`, which `page` writes as JSON, Markdown and HTML.
 """
 
-from hfedmoe_ray.studies import activation
+from hfedmoe_ray.studies import (
+    ablations,
+    activation,
+    aggregation,
+    experts,
+    failures,
+    popularity,
+    retention,
+    simulated_time,
+)
 from hfedmoe_ray.studies.study import Study
 
-STUDIES: dict[str, Study] = {module.STUDY.name: module.STUDY for module in (activation,)}
+_MODULES = (activation, failures, popularity, aggregation, experts, retention, ablations, simulated_time)
+
+STUDIES: dict[str, Study] = {module.STUDY.name: module.STUDY for module in _MODULES}
 """Every study by name, in the order in which they are listed."""

@@ -1,11 +1,11 @@
 """The charts of studies, drawn with the marks of `tracking.svg`: curves over any axis, and estimates with intervals."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from hfedmoe_ray.tracking.charts import Write
-from hfedmoe_ray.tracking.svg import LETTER, circle, colour, image, line, polyline, text, ticks
+from hfedmoe_ray.tracking.svg import LETTER, circle, colour, image, line, polyline, rect, text, ticks
 
 _WIDE = 440.0
 """Natural width, as of the charts of a report."""
@@ -119,3 +119,53 @@ def estimates(rows: Sequence[Estimate], *, label: str, write: Write, reference: 
         parts.append(circle(place(row.mean), y, 4.2, kind=f"bubble {colour(row.group)}", tip=tip))
         parts.append(text(right + 8, y + 4, write(row.mean), f"end {colour(row.group)}", "start"))
     return image(_WIDE if right < _WIDE else right + 60, bottom + 20, label, *parts)
+
+
+def scatter(
+    groups: Mapping[str, Sequence[tuple[float, float]]],
+    *,
+    label: str,
+    across: str,
+    upward: str,
+    write: Write,
+) -> str:
+    """A point for each (x, y), coloured by group, on two equal axes; dashed is where both are the same."""
+    side, left, top = 300.0, 56.0, 10.0
+    values = [value for points in groups.values() for point in points for value in point]
+    marks = ticks(min(values), max(values))
+    bottom, right = top + side, left + side
+
+    def share(value: float) -> float:
+        return side * (value - marks[0]) / (marks[-1] - marks[0])
+
+    parts = [line(left, bottom - share(mark), right, bottom - share(mark)) for mark in marks]
+    parts += [line(left + share(mark), top, left + share(mark), bottom) for mark in marks]
+    parts += [text(left - 7, bottom - share(mark) + 3.5, write(mark), anchor="end") for mark in marks]
+    stride = 1 if len(marks) * LETTER * (max(len(write(mark)) for mark in marks) + 1) <= side else 2
+    parts += [text(left + share(mark), bottom + 16, write(mark)) for mark in marks[::stride]]
+    parts.append(line(left, bottom, right, top, "even"))
+    for group, (name, points) in enumerate(groups.items()):
+        for x, y in points:
+            tip = f"{name}: {write(x)} {across}, {write(y)} {upward}"
+            parts.append(circle(left + share(x), bottom - share(y), 4.0, kind=f"bubble {colour(group)}", tip=tip))
+    parts.append(text(left + side / 2, bottom + 33, across, "name"))
+    parts.append(text(left + 6, top + 12, upward, "name", "start"))
+    return image(right + 12, bottom + 38, label, *parts)
+
+
+def grouped_bars(rows: Mapping[str, Mapping[str, float]], *, label: str, write: Write) -> str:
+    """Bars from zero, a group per row and a colour per name within it; all rows have the same names."""
+    left = 14 + LETTER * max(map(len, rows))
+    values = [value for row in rows.values() for value in row.values()]
+    length = _WIDE - left - 14 - LETTER * max(len(write(value)) for value in values)
+    peak, thick, y = max(values) or 1.0, 14.0, 4.0
+    parts = []
+    for name, row in rows.items():
+        parts.append(text(left - 8, y + thick * len(row) / 2 + 3, name, "row", "end"))
+        for group, (kind, value) in enumerate(row.items()):
+            reach, tip = max(1.0, length * value / peak), f"{name}, {kind}: {write(value)}"
+            parts.append(rect(left, y, reach, thick - 2, kind=f"fill {colour(group)}", tip=tip))
+            parts.append(text(left + reach + 6, y + 10, write(value), anchor="start"))
+            y += thick
+        y += 10.0
+    return image(_WIDE, y, label, *parts)

@@ -2,8 +2,10 @@
 
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,14 +16,18 @@ from tiny_federation import experiment
 from hfedmoe_ray.cli import main
 from hfedmoe_ray.config.load import dump_experiment
 from hfedmoe_ray.data.dataset import FederatedDataset
+from hfedmoe_ray.federation.dropout import drops_out
 from hfedmoe_ray.moe.prepare import initial_weights
 from hfedmoe_ray.moe.subset import SparseModel
 from hfedmoe_ray.prepare import prepare_run
 from hfedmoe_ray.strategies.scores import uniform_plan
-from hfedmoe_ray.studies import STUDIES, activation
+from hfedmoe_ray.studies import STUDIES, ablations, activation, experts, failures, retention, simulated_time
+from hfedmoe_ray.studies.devices import DEVICES, Device, Work, bound, seconds
 from hfedmoe_ray.studies.plots import Curve, Estimate, curves, estimates
+from hfedmoe_ray.studies.runs import make_runs
 from hfedmoe_ray.studies.statistics import mean_of
 from hfedmoe_ray.studies.study import Setting
+from hfedmoe_ray.tracking.record import read_run
 from hfedmoe_ray.types import Role, TaskWeights
 
 
@@ -34,7 +40,9 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def config(sources: Path, output: Path) -> Path:
     path = output / "tiny.yaml"
-    path.write_text(dump_experiment(experiment(sources)))
+    skewed = {"how": "dirichlet", "alpha": 0.5}
+    data = experiment(sources).data.model_dump() | {"partition": skewed, "test_examples": 60}
+    path.write_text(dump_experiment(experiment(sources, data=data)))
     return path
 
 
@@ -48,6 +56,10 @@ def studied(name: str, config: Path, output: Path, *options: str) -> dict[str, A
     assert found["paragraph"] in told
     assert "nan" not in told.lower().split()
     return found["numbers"]
+
+
+def runs(output: Path) -> list[Path]:
+    return sorted((output / "runs").iterdir())
 
 
 class Page(HTMLParser):
@@ -166,3 +178,170 @@ def test_the_list_names_every_study_with_its_own_configuration(capsys: pytest.Ca
 def test_bad_arguments_are_told(arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["study", *arguments]) == 2
     assert told in " ".join(capsys.readouterr().err.split())
+
+
+def test_popularity_counts_what_the_runs_recorded_and_runs_nothing_twice(config: Path, output: Path) -> None:
+    found = studied("popularity", config, output, "--seeds", "0")
+    made = len(runs(output))
+    records = {run.config["strategy"]["resident"] + run.strategy: run for run in map(read_run, runs(output))}
+    for name, run in (
+        ("hfedmoe, each batch", records["allhfedmoe"]),
+        ("random, residents", records["budgetrandom"]),
+    ):
+        counted = np.zeros((2, 6))
+        for report in run.rounds[1:]:
+            counted += report.selected
+        (grid,) = found["clients_by_expert"][name]
+        np.testing.assert_allclose(grid, counted / 2)
+        flat = sorted(np.ravel(grid), reverse=True)
+        assert found["variation"][name]["mean"] == pytest.approx(np.std(flat) / np.mean(flat))
+        assert found["never_trained"][name]["mean"] == sum(value == 0 for value in flat) / 12
+        assert found["upper_tenth"][name]["mean"] == pytest.approx(flat[0] / sum(flat))
+    before = (output / "popularity.html").read_bytes()
+    changed = {path: path.stat().st_mtime_ns for path in output.glob("runs/*/summary.json")}
+    assert studied("popularity", config, output, "--seeds", "0") == found
+    assert (output / "popularity.html").read_bytes() == before
+    assert {path: path.stat().st_mtime_ns for path in output.glob("runs/*/summary.json")} == changed
+    assert len(runs(output)) == made
+
+
+def test_failures_lose_what_the_lot_says(config: Path, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(failures, "RATES", (0.0, 0.5))
+    found = studied("failures", config, output, "evaluate.target=0.3", "--seeds", "0,1")
+    assert found["target"] == 0.3
+    lost = [drops_out(0.5, seed, number, c) for seed in (0, 1) for number in (1, 2) for c in range(4)]
+    for name in failures.STRATEGIES:
+        assert found["updates_lost"][name] == {"0.0": 0.0, "0.5": sum(lost) / len(lost)}
+        values = found["outcomes"][name]["0.5"]["accuracy"]["values"]
+        assert len(values) == 2
+        assert found["outcomes"][name]["0.5"]["accuracy"]["mean"] == pytest.approx(sum(values) / 2)
+    for run in map(read_run, runs(output)):
+        if run.config["clients"]["failure_rate"] == 0.5 and run.config["seed"] == 1:
+            reached = [r.round for r in run.rounds if r.accuracy >= 0.3]
+            assert found["rounds_to_target"][run.strategy]["0.5"][1] == (min(reached) if reached else None)
+
+
+def test_a_target_lies_between_the_best_start_and_the_least_end() -> None:
+    def record(*accuracies: float) -> Any:
+        return SimpleNamespace(rounds=[SimpleNamespace(round=n, accuracy=a) for n, a in enumerate(accuracies)])
+
+    found = {"one": {0.0: [record(0.2, 0.8, 0.7), record(0.4, 1.0, 0.5)]}, "other": {0.0: [record(0.2, 0.5)]}}
+    assert failures.default_target(found) == pytest.approx(0.3 + 0.5 * (0.5 - 0.3))
+    assert failures.rounds_to(record(0.1, 0.5, 0.4), 0.4) == 1
+    assert failures.rounds_to(record(0.1, 0.2), 0.4) is None
+
+
+def test_a_watched_round_is_the_round_the_run_would_have_had(config: Path, output: Path) -> None:
+    found = studied("aggregation", config, output, "--seeds", "0")
+    (watched,) = found["clients"]["fedavg"]
+    setting = Setting(config=config, overrides=(), seeds=(0,), output=output, tell=print)
+    # FedAvg trains and deploys the same experts, all of them: the next round's own accuracies are those watched.
+    for rounds, stage in ((2, "received"), (3, "aggregated")):
+        (longer,) = make_runs(setting, {"fedavg": ["strategy=fedavg", f"rounds={rounds}"]})["fedavg"]
+        assert watched[stage] == longer.summary["own_accuracy_by_client"]
+    assert sorted(watched["trained"]) == ["0", "1", "2", "3"]
+    # A client that keeps what it trained fits its own data: as well as it did before, over all clients, or better.
+    assert np.mean([*watched["trained"].values()]) >= np.mean([*watched["received"].values()])
+    mean = found["means"]["fedavg"]["aggregated"]["mean"]
+    assert mean == pytest.approx(np.mean([*watched["aggregated"].values()]))
+
+
+def test_retention_is_a_ratio_seed_by_seed(config: Path, output: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = studied("retention", config, output, "--seeds", "0")
+    for name, kept in found["retention"].items():
+        skewed, even = (found["outcomes"][f"{name}, {kind}"]["accuracy"]["mean"] for kind in ("skewed", "even"))
+        assert kept["mean"] == pytest.approx(skewed / even)
+    even = [run for run in map(read_run, runs(output)) if run.config["data"]["partition"]["how"] == "iid"]
+    assert {run.strategy for run in even} == set(retention.STRATEGIES)
+    arguments = ["study", "retention", str(config), "data.partition={how: iid}", "--output", str(output)]
+    assert main(arguments) == 2
+    assert "even one, but" in " ".join(capsys.readouterr().err.split())
+
+
+def test_an_ablation_changes_what_it_names_and_nothing_else(config: Path) -> None:
+    setting = Setting(config=config, overrides=(), seeds=(0,), output=Path(), tell=print)
+    made = {name: setting.experiment(0, *lines) for name, lines in ablations.variants(setting).items()}
+    whole = made.pop(ablations.WHOLE).model_dump()
+    assert len(made) == len(ablations.PARTS) - 1 + len(ablations.BUDGETS)
+    for one in made.values():
+        other = one.model_dump()
+        assert sum(other["strategy"][key] != value for key, value in whole["strategy"].items()) in (0, 1)
+        assert {key for key in whole if other[key] != whole[key]} in ({"strategy"}, {"clients"})
+    assert [tier.experts for tier in made["budgets x 4"].clients.tiers] == [1.0, 1.0]
+
+
+def test_ablations_are_compared_seed_by_seed(config: Path, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = {name: ablations.PARTS[name] for name in (ablations.WHOLE, "literal router weights")}
+    monkeypatch.setattr(ablations, "PARTS", parts)
+    monkeypatch.setattr(ablations, "BUDGETS", ())
+    found = studied("ablations", config, output, "--seeds", "0,1")
+    left, right = (found["outcomes"][name]["accuracy"]["values"] for name in reversed(parts))
+    difference = found["differences"]["literal router weights"]["accuracy"]
+    assert difference["mean"] == pytest.approx(np.mean(np.subtract(left, right)))
+    assert difference["low"] <= difference["mean"] <= difference["high"]
+
+
+def test_the_number_of_experts_is_what_is_varied(config: Path, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(experts, "COUNTS", (3, 6))
+    found = studied("experts", config, output, "--seeds", "0")
+    assert found["top_k"] == {"3": "1", "6": "2"}
+    for run in map(read_run, runs(output)):
+        count = run.config["model"]["upcycle"]["experts"]
+        assert len(run.rounds[-1].selected[0]) == count
+    assert found["outcomes"]["3"]["bytes_up"] != found["outcomes"]["6"]["bytes_up"]
+
+
+def work(**changes: Any) -> Work:
+    return replace(Work(steps=10, flops=1e9, traffic=1e6, bytes_down=5e6, bytes_up=2e6), **changes)
+
+
+def test_the_roofline_by_hand_and_in_every_direction() -> None:
+    device = Device(name="x", flops=1e10, bandwidth=1e9, down=1e6, up=5e5, sources=("none",))
+    # Ten steps of max(1e9/1e10, 1e6/1e9) / 0.5 = 0.2 s, then 5 s down and 4 s up.
+    assert seconds(device, work(), 0.5) == pytest.approx(2 + 5 + 4)
+    assert seconds(device, work(traffic=4e8), 0.5) == pytest.approx(8 + 5 + 4)
+    assert bound(device, work(), 0.5) == "download"
+    assert bound(device, work(traffic=4e8), 0.5) == "memory"
+    assert bound(device, work(flops=1e12), 0.5) == "compute"
+    assert bound(device, work(bytes_up=1e9), 0.5) == "upload"
+    for real in DEVICES:
+        base = seconds(real, work())
+        for name in ("steps", "flops", "traffic", "bytes_down", "bytes_up"):
+            assert seconds(real, work(**{name: 3 * getattr(work(), name)})) >= base
+        for name in ("flops", "bandwidth", "down", "up"):
+            assert seconds(replace(real, **{name: 2 * getattr(real, name)}), work()) <= base
+        assert seconds(real, work(), 0.1) > base
+        assert real.sources
+    ranked = [seconds(real, work()) for real in DEVICES]
+    assert min(ranked) == ranked[-1], "nothing is quicker than the workstation"
+
+
+def test_a_round_lasts_as_long_as_its_slowest_or_until_its_deadline() -> None:
+    assert simulated_time.round_seconds([3.0, 1.0, 2.0, 9.0], None) == 9.0
+    assert simulated_time.round_seconds([3.0, 1.0, 2.0, 9.0], 0.75) == 3.0
+    assert simulated_time.round_seconds([3.0, 1.0, 2.0, 9.0], 0.5) == 2.0
+    assert simulated_time.round_seconds([4.0], 0.75) == 4.0
+
+
+def test_simulated_time_follows_the_recorded_bytes_and_counted_work(config: Path, output: Path) -> None:
+    found = studied("time", config, output, "--seeds", "0")
+    assert found["simulated"] is True
+    whole, part = (found["work_of_a_client"][name] for name in ("fedavg", "hfedmoe"))
+    assert whole["flops"] > part["flops"] > 0
+    assert whole["traffic"] > part["traffic"] > 0
+    (fedavg,) = (
+        run
+        for run in map(read_run, runs(output))
+        if run.strategy == "fedavg" and run.config["rounds"] == 2 and run.config["data"]["partition"]["how"] != "iid"
+    )
+    sent = [(r.bytes_up, r.bytes_down) for r in fedavg.results if r.round > 0]
+    assert (whole["bytes_up"], whole["bytes_down"]) == tuple(np.mean(sent, axis=0))
+    one = simulated_time.work_of(fedavg)
+    slowest = [
+        max(seconds(DEVICES[client % len(DEVICES)], w) for (at, client), w in one.items() if at == number)
+        for number in (1, 2)
+    ]
+    assert found["seconds_by_round"]["fedavg"] == pytest.approx(slowest)
+    reached = found["rounds_to_target"]["fedavg"]
+    assert found["seconds_to_target"]["fedavg"] == pytest.approx(sum(slowest[:reached]))
+    assert found["accuracy_by_round"]["fedavg"][reached] >= found["target"]
