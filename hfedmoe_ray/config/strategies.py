@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, SerializeAsAny, TypeAdapter, ValidatorFunctionWrapHandler, WrapValidator
+from pydantic import Field, PositiveFloat, SerializeAsAny, TypeAdapter, ValidatorFunctionWrapHandler, WrapValidator
 
 from hfedmoe_ray.config.plugins import StrategyOptions, is_plugin, plugin_options
 from hfedmoe_ray.config.section import NonNegativeFloat, Section, UnitInterval
@@ -62,13 +62,36 @@ class FedAvg(Section):
     name: Literal["fedavg"] = "fedavg"
 
 
+class FedProx(Section):
+    """FedAvg with a proximal term (arXiv 1812.06127)."""
+
+    name: Literal["fedprox"] = "fedprox"
+    mu: PositiveFloat = 0.01
+    """Strength of the pull towards the published weights."""
+
+
+class FrequentExperts(Placement):
+    """Control: the experts most of a client's tokens are routed to, as many as HFedMoE would hold; plain averaging."""
+
+    name: Literal["frequency"] = "frequency"
+
+
+class FedMoE(Placement):
+    """FedMoE (arXiv 2408.11304): sub-models by activation, router rows averaged with their expert."""
+
+    name: Literal["fedmoe"] = "fedmoe"
+    unselected: Literal["frozen", "mean", "drop", "reroute"] = "reroute"
+
+
 class Local(Section):
     """Control: no federation; every client trains all experts on its own data and keeps the result."""
 
     name: Literal["local"] = "local"
 
 
-BuiltIn = Annotated[HFedMoE | RandomExperts | FedAvg | Local, Field(discriminator="name")]
+BuiltIn = Annotated[
+    HFedMoE | RandomExperts | FedAvg | FedProx | FrequentExperts | FedMoE | Local, Field(discriminator="name")
+]
 _BUILT_IN: TypeAdapter[BuiltIn] = TypeAdapter(BuiltIn)
 
 

@@ -6,8 +6,9 @@ from hfedmoe_ray.config import strategies as configs
 from hfedmoe_ray.config.plugins import StrategyOptions, is_plugin, load_plugin
 from hfedmoe_ray.config.section import Section
 from hfedmoe_ray.config.server import Rules
+from hfedmoe_ray.strategies.activation import FedMoE, FrequentExperts
 from hfedmoe_ray.strategies.base import Strategy
-from hfedmoe_ray.strategies.controls import FedAvg, Local, RandomExperts
+from hfedmoe_ray.strategies.controls import FedAvg, FedProx, Local, RandomExperts
 from hfedmoe_ray.strategies.hfedmoe import HFedMoE
 from hfedmoe_ray.strategies.rules import override
 from hfedmoe_ray.types import ModelShape
@@ -20,6 +21,9 @@ _STRATEGIES: dict[type[Section], type[AnyStrategy]] = {
     configs.HFedMoE: HFedMoE,
     configs.RandomExperts: RandomExperts,
     configs.FedAvg: FedAvg,
+    configs.FedProx: FedProx,
+    configs.FrequentExperts: FrequentExperts,
+    configs.FedMoE: FedMoE,
     configs.Local: Local,
 }
 """What carries out each section that `strategy` may be."""

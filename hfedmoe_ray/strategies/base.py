@@ -54,6 +54,8 @@ class Strategy(ABC, Generic[Config]):
     """Sum router weights as printed in the paper instead of normalising them."""
     private_router = False
     """Whether every client keeps the routers it trained and never takes the averaged ones."""
+    proximal = 0.0
+    """mu of FedProx: how strongly local steps are pulled towards the weights they started from."""
     signals: frozenset[Signal] = frozenset()
     """What clients measure of each expert while they train, for `observe`."""
 

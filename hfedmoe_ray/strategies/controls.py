@@ -9,7 +9,7 @@ from hfedmoe_ray.config import strategies as configs
 from hfedmoe_ray.seeds import generator
 from hfedmoe_ray.strategies.base import Profiles, Strategy
 from hfedmoe_ray.strategies.scores import mask, resident_plan, top_experts, uniform_plan
-from hfedmoe_ray.types import ClientInfo, ExpertKey, ExpertPlan, Role, RoutingProfile
+from hfedmoe_ray.types import ClientInfo, ExpertKey, ExpertPlan, ModelShape, Role, RoutingProfile
 
 
 class FedAvg(Strategy[Any]):
@@ -19,6 +19,15 @@ class FedAvg(Strategy[Any]):
         """All experts, for everyone."""
         del round, profiles
         return {client.client: uniform_plan(self.shape, Role.TRAIN) for client in clients}
+
+
+class FedProx(FedAvg):
+    """As FedAvg, but local steps are pulled towards the published weights (arXiv 1812.06127)."""
+
+    def __init__(self, config: configs.FedProx, shape: ModelShape, seed: int) -> None:
+        """Takes mu."""
+        super().__init__(config, shape, seed)
+        self.proximal = config.mu
 
 
 class Local(FedAvg):

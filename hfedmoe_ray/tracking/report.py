@@ -15,7 +15,15 @@ from hfedmoe_ray.tracking.jsonl import write_atomic
 from hfedmoe_ray.tracking.record import RunRecord, read_run
 from hfedmoe_ray.tracking.troubles import troubles
 
-_STRATEGIES = {"hfedmoe": "HFedMoE", "fedavg": "FedAvg", "random": "random experts", "local": "local training"}
+_STRATEGIES = {
+    "hfedmoe": "HFedMoE",
+    "fedavg": "FedAvg",
+    "fedprox": "FedProx",
+    "fedmoe": "FedMoE",
+    "frequency": "most frequent experts",
+    "random": "random experts",
+    "local": "local training",
+}
 
 
 def write_report(run_dir: Path) -> Path:

@@ -34,6 +34,7 @@ from hfedmoe_ray.train.engine import Engine
 from hfedmoe_ray.train.frozen import check_unwritten, frozen_versions
 from hfedmoe_ray.train.memory import PeakMemory, return_freed_memory
 from hfedmoe_ray.train.prefix import PrefixStates, prefix_states
+from hfedmoe_ray.train.proximal import Proximity
 from hfedmoe_ray.train.steps import LocalSteps, Run, batch_labels
 from hfedmoe_ray.types import Array, ClientMetrics, ClientTask, ExpertKey, Prototypes, TaskWeights
 from hfedmoe_ray.wire import Upload, checksum, dump_metrics, expert_name, make_upload, pack_update
@@ -118,7 +119,7 @@ class ClientWorker:
                     case "evaluate":
                         payload, metrics = self._evaluate(task, examples, should_stop)
                     case "personalise":
-                        payload, metrics = self._personalise(task, examples, should_stop)
+                        payload, metrics = self._personalise(task, weights, examples, should_stop)
             finally:
                 self._model.release()
                 return_freed_memory()
@@ -156,7 +157,7 @@ class ClientWorker:
         """Local steps: forward, choose the batch's experts, give only them a gradient (eq. 15)."""
         model, keys = self._model, task.plan.trainable
         before = self._checksums(keys)
-        done, peak_mib = self._local_steps(task, examples, should_stop)
+        done, peak_mib = self._local_steps(task, weights, examples, should_stop)
         measured = done.profile.profile()
         moved: dict[ExpertKey, dict[str, Array]] = {
             key: model.read_expert(key) for key, steps in done.trained.items() if steps
@@ -204,21 +205,23 @@ class ClientWorker:
         return b"", _metrics(task, split, tokens=tokens, loss=mean, correct=correct, examples=len(split))
 
     def _personalise(
-        self, task: ClientTask, examples: _Examples, should_stop: ShouldStop
+        self, task: ClientTask, weights: TaskWeights, examples: _Examples, should_stop: ShouldStop
     ) -> tuple[bytes, ClientMetrics]:
         """One more round of local training, then loss and accuracy on a split; the trained weights are forgotten."""
         if len(examples.split) == 0:
             return self._evaluate(task, examples, should_stop)
         # The draws of the round that would have come next: the last one's batches have been seen.
         next_round = replace(task, round=task.round + 1, split="train")
-        done, peak_mib = self._local_steps(next_round, self._examples(next_round), should_stop)
+        done, peak_mib = self._local_steps(next_round, weights, self._examples(next_round), should_stop)
         payload, metrics = self._evaluate(task, examples, should_stop)
         trained = {expert_name(key): steps for key, steps in done.trained.items() if steps}
         return payload, replace(metrics, trained=trained, step_seconds=done.seconds, peak_mib=peak_mib)
 
     # ------------------------------------------------------------------------------------------------- the parts
 
-    def _local_steps(self, task: ClientTask, examples: _Examples, should_stop: ShouldStop) -> tuple[LocalSteps, float]:
+    def _local_steps(
+        self, task: ClientTask, weights: TaskWeights, examples: _Examples, should_stop: ShouldStop
+    ) -> tuple[LocalSteps, float]:
         """Takes a round's optimizer steps on the bound model; returns what they told, and their peak memory in MiB."""
         model, tier = self._model, self._tiers[task.client]
         done = LocalSteps(
@@ -229,6 +232,7 @@ class ClientWorker:
             plan=task.plan,
             rng=generator(task.seed, "select", task.round, task.client),
             specific=self._specific,
+            proximity=Proximity(self._strategy.proximal, model, weights),
         )
         shared = list(model.shared_parameters.values())
         model.module.train()

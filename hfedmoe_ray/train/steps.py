@@ -16,6 +16,7 @@ from hfedmoe_ray.moe.routing import ProfileAccumulator, Specific
 from hfedmoe_ray.moe.subset import SparseModel
 from hfedmoe_ray.strategies import AnyStrategy
 from hfedmoe_ray.train.engine import Engine
+from hfedmoe_ray.train.proximal import Proximity
 from hfedmoe_ray.train.signals import Signals
 from hfedmoe_ray.types import Array, ExpertKey, ExpertPlan
 
@@ -45,6 +46,7 @@ class LocalSteps:
         plan: ExpertPlan,
         rng: np.random.Generator,
         specific: Specific,
+        proximity: Proximity,
     ) -> None:
         """Starts with no step taken.
 
@@ -56,6 +58,7 @@ class LocalSteps:
             plan: What it may train.
             rng: Of strategies that choose by chance.
             specific: The statistic of eq. 4 in routing profiles.
+            proximity: Pulls towards the weights the task started from.
         """
         self._model = model
         self._strategy = strategy
@@ -64,6 +67,7 @@ class LocalSteps:
         self._plan = plan
         self._rng = rng
         self._specific = specific
+        self._proximity = proximity
         self.profile = self._new_profile()
         self.trained = dict.fromkeys(plan.trainable, 0)
         """Steps in which an expert received a gradient."""
@@ -101,7 +105,8 @@ class LocalSteps:
                 chosen = self._strategy.select(routing, self._plan, self._rng)
             # An expert without a token has no gradient, and must not move by momentum either.
             active = [key for key in self._plan.trainable if key in chosen and routing.routed[key]]
-            engine.backward(loss, active)
+            pull = self._proximity.term(active) if part is parts[-1] else 0.0
+            engine.backward(loss + pull, active)
             self.loss += float(loss.detach()) * len(indices)
         self.signals.add_gradients(active, self._model.expert_parameters)
         engine.step()

@@ -98,6 +98,9 @@ def test_uniform_shared_parameters_do_not_ask_how_large_a_client_is():
 PRESET_OF = [
     (configs.FedAvg(), "fedavg"),
     (configs.RandomExperts(), "fedavg"),
+    (configs.FedProx(), "fedavg"),
+    (configs.FrequentExperts(), "fedavg"),
+    (configs.FedMoE(), "fedmoe"),
     (configs.HFedMoE(tau=0.7, lam=0.2), "hfedmoe"),
     (configs.HFedMoE(tau=0.7, participation="usage", gate_weights="literal"), "hfedmoe_literal"),
 ]
