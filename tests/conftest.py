@@ -1,6 +1,7 @@
 """What every test may rely on: no network, one cache of prepared models, further datasets where there are any."""
 
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -80,6 +81,20 @@ def workers_import_tests() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
         yield
+
+
+@pytest.fixture(scope="module")
+def ray_directory() -> Iterator[str]:
+    """Where the nodes of a test's own cluster write, the file with its address included.
+
+    Ray's test clusters write that file below $RAY_TMPDIR, else /tmp, into a directory `ray` that only another Ray on
+    this machine would have made. Paths of sockets are limited to 107 bytes, so it is not pytest's own.
+    """
+    with tempfile.TemporaryDirectory(prefix="hfedmoe-", dir="/tmp", ignore_cleanup_errors=True) as directory:
+        (Path(directory) / "ray").mkdir()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("RAY_TMPDIR", directory)
+            yield directory
 
 
 @pytest.fixture(scope="module")

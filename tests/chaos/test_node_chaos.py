@@ -1,7 +1,5 @@
 """A node that is lost takes its actors and unfinished work; both go on elsewhere, with the same results."""
 
-import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -25,19 +23,17 @@ QUICK = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "hea
 
 
 @pytest.fixture(scope="module")
-def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
+def cluster(request: pytest.FixtureRequest, ray_directory: str) -> Iterator[Cluster]:
     """A head without CPUs that notices lost nodes quickly, and three nodes with one CPU each."""
     request.getfixturevalue("workers_import_tests")
     made = Cluster()
-    session = tempfile.mkdtemp(prefix="hfedmoe-test-", dir="/tmp")
     for number in range(4):
         size = {"num_cpus": min(number, 1), "object_store_memory": 2**27, "memory": 2**30}
         head = {} if number else {"_system_config": QUICK}
-        made.add_node(**size, **head, labels={"site": f"n{number}"}, temp_dir=session)
+        made.add_node(**size, **head, labels={"site": f"n{number}"}, temp_dir=ray_directory)
     with connected(made.address):
         yield made
     made.shutdown()
-    shutil.rmtree(session, ignore_errors=True)
 
 
 def lose(cluster: Cluster, node_id: str) -> None:

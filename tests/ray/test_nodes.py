@@ -1,7 +1,5 @@
 """Several nodes: clients stay where their labels say, and nodes without the prepared files receive them."""
 
-import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -24,23 +22,23 @@ LABELLED = [TIERS[0] | {"labels": {"site": "a"}}, TIERS[1] | {"labels": {"site":
 
 
 @pytest.fixture(scope="module")
-def sites(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
+def sites(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, ray_directory: str
+) -> Iterator[dict[str, Path]]:
     """A head without CPUs and two sites, each with a working directory and a cache of its own."""
     request.getfixturevalue("workers_import_tests")
     places = {name: tmp_path_factory.mktemp(name) for name in ("head", "a", "b")}
     cluster = Cluster()
-    session = tempfile.mkdtemp(prefix="hfedmoe-test-", dir="/tmp")
     with pytest.MonkeyPatch.context() as patch:
         for name, place in places.items():
             patch.chdir(place)
             patch.setenv("HFEDMOE_CACHE", str(place / "cache"))
             size = {"num_cpus": 0 if name == "head" else 1, "object_store_memory": 2**27, "memory": 2**30}
-            cluster.add_node(**size, labels={} if name == "head" else {"site": name}, temp_dir=session)
+            cluster.add_node(**size, labels={} if name == "head" else {"site": name}, temp_dir=ray_directory)
         patch.chdir(places["head"])
         with connected(cluster.address):
             yield places
     cluster.shutdown()
-    shutil.rmtree(session, ignore_errors=True)
 
 
 @pytest.fixture
