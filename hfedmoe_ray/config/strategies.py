@@ -1,12 +1,20 @@
 """The methods, their options and defaults. Torch-free; what they do stands in `hfedmoe_ray.strategies`."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, PositiveFloat, SerializeAsAny, TypeAdapter, ValidatorFunctionWrapHandler, WrapValidator
+from pydantic import (
+    Field,
+    PositiveFloat,
+    SerializeAsAny,
+    TypeAdapter,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
 
 from hfedmoe_ray.config.plugins import StrategyOptions, is_plugin, plugin_options
-from hfedmoe_ray.config.section import NonNegativeFloat, Section, UnitInterval
+from hfedmoe_ray.config.section import NonNegativeFloat, Section, Share, UnitInterval
 
 
 class Placement(StrategyOptions):
@@ -50,6 +58,33 @@ class HFedMoE(Placement):
     """How far the profile of an expert a client does not hold moves to the cohort's mean each round (ours)."""
 
 
+class FlexMoE(Placement):
+    """FLEX-MoE (arXiv 2512.23070): experts assigned by fitness under capacity and load balance; private routers."""
+
+    name: Literal["flex_moe"] = "flex_moe"
+    unselected: Literal["frozen", "mean", "drop", "reroute"] = "reroute"
+    """As in `Placement`; a client's own router chooses among the experts it was assigned (our reading of the paper)."""
+    fitness: Literal["accuracy", "loss"] = "accuracy"
+    """How well an expert serves a client: its accuracy on examples sent there, or exp(-loss_scale * their loss)."""
+    loss_scale: NonNegativeFloat = 1.0
+    """a, with `fitness: loss`."""
+    smoothing: Share = 0.3
+    """b: how far an assigned pair's fitness moves to what was measured each round."""
+    tolerance: UnitInterval | None = 0.1
+    """d: how far an expert's holders may be from the mean, as a share of it. null: no bounds, so that every client is
+    given its fittest experts (the paper's greedy control)."""
+
+    @model_validator(mode="after")
+    def _assigns(self) -> Self:
+        if self.resident == "all":
+            raise ValueError(
+                "resident is `all`, but FLEX-MoE assigns to every client the experts it holds: where each holds all, "
+                "there is nothing to assign. Leave it out; to keep the other experts in the forward pass, write "
+                "`unselected: frozen`"
+            )
+        return self
+
+
 class RandomExperts(Placement):
     """Control: as many experts as HFedMoE would hold, drawn at random each round; plain averaging."""
 
@@ -90,7 +125,8 @@ class Local(Section):
 
 
 BuiltIn = Annotated[
-    HFedMoE | RandomExperts | FedAvg | FedProx | FrequentExperts | FedMoE | Local, Field(discriminator="name")
+    HFedMoE | FlexMoE | RandomExperts | FedAvg | FedProx | FrequentExperts | FedMoE | Local,
+    Field(discriminator="name"),
 ]
 _BUILT_IN: TypeAdapter[BuiltIn] = TypeAdapter(BuiltIn)
 

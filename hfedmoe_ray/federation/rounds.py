@@ -101,6 +101,7 @@ class Federation:
             weights = initial_weights(context.model, model.trainable, model.lora, self.experiment.seed)
             self.state = FederationState(weights=weights)
         self.strategy.state = self.state.strategy
+        self.strategy.report = tracker.event
         self.resumed_from = self.state.round if resume else None
 
     def run(self, should_stop: Callable[[], bool]) -> bool:

@@ -9,6 +9,7 @@ from hfedmoe_ray.config.server import Rules
 from hfedmoe_ray.strategies.activation import FedMoE, FrequentExperts
 from hfedmoe_ray.strategies.base import Strategy
 from hfedmoe_ray.strategies.controls import FedAvg, FedProx, Local, RandomExperts
+from hfedmoe_ray.strategies.flex_moe import FlexMoE
 from hfedmoe_ray.strategies.hfedmoe import HFedMoE
 from hfedmoe_ray.strategies.rules import override
 from hfedmoe_ray.types import ModelShape
@@ -19,6 +20,7 @@ AnyStrategy = Strategy[Any]
 
 _STRATEGIES: dict[type[Section], type[AnyStrategy]] = {
     configs.HFedMoE: HFedMoE,
+    configs.FlexMoE: FlexMoE,
     configs.RandomExperts: RandomExperts,
     configs.FedAvg: FedAvg,
     configs.FedProx: FedProx,

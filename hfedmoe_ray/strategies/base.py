@@ -1,8 +1,8 @@
 """What a method is: a policy that makes plans, a rule for each batch, and rules that weight what comes back."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import Generic, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
@@ -32,6 +32,13 @@ from hfedmoe_ray.types import (
 
 Profiles = Mapping[int, RoutingProfile]
 Config = TypeVar("Config", bound=Section)
+Report = Callable[[str, Mapping[str, Any]], None]
+"""(name of an event, its fields): see `tracking.Tracker.event`."""
+
+
+def ignore(name: str, fields: Mapping[str, Any]) -> None:
+    """Reports to nobody."""
+    del name, fields
 
 
 class Strategy(ABC, Generic[Config]):
@@ -66,6 +73,8 @@ class Strategy(ABC, Generic[Config]):
         self.seed = seed
         self.state: dict[str, Array] = {}
         """Arrays by name; part of every checkpoint."""
+        self.report: Report = ignore
+        """Where `plan` tells of an event that is no error but should be known; the server sets it."""
 
     @property
     def rules(self) -> RuleSet:

@@ -137,6 +137,22 @@ class WithTheirExpert:
         return expert_weights(self.experts, update, plan)
 
 
+@dataclass(frozen=True, kw_only=True)
+class SumOfExperts:
+    """A layer's router weighs what the client's experts of that layer weigh together (ours).
+
+    With `UsageWeighted`, the share of its gate values that the client could act on.
+    """
+
+    experts: ExpertRule
+
+    def __call__(self, update: ClientUpdate, plan: ExpertPlan, layers: int) -> FloatArray:
+        """See `RouterRule`: [L]."""
+        del layers
+        total: FloatArray = expert_weights(self.experts, update, plan).sum(axis=1)
+        return total
+
+
 def expert_weights(rule: ExpertRule, update: ClientUpdate, plan: ExpertPlan) -> FloatArray:
     """Returns the weight of an update in every expert, [L, E]; 0 where its plan let it train none."""
     weights = np.zeros(np.shape(plan.roles))
@@ -208,7 +224,7 @@ def override(own: RuleSet, rules: Rules, *, tau: float, lam: float, experts: int
     shared_rules: dict[SharedRuleName, SharedRule] = {"size": examples, "uniform": uniform}
     kept = rules.routers is None
     own_routers = own.routers
-    if isinstance(own_routers, GateWeights | WithTheirExpert):
+    if isinstance(own_routers, GateWeights | WithTheirExpert | SumOfExperts):
         own_routers = replace(own_routers, experts=expert_rule)
     return RuleSet(
         experts=expert_rule,

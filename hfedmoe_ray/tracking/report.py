@@ -17,6 +17,7 @@ from hfedmoe_ray.tracking.troubles import troubles
 
 _STRATEGIES = {
     "hfedmoe": "HFedMoE",
+    "flex_moe": "FLEX-MoE",
     "fedavg": "FedAvg",
     "fedprox": "FedProx",
     "fedmoe": "FedMoE",

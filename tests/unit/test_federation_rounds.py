@@ -23,6 +23,7 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "frozen": HFEDMOE | {"unselected": "frozen"},
     "drop": HFEDMOE | {"unselected": "drop"},
     "reroute": HFEDMOE | {"unselected": "reroute"},
+    "flex_moe": {"name": "flex_moe"},
     "random": {"name": "random"},
     "fedavg": {"name": "fedavg"},
     "local": {"name": "local"},
@@ -40,7 +41,7 @@ def test_a_run_trains_what_it_reports_and_nothing_else(sources: Path, tmp_path: 
     budgets = {row["client"]: row["resident_experts"] for row in recorder.facts["clients"]}
     for report in recorder.rounds[1:]:
         for record in report.clients:
-            within = strategy in ("hfedmoe", "drop", "reroute", "random")
+            within = strategy in ("hfedmoe", "drop", "reroute", "flex_moe", "random")
             assert record.resident == (budgets[record.client] if within else context.model.shape.total_experts)
             if strategy not in ("paper", "fedavg", "local"):
                 assert record.trained <= budgets[record.client]
@@ -51,7 +52,7 @@ def test_a_run_trains_what_it_reports_and_nothing_else(sources: Path, tmp_path: 
         same = all((tensors[name] == after.experts[key][name]).all() for name in tensors)
         if counts[key] == 0 or strategy == "local":
             assert same, f"expert {key} was trained by nobody and changed"
-        elif strategy in ("random", "fedavg"):
+        elif strategy in ("flex_moe", "random", "fedavg"):
             assert not same, f"expert {key} was trained by {counts[key]} clients and did not change"
     if strategy == "local":
         assert sorted(after.personal) == list(budgets)
