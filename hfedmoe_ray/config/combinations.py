@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from hfedmoe_ray.config.server import Rules
+from hfedmoe_ray.config.server import Rules, ServerOptimizer
 from hfedmoe_ray.config.strategies import Local
 
 if TYPE_CHECKING:
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 def check_combinations(experiment: "Experiment") -> None:
     """Raises ValueError for the first combination that makes no sense."""
-    for check in (_owed_factors, _nothing_averaged):
+    for check in (_owed_factors, _nothing_averaged, _factors_without_direction):
         check(experiment)
 
 
@@ -25,5 +25,17 @@ def _owed_factors(experiment: "Experiment") -> None:
 
 
 def _nothing_averaged(experiment: "Experiment") -> None:
-    if isinstance(experiment.strategy, Local) and experiment.rules != Rules():
-        raise ValueError("strategy local averages nothing, so there is nothing `rules` could change: leave them out")
+    if not isinstance(experiment.strategy, Local):
+        return
+    for section, default in (("rules", Rules()), ("server", ServerOptimizer())):
+        if getattr(experiment, section) != default:
+            raise ValueError(f"strategy local averages nothing, so there is nothing for `{section}` to do: drop it")
+
+
+def _factors_without_direction(experiment: "Experiment") -> None:
+    lora, optimizer = experiment.model.lora, experiment.server.optimizer
+    if optimizer != "mean" and lora is not None and lora.average == "svd":
+        raise ValueError(
+            f"with `model.lora.average: svd` the factors are drawn up anew after each round, so old minus new is no "
+            f"direction that {optimizer} could follow: write `model.lora.average: factors` or `server.optimizer: mean`"
+        )

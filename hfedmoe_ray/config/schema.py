@@ -10,7 +10,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from hfedmoe_ray.config.combinations import check_combinations
 from hfedmoe_ray.config.section import Name, NonNegativeFloat, Precision, Section, Share, UnitInterval
-from hfedmoe_ray.config.server import Rules, RulesConfig
+from hfedmoe_ray.config.server import Rules, RulesConfig, ServerOptimizer
 from hfedmoe_ray.config.strategies import HFedMoE, StrategyConfig
 
 # ------------------------------------------------------------------------------------------------------ clients
@@ -388,6 +388,7 @@ class Experiment(Section):
     strategy: StrategyConfig = HFedMoE()
     rules: RulesConfig = Rules()
     """Rules of averaging in place of the strategy's own."""
+    server: ServerOptimizer = ServerOptimizer()
     backend: Literal["ray", "local"] = "ray"
     """local: the same run in this one process, for a debugger."""
     actors: Literal["pooled", "dedicated"] = "pooled"

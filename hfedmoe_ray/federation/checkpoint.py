@@ -121,6 +121,7 @@ def _tensors(state: FederationState) -> dict[str, Array]:
     for client, profile in state.profiles.items():
         tensors |= {f"profile/{client}/{name}": getattr(profile, name) for name in PROFILE_FIELDS}
     tensors |= {f"strategy/{name}": value for name, value in state.strategy.items()}
+    tensors |= {f"server/{name}": value for name, value in state.server.items()}
     return {name: np.ascontiguousarray(value) for name, value in tensors.items()}
 
 
@@ -138,6 +139,7 @@ def _state(fields: Mapping[str, Any], tensors: Mapping[str, Array], clients: Map
     experts: dict[str, dict[ExpertKey, dict[str, Array]]] = {}
     profiles: dict[int, dict[str, Array]] = {}
     strategy: dict[str, Array] = {}
+    server: dict[str, Array] = {}
     means = None
     for path, value in tensors.items():
         match path.split("/"):
@@ -145,6 +147,8 @@ def _state(fields: Mapping[str, Any], tensors: Mapping[str, Array], clients: Map
                 means = value
             case ["strategy", *name]:
                 strategy["/".join(name)] = value
+            case ["server", *name]:
+                server["/".join(name)] = value
             case ["profile", client, name]:
                 profiles.setdefault(int(client), {})[name] = value
             case [owner, "shared", name]:
@@ -176,6 +180,7 @@ def _state(fields: Mapping[str, Any], tensors: Mapping[str, Array], clients: Map
         statuses=Counter(fields["statuses"]),
         clients={client: _held(state) for client, state in clients.items()},
         strategy=strategy,
+        server=server,
         own_accuracies={int(client): value for client, value in fields["own_accuracies"].items()},
         personalised_accuracies={int(client): value for client, value in fields["personalised_accuracies"].items()},
         **{scalar: fields[scalar] for scalar in _SCALARS},

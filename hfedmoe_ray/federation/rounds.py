@@ -28,6 +28,7 @@ from hfedmoe_ray.moe.prepare import head_parameters, initial_weights, router_lay
 from hfedmoe_ray.strategies import build_strategy
 from hfedmoe_ray.strategies.aggregation import ClassMeans, MeanOutputs, Reducer
 from hfedmoe_ray.strategies.scores import uniform_plan
+from hfedmoe_ray.strategies.server import ServerOptimizer
 from hfedmoe_ray.tracking.tracker import Tracker
 from hfedmoe_ray.types import (
     ClientInfo,
@@ -102,6 +103,7 @@ class Federation:
             self.state = FederationState(weights=weights)
         self.strategy.state = self.state.strategy
         self.strategy.report = tracker.event
+        self.optimizer = ServerOptimizer(self.experiment.server, self.state.server)
         self.resumed_from = self.state.round if resume else None
 
     def run(self, should_stop: Callable[[], bool]) -> bool:
@@ -241,7 +243,7 @@ class Federation:
         # Dropping out is the experiment's doing, not a fault that should stop it.
         if not self._quorum(record.status == "ok" for record in records if record.status != "dropped"):
             raise TrainingError(below_quorum([(r.client, r.status, r.reason) for r in records]))
-        weights = reducer.result()
+        weights = self.optimizer.step(state.weights, reducer.result(), reducer.rows)
         state.weights = replace(weights, means=means.result(weights.means), personal=private or None)
         cohort = reporting.mean_profile([u.profile for u in updates.values() if u.profile is not None])
         for client, update in updates.items():

@@ -31,6 +31,8 @@ class FederationState:
     """The clients' own states, of those that have any: kept here in their stead, and never read."""
     strategy: dict[str, Array] = field(default_factory=dict)
     """What the strategy has learned (`Strategy.state`)."""
+    server: dict[str, Array] = field(default_factory=dict)
+    """The server optimizer's moments."""
     bytes_up: int = 0
     bytes_down: int = 0
     seconds: float = 0.0

@@ -142,7 +142,10 @@ def test_without_rules_a_strategy_keeps_its_own(quickstart):
         (["rules=fedme"], "write one of fedavg, hfedmoe"),
         (["rules.tau=2"], "tau belongs to `experts: sparsity_aware or usage_threshold`"),
         (["rules.experts=plain", "rules.temperature=2"], "temperature belongs to `experts: frequency`"),
-        (["strategy=local", "rules.shared=uniform"], "strategy local averages nothing"),
+        (
+            ["strategy=local", "rules.shared=uniform"],
+            "averages nothing, so there is nothing for `rules`",
+        ),
     ],
 )
 def test_rules_that_nothing_reads_are_refused(quickstart, overrides, said):
