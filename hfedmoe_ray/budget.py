@@ -10,6 +10,7 @@ from math import floor
 from typing import Literal
 
 from hfedmoe_ray.config.schema import Clients, Experiment, Tier
+from hfedmoe_ray.config.strategies import ActiveExperts
 from hfedmoe_ray.errors import CapacityError, ConfigError
 from hfedmoe_ray.packing import GIB, NodeCapacity, Packing, ResourceSpec, table
 from hfedmoe_ray.types import ModelShape
@@ -75,6 +76,18 @@ def expert_counts(tier: Tier, shape: ModelShape) -> tuple[int, int]:
     if tier.batch_experts is None:
         return resident, resident
     return resident, min(resident, max(1, _share_of(tier.batch_experts, shape.total_experts)))
+
+
+def active_experts(strategy: ActiveExperts, resident: int, shape: ModelShape) -> int:
+    """Experts a token is routed to on a client that holds every expert: its k.
+
+    Args:
+        strategy: Says of how many (E, or the model's own top-k) the client's budget is a share.
+        resident: Experts the memory budget stands for, over all layers (`expert_counts`).
+        shape: The model's.
+    """
+    of = shape.experts if strategy.of == "experts" else shape.top_k
+    return max(1, floor(resident * of / shape.total_experts + 0.5))
 
 
 def _share_of(share: float, total: int) -> int:

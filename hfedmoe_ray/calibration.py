@@ -4,9 +4,10 @@ Above an idle process, the peak of a client's own memory is taken to be (ours)
 
     fixed + r * expert + n * (example + s * routed)
 
-with r experts that train, n examples that pass at once, and s the share of all experts that compute anything: bytes of
-an expert's weights, gradient and optimizer state, and bytes of activations per example. Four measurements give the
-four numbers.
+with r experts that train, n examples that pass at once, and s the share of all experts that compute anything (where
+budgets set a client's top-k instead of the experts it holds: that as a multiple of the model's own): bytes of an
+expert's weights, gradient and optimizer state, and bytes of activations per example. Four measurements give the four
+numbers.
 """
 
 import hashlib
@@ -16,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from hfedmoe_ray.config.schema import Experiment, Tier
-from hfedmoe_ray.config.strategies import Placement
+from hfedmoe_ray.config.strategies import ActiveExperts, Placement, StrategyConfig
 from hfedmoe_ray.context import cache_dir
 from hfedmoe_ray.types import ModelShape
 
@@ -53,13 +54,23 @@ def setting(experiment: Experiment, tier: Tier, shape: ModelShape, *, gpu: bool)
         "zero": (tier.zero_stage, tier.offload_optimizer),
         "max_length": experiment.data.max_length,
         "cache": experiment.local.cache,
-        "absent": strategy.unselected if isinstance(strategy, Placement) else "none",
+        "absent": _absent(strategy),
     }
 
 
 def examples_at_once(experiment: Experiment, tier: Tier) -> int:
     """Examples that pass through the model together while it trains."""
     return min(tier.micro_batch or experiment.local.batch_size, experiment.local.batch_size)
+
+
+def _absent(strategy: StrategyConfig) -> str:
+    """What differs between the measurements of a strategy's clients, besides how many experts train."""
+    match strategy:
+        case Placement():
+            return strategy.unselected
+        case ActiveExperts():
+            return "none, top-k varies"
+    return "none"
 
 
 def path_of(found: dict[str, object]) -> Path:

@@ -11,7 +11,7 @@ from math import ceil
 
 from hfedmoe_ray import budget, calibration
 from hfedmoe_ray.config.schema import Experiment, Tier
-from hfedmoe_ray.config.strategies import Placement
+from hfedmoe_ray.config.strategies import ActiveExperts, Placement
 from hfedmoe_ray.errors import CapacityError
 from hfedmoe_ray.packing import GIB, NodeCapacity, ResourceSpec
 from hfedmoe_ray.types import ModelShape
@@ -133,7 +133,7 @@ def predict_memory(
     measured = calibration.read(experiment, tier, shape, gpu=gpu)
     process = (0 if measured else CONTEXT_BYTES) if gpu else _process_bytes(experiment)
     if measured:
-        share = present / shape.total_experts
+        share = present / shape.total_experts * _activated(experiment, shape, tier)
         return process + round(measured.peak(resident, share, calibration.examples_at_once(experiment, tier)))
     trained = shape.shared_bytes + resident * shape.expert_bytes
     frozen = shape.frozen_bytes + (present - resident) * shape.expert_bytes + present * shape.base_expert_bytes
@@ -182,6 +182,14 @@ def _experts(experiment: Experiment, tier: Tier, shape: ModelShape) -> tuple[int
     return resident, everything if strategy.unselected == "frozen" else resident, batch
 
 
+def _activated(experiment: Experiment, shape: ModelShape, tier: Tier) -> float:
+    """Experts that a token of the tier's clients is routed to, as a multiple of the model's own top-k."""
+    if not isinstance(experiment.strategy, ActiveExperts):
+        return 1.0
+    resident, _ = budget.expert_counts(tier, shape)
+    return budget.active_experts(experiment.strategy, resident, shape) / shape.top_k
+
+
 def _process_bytes(experiment: Experiment) -> int:
     lora = experiment.model.lora
     return PROCESS_BYTES + (PEFT_BYTES if lora and lora.attention else 0)
@@ -196,7 +204,7 @@ def _activation_bytes(experiment: Experiment, shape: ModelShape, tier: Tier, pre
     """
     strategy = experiment.strategy
     reroutes = isinstance(strategy, Placement) and strategy.unselected == "reroute"
-    share = 1.0 if reroutes else present / shape.total_experts
+    share = (1.0 if reroutes else present / shape.total_experts) * _activated(experiment, shape, tier)
     inner = (shape.dense_expert_bytes or shape.expert_bytes) / BYTES / (2 * shape.hidden)
     vectors, lora = DENSE_VECTORS, experiment.model.lora
     if lora:

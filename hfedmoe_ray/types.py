@@ -101,6 +101,18 @@ class MergedExpert:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoadBalance:
+    """A term of a client's loss that spreads its tokens over the experts; formula in `train.balance`."""
+
+    weight: float
+    """lambda_n."""
+    rho: float = 0.0
+    """Share of the cohort's load in F, 0 to 1; the rest is the load of the batch."""
+    load: tuple[tuple[float, ...], ...] = ()
+    """fbar, the cohort's load: share of the choices of an expert in each layer, [L][E]; may be empty where rho is 0."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ExpertPlan:
     """What one client holds, trains and is given for the experts it does not hold, in one round."""
 
@@ -118,6 +130,11 @@ class ExpertPlan:
     own number."""
     batch_budget: int | None = None
     """K_c of eq. 15: at most so many experts get gradients in one batch, over all layers. None: every TRAIN expert."""
+    scale: tuple[float, ...] | None = None
+    """Factor on what the routed experts of each layer give, [L]: where it starts, as it is learned in training. None:
+    there is none."""
+    balance: LoadBalance | None = None
+    """Term of the loss while training; None: the task's loss alone."""
 
     def with_role(self, *roles: Role) -> tuple[ExpertKey, ...]:
         """Experts that have one of `roles`, in (layer, expert) order."""
@@ -283,6 +300,8 @@ class ClientMetrics:
     """Wall seconds of the optimizer steps alone."""
     peak_mib: float = 0.0
     """Peak of the process's own memory in MiB during the optimizer steps; on a GPU, of its allocator there."""
+    scale: tuple[float, ...] = ()
+    """What training has made of `ExpertPlan.scale`, [L]; empty where there is none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -328,6 +347,8 @@ class ClientUpdate:
     prototypes: Prototypes | None = None
     signals: Mapping[Signal, FloatArray] = field(default_factory=dict)
     """What the strategy asked clients to measure of each expert, [L, E]."""
+    scale: tuple[float, ...] = ()
+    """What training has made of `ExpertPlan.scale`, [L]; empty where there is none."""
     payload_bytes: int = 0
 
 

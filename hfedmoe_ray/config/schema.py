@@ -113,15 +113,19 @@ class Clients(Section):
 class Upcycle(Section):
     """How a dense model becomes a Mixture of Experts."""
 
-    how: Literal["split", "copy"] = "split"
-    """split: cluster the FFN's neurons into experts (no growth); copy: every expert is the whole FFN plus noise. A
-    llama or mistral, all of whose layers are upcycled, keeps what it knows as copies only; split, it learns anew."""
+    how: Literal["split", "copy", "adapters"] = "split"
+    """split: cluster the FFN's neurons into experts (no growth); copy: every expert is the whole FFN plus noise;
+    adapters: small new experts are added to the FFN, which stays dense (FFT-MoE), and change nothing until they train.
+    A llama or mistral, all of whose layers are upcycled, keeps what it knows as copies only; split, it learns anew; it
+    takes no adapters."""
     experts: int = Field(default=16, ge=2)
     """E, experts in each MoE layer."""
     top_k: PositiveInt = 4
     layers: tuple[Annotated[int, Field(ge=0)], ...] | None = None
-    """Numbers of the layers whose FFN is upcycled. Default: the upper half of a bert. A llama or mistral becomes a
-    Mixtral, all of whose layers are Mixtures of Experts: leave it out."""
+    """Numbers of the layers whose FFN is upcycled. Default: the upper half of a bert; with adapters, all of it. A llama
+    or mistral becomes a Mixtral, all of whose layers are Mixtures of Experts: leave it out."""
+    adapter_hidden: PositiveInt = 64
+    """adapters: neurons of each one's hidden layer."""
     noise: NonNegativeFloat = 0.02
     """copy: standard deviation of the noise as a share of the weights' own."""
     calibration_steps: Annotated[int, Field(ge=0)] = 200
@@ -187,6 +191,11 @@ class Model(Section):
             raise ValueError(
                 "`trainable: full` trains attention itself, so `lora.attention` has nothing to adapt: write "
                 "`trainable: top` (or `experts`), or leave `lora.attention` out"
+            )
+        if self.lora is not None and self.upcycle is not None and self.upcycle.how == "adapters":
+            raise ValueError(
+                "`upcycle.how: adapters` adds small experts that train whole; low-rank factors of them would save "
+                "nothing. Leave `lora` out, and choose their size by `upcycle.adapter_hidden`"
             )
         return self
 

@@ -1,7 +1,7 @@
 """The methods, their options and defaults. Torch-free; what they do stands in `hfedmoe_ray.strategies`."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
     Field,
@@ -85,6 +85,50 @@ class FlexMoE(Placement):
         return self
 
 
+class ActiveExperts(StrategyOptions):
+    """A strategy whose clients hold and train every expert, and route a token to as many as their budget allows.
+
+    A client's k is its tier's `experts` times what `of` says, rounded, at least 1 (`budget.active_experts`).
+    """
+
+    of: ClassVar[Literal["experts", "top_k"]]
+
+
+class FFTMoE(ActiveExperts):
+    """FFT-MoE (arXiv 2508.18663): alike adapters for all, k_n of M active by budget, a load-balancing loss.
+
+    The form of the loss and its defaults are ours (METHODS: the paper's formula was not available):
+    lambda_n M sum_m F_m P_m, F = (1 - rho) f^n + rho fbar, lambda_n = lambda_0 (1 + a (1 - k_n/M) + b JS(f^n || fbar)).
+    Meant for `model.upcycle: {how: adapters}` with `model.trainable: experts`, but any Mixture of Experts will do.
+    """
+
+    name: Literal["fft_moe"] = "fft_moe"
+    of: ClassVar[Literal["experts", "top_k"]] = "experts"
+    balance: NonNegativeFloat = 0.01
+    """lambda_0, weight of the load-balancing loss; 0 switches it off. a = b = rho = 0 is Switch Transformer's loss."""
+    a: NonNegativeFloat = 1.0
+    """How much more it weighs for a client with few active experts."""
+    b: NonNegativeFloat = 1.0
+    """How much more it weighs for a client whose load differs from the cohort's (JS in nats, at most 0.69)."""
+    rho: UnitInterval = 0.5
+    """Share of the cohort's load, as of the last round of each of its clients, in the load that is balanced."""
+
+
+class Flame(ActiveExperts):
+    """FLAME (arXiv 2506.16600): every client holds all experts, k_i active by budget; averages weigh f^t |D|.
+
+    k_i is a share of the model's own top-k. Meant for `model.lora`; whole experts train without.
+    """
+
+    name: Literal["flame"] = "flame"
+    of: ClassVar[Literal["experts", "top_k"]] = "top_k"
+    temperature: NonNegativeFloat = 2.0
+    """t, the power of an expert's activation frequency in its weight (a review of the paper names 2 to 4 as good)."""
+    rescale: bool = True
+    """Whether each client learns a factor on what the routed experts of a layer give, to make up for those not active.
+    It is the client's own, starts at 1, and the global model, with its own top-k, has none (ours)."""
+
+
 class RandomExperts(Placement):
     """Control: as many experts as HFedMoE would hold, drawn at random each round; plain averaging."""
 
@@ -125,7 +169,7 @@ class Local(Section):
 
 
 BuiltIn = Annotated[
-    HFedMoE | FlexMoE | RandomExperts | FedAvg | FedProx | FrequentExperts | FedMoE | Local,
+    HFedMoE | FlexMoE | FFTMoE | Flame | RandomExperts | FedAvg | FedProx | FrequentExperts | FedMoE | Local,
     Field(discriminator="name"),
 ]
 _BUILT_IN: TypeAdapter[BuiltIn] = TypeAdapter(BuiltIn)

@@ -96,6 +96,9 @@ def _check_statistics(update: ClientUpdate, plan: ExpertPlan, weights: Weights) 
             raise Rejected("the class prototypes do not have the task head's shape")
         if not np.isfinite(sums).all() or not (np.isfinite(counts) & (counts >= 0)).all():
             raise Rejected("the class prototypes hold NaN, infinity or negative counts")
+    scales = len(plan.scale or ())
+    if len(update.scale) != scales or not np.isfinite(update.scale).all():
+        raise Rejected(f"sends {len(update.scale)} output scales or not finite ones, where {scales} were to train")
     if update.profile is None:
         raise Rejected("holds no routing profile")
     shape = (len(plan.roles), len(plan.roles[0]))

@@ -1,4 +1,4 @@
-"""A BERT encoder whose upper feed-forward layers are Mixtures of Experts, with a classification head.
+"""A BERT encoder whose feed-forward layers are, or carry, Mixtures of Experts, with a classification head.
 
 It is what `upcycle` makes of a dense sentence encoder, and a transformers model like any other: `save_pretrained`,
 `from_pretrained` and the Auto classes work on it. Embeddings, attention and dense layers are transformers' own.
@@ -40,6 +40,9 @@ class MoEEncoderConfig(BertConfig):
     """How the weights of a token's K experts are scaled. "sum": to sum to K, where experts are the summands of one
     FFN (at K = E and a uniform router every weight is 1: the dense model). "mean": to sum to 1, where they are copies
     of it."""
+    adapters: bool = False
+    """Whether the experts are adapters: added to a dense feed-forward network that stays, instead of standing in its
+    place (FFT-MoE, arXiv 2508.18663)."""
     hidden_dropout_prob: float | int = 0.0
     attention_probs_dropout_prob: float | int = 0.0
     tie_word_embeddings: bool = False
@@ -101,20 +104,32 @@ class FusedExperts(nn.Module):
         return combined
 
 
-class MoEFeedForward(nn.Module):
-    """Router, experts and one output bias, in place of a dense feed-forward network."""
+class MoEBlock(nn.Module):
+    """Router and experts."""
 
     def __init__(self, config: MoEEncoderConfig) -> None:
         super().__init__()
         self.gate = TopKRouter(config)
         self.experts = FusedExperts(config)
-        self.output_bias = nn.Parameter(torch.empty(config.hidden_size))
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Maps [B, S, H] to [B, S, H]."""
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])  # [T, H]
         _, weights, index = self.gate(tokens)
-        return (self.experts(tokens, index, weights) + self.output_bias).view_as(hidden_states)
+        combined: Tensor = self.experts(tokens, index, weights)
+        return combined.view_as(hidden_states)
+
+
+class MoEFeedForward(MoEBlock):
+    """Router, experts and one output bias, in place of a dense feed-forward network."""
+
+    def __init__(self, config: MoEEncoderConfig) -> None:
+        super().__init__(config)
+        self.output_bias = nn.Parameter(torch.empty(config.hidden_size))
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Maps [B, S, H] to [B, S, H]."""
+        return super().forward(hidden_states) + self.output_bias
 
 
 class MoEEncoderLayer(GradientCheckpointingLayer):
@@ -132,6 +147,23 @@ class MoEEncoderLayer(GradientCheckpointingLayer):
         return self.LayerNorm(self.moe(attended) + attended)
 
 
+class AdaptedEncoderLayer(BertLayer):
+    """A BERT layer to whose feed-forward network a Mixture of small experts is added.
+
+    Where the experts give zeros it is the BERT layer, bit for bit: x + 0 = x.
+    """
+
+    def __init__(self, config: MoEEncoderConfig, layer: int) -> None:
+        super().__init__(config, layer_idx=layer)
+        self.moe = MoEBlock(config)
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """Maps [B, S, H] to [B, S, H]; `attention_mask` as transformers' attention expects it."""
+        attended, _ = self.attention(hidden_states, attention_mask)
+        dense = self.output.dense(self.intermediate(attended))
+        return self.output.LayerNorm(dense + self.moe(attended) + attended)
+
+
 class MoEEncoderForSequenceClassification(BertPreTrainedModel):
     """The encoder, mean pooling over real tokens, and a linear head."""
 
@@ -143,9 +175,10 @@ class MoEEncoderForSequenceClassification(BertPreTrainedModel):
         moe_layers = config.moe_layers or []
         self.num_labels = config.num_labels
         self.first_moe_layer = min(moe_layers, default=config.num_hidden_layers)
+        moe_layer = AdaptedEncoderLayer if config.adapters else MoEEncoderLayer
         self.embeddings = BertEmbeddings(config)
         self.layer = nn.ModuleList(
-            MoEEncoderLayer(config, i) if i in moe_layers else BertLayer(config, layer_idx=i)
+            moe_layer(config, i) if i in moe_layers else BertLayer(config, layer_idx=i)
             for i in range(config.num_hidden_layers)
         )
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)

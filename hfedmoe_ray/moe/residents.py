@@ -77,6 +77,8 @@ class ResidentExperts(nn.Module):
         self._absent_means: Tensor | None = None  # [E, H], zero where present
         self._reroutes = False
         self._top_k = self._layout.top_k
+        self.scale: nn.Parameter | None = None
+        """Learnable factor on what the layer gives, [1]."""
 
     def bind(
         self,
@@ -122,6 +124,8 @@ class ResidentExperts(nn.Module):
         present = torch.tensor([role is not Role.ABSENT for role in roles])
         self._is_present = torch.cat([present, torch.tensor([False])]).to(device)
         self._top_k = min(plan.top_k or self._layout.top_k, self._layout.num_experts)
+        if plan.scale is not None:
+            self.scale = nn.Parameter(torch.tensor([plan.scale[self.layer]], device=device))
         self._reroutes = absent == "reroute" and bool(present.any()) and not bool(present.all())
         if absent == "mean" and not bool(present.all()):
             if means is None:
@@ -203,7 +207,7 @@ class ResidentExperts(nn.Module):
         if self._absent_means is not None:
             shares = top_k_weights.new_zeros(tokens, len(self._is_present)).scatter(1, top_k_index, top_k_weights)
             combined = combined + (shares[:, :-1] @ self._absent_means.to(shares.dtype)).to(combined.dtype)
-        return combined
+        return combined if self.scale is None else combined * self.scale.to(combined.dtype)
 
     def _compute(self, expert: int, tokens: Tensor) -> Tensor:
         outputs = self._layout.expert_forward(tokens, self._weights[expert])

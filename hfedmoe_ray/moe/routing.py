@@ -23,12 +23,14 @@ def softmax_gates(logits: Tensor) -> Tensor:
 
 
 class RoutingTape:
-    """The routing of the latest forward pass, layer by layer. Everything on it is detached."""
+    """The routing of the latest forward pass, layer by layer. Everything on it is detached, except for `gates`."""
 
     def __init__(self, layers: int, gate_values: Callable[[Tensor], Tensor] = softmax_gates) -> None:
         """Makes an empty tape for L layers; `gate_values` makes of logits [N, E] values that sum to 1 over E."""
         self._layers = layers
         self._gate_values = gate_values
+        self.differentiable = False
+        """Whether to keep `gates`, for a loss that depends on the routing."""
         self.begin(None)
 
     def begin(self, attention_mask: Tensor | None) -> None:
@@ -37,18 +39,23 @@ class RoutingTape:
         """Which tokens are real, [B * S]; None: all."""
         self.probabilities: list[Tensor | None] = [None] * self._layers
         """Gate values, [N, E] float32 per layer."""
+        self.gates: list[Tensor | None] = [None] * self._layers
+        """The same with their gradients' graph, where `differentiable`."""
         self.index: list[Tensor | None] = [None] * self._layers
         """The experts each token was sent to, [N, K] per layer (after re-routing, where that is done); E: to none."""
         self.outputs: dict[ExpertKey, tuple[Tensor, int]] = {}
         """Sum of each held expert's outputs [H], before gate weights, and the number of tokens behind it."""
 
-    @torch.no_grad()
     def record(self, layer: int, logits: Tensor, index: Tensor) -> None:
         """Notes the router logits [T, E] or [B, S, E] over all experts, and the chosen experts [T, K], of one layer."""
-        logits, index = logits.detach().flatten(end_dim=-2), index.detach()
+        logits, index = logits.flatten(end_dim=-2), index.detach()
+        if not self.differentiable:
+            logits = logits.detach()
         if self.real is not None:
             logits, index = logits[self.real], index[self.real]
-        self.probabilities[layer] = self._gate_values(logits)
+        gates = self._gate_values(logits)
+        self.probabilities[layer] = gates.detach()
+        self.gates[layer] = gates if self.differentiable else None
         self.index[layer] = index
 
     @torch.no_grad()

@@ -95,8 +95,10 @@ def _encoder_shape(config: Mapping[str, Any], model: Model, num_labels: int) -> 
     depth = config["num_hidden_layers"]
     first = min(layers)
     router_and_head = len(layers) * experts * hidden + num_labels * (hidden + 1)
-    top = (depth - first) * (attention + norm) + len(layers) * hidden  # and the shared output biases
-    rest = embeddings + first * (attention + norm) + (depth - len(layers)) * dense
+    # Dense FFNs whose place experts take: their output biases stay and serve all experts.
+    replaced = 0 if config.get("adapters") else len(layers)
+    top = (depth - first) * (attention + norm) + replaced * hidden
+    rest = embeddings + first * (attention + norm) + (depth - replaced) * dense
     return _shape(
         model,
         layers=len(layers),

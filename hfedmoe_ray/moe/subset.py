@@ -159,7 +159,13 @@ class SparseModel:
         self.expert_parameters = {key: self._residents[key.layer].parameters_of(key.expert) for key in plan.trainable}
         self.shape = self._shape(trainable)
         self._trainable = trainable
+        self.tape.differentiable = plan.balance is not None
         self.tape.begin(None)
+
+    @property
+    def scales(self) -> tuple[Parameter, ...]:
+        """The learnable factors on what each layer's routed experts give, [1] each; none where the plan has none."""
+        return tuple(residents.scale for residents in self._residents if residents.scale is not None)
 
     def release(self) -> None:
         """Lets go of the bound task's weights, private and shared; the frozen base alone stays."""

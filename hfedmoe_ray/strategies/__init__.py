@@ -9,6 +9,8 @@ from hfedmoe_ray.config.server import Rules
 from hfedmoe_ray.strategies.activation import FedMoE, FrequentExperts
 from hfedmoe_ray.strategies.base import Strategy
 from hfedmoe_ray.strategies.controls import FedAvg, FedProx, Local, RandomExperts
+from hfedmoe_ray.strategies.fft_moe import FFTMoE
+from hfedmoe_ray.strategies.flame import Flame
 from hfedmoe_ray.strategies.flex_moe import FlexMoE
 from hfedmoe_ray.strategies.hfedmoe import HFedMoE
 from hfedmoe_ray.strategies.rules import override
@@ -21,6 +23,8 @@ AnyStrategy = Strategy[Any]
 _STRATEGIES: dict[type[Section], type[AnyStrategy]] = {
     configs.HFedMoE: HFedMoE,
     configs.FlexMoE: FlexMoE,
+    configs.FFTMoE: FFTMoE,
+    configs.Flame: Flame,
     configs.RandomExperts: RandomExperts,
     configs.FedAvg: FedAvg,
     configs.FedProx: FedProx,

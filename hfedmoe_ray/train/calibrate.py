@@ -14,10 +14,10 @@ import numpy as np
 from scipy.optimize import nnls
 
 from hfedmoe_ray import calibration
-from hfedmoe_ray.budget import tier_of
+from hfedmoe_ray.budget import active_experts, expert_counts, tier_of
 from hfedmoe_ray.calibration import Calibration
 from hfedmoe_ray.config.schema import Experiment, Tier
-from hfedmoe_ray.config.strategies import Placement
+from hfedmoe_ray.config.strategies import ActiveExperts, Placement
 from hfedmoe_ray.context import RunContext
 from hfedmoe_ray.train.environment import inherited
 from hfedmoe_ray.types import AbsentMode, ClientTask, ExpertPlan, ModelShape, Role, TaskKind, TaskWeights
@@ -78,9 +78,10 @@ def measure(context: RunContext, tier: Tier) -> list[Point]:
     points = []
     for examples in _examples(experiment, tier):
         worker = ClientWorker(replace(context, experiment=_passing(experiment, tier, examples)))
-        for held in _held(experiment, shape):
-            task = _task(experiment, shape, client, held, absent=_unselected(experiment))
+        for held, top_k in _held(experiment, shape):
+            task = _task(experiment, shape, client, held, absent=_unselected(experiment), top_k=top_k)
             resident, share = len(task.plan.trainable), len(task.plan.present) / shape.total_experts
+            share *= (top_k or shape.top_k) / shape.top_k
             peak = peak_of(worker, task) - idle
             points.append(Point(resident=resident, share=share, examples=examples, peak=peak))
     return points
@@ -107,10 +108,14 @@ def _examples(experiment: Experiment, tier: Tier) -> tuple[int, int]:
     return at_once // 2, at_once
 
 
-def _held(experiment: Experiment, shape: ModelShape) -> tuple[int, int]:
-    """Experts a layer: one, and as many as the largest tier holds (at least two)."""
-    largest = max(tier.experts for tier in experiment.clients.tiers)
-    return 1, max(2, round(largest * shape.experts))
+def _held(experiment: Experiment, shape: ModelShape) -> list[tuple[int, int | None]]:
+    """Experts a layer that train, and the top-k: as little as any client has, and as much (at least two)."""
+    strategy, tiers = experiment.strategy, experiment.clients.tiers
+    if isinstance(strategy, ActiveExperts):
+        most = max(active_experts(strategy, expert_counts(tier, shape)[0], shape) for tier in tiers)
+        return [(shape.experts, top_k) for top_k in (1, min(max(2, most), shape.experts))]
+    largest = max(tier.experts for tier in tiers)
+    return [(held, None) for held in (1, max(2, round(largest * shape.experts)))]
 
 
 def _passing(experiment: Experiment, tier: Tier, examples: int) -> Experiment:
@@ -135,10 +140,17 @@ def _unselected(experiment: Experiment) -> Role:
 
 
 def _task(
-    experiment: Experiment, shape: ModelShape, client: int, held: int, *, absent: Role, kind: TaskKind = "train"
+    experiment: Experiment,
+    shape: ModelShape,
+    client: int,
+    held: int,
+    *,
+    absent: Role,
+    kind: TaskKind = "train",
+    top_k: int | None = None,
 ) -> ClientTask:
     """A client that trains the first `held` experts of every layer."""
     row = tuple(Role.TRAIN if expert < held else absent for expert in range(shape.experts))
     mode: AbsentMode = experiment.strategy.deployed if isinstance(experiment.strategy, Placement) else "mean"
-    plan = ExpertPlan(roles=(row,) * shape.layers, absent=mode)
+    plan = ExpertPlan(roles=(row,) * shape.layers, absent=mode, top_k=top_k)
     return ClientTask(kind=kind, round=1, client=client, seed=experiment.seed, plan=plan, version=0)

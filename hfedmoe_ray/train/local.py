@@ -184,6 +184,7 @@ class ClientWorker:
             rebuilt=upload.rebuilt,
             step_seconds=done.seconds,
             peak_mib=peak_mib,
+            scale=tuple(float(scale.detach()) for scale in self._model.scales),
         )
         return upload, metrics
 
@@ -234,7 +235,7 @@ class ClientWorker:
             specific=self._specific,
             proximity=Proximity(self._strategy.proximal, model, weights),
         )
-        shared = list(model.shared_parameters.values())
+        shared = [*model.shared_parameters.values(), *model.scales]
         model.module.train()
         # Filling the prefix cache took room of its own, once.
         return_freed_memory()

@@ -15,6 +15,7 @@ from hfedmoe_ray.data.dataset import Batch
 from hfedmoe_ray.moe.routing import ProfileAccumulator, Specific
 from hfedmoe_ray.moe.subset import SparseModel
 from hfedmoe_ray.strategies import AnyStrategy
+from hfedmoe_ray.train.balance import balance_loss
 from hfedmoe_ray.train.engine import Engine
 from hfedmoe_ray.train.proximal import Proximity
 from hfedmoe_ray.train.signals import Signals
@@ -96,7 +97,8 @@ class LocalSteps:
         for part in parts:
             batch, logits = self._forward(part, precision=self._tier.precision, run=engine.forward)
             labels = batch_labels(batch, self._model.device)
-            loss = cross_entropy(logits.float(), labels) * (len(part) / len(indices))
+            share = len(part) / len(indices)
+            loss = cross_entropy(logits.float(), labels) * share
             self.signals.add_examples(self._model.tape, torch.from_numpy(batch.attention_mask), logits, labels)
             if not ahead:
                 seen.add(self._model.tape)
@@ -106,7 +108,9 @@ class LocalSteps:
             # An expert without a token has no gradient, and must not move by momentum either.
             active = [key for key in self._plan.trainable if key in chosen and routing.routed[key]]
             pull = self._proximity.term(active) if part is parts[-1] else 0.0
-            engine.backward(loss + pull, active)
+            balance = self._plan.balance
+            spread = 0.0 if balance is None else share * balance_loss(self._model.tape, balance)
+            engine.backward(loss + pull + spread, active)
             self.loss += float(loss.detach()) * len(indices)
         self.signals.add_gradients(active, self._model.expert_parameters)
         engine.step()

@@ -95,6 +95,7 @@ def unpack_update(payload: bytes, metrics: ClientMetrics) -> ClientUpdate:
         means={key: (mean, _tokens_behind(key, parsed)) for key, mean in means.items()},
         prototypes=Prototypes(**prototypes) if len(prototypes) == 2 else None,
         signals=signals,
+        scale=metrics.scale,
         payload_bytes=len(payload),
     )
 

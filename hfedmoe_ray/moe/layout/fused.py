@@ -15,7 +15,7 @@ from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
-from hfedmoe_ray.moe.encoder import MoEFeedForward, choose_experts
+from hfedmoe_ray.moe.encoder import MoEBlock, choose_experts
 from hfedmoe_ray.moe.layout.base import MoELayout
 from hfedmoe_ray.moe.linear import project
 from hfedmoe_ray.types import ExpertKey
@@ -57,10 +57,10 @@ class FusedLayout(MoELayout):
 
 
 class MoEEncoderLayout(FusedLayout):
-    """Our upcycled BERT: up [F, H] with bias, activation, down [H, F]; the output bias is shared."""
+    """Our upcycled BERT: up [F, H] with bias, activation, down [H, F]; an output bias is shared."""
 
     family = "hfedmoe_encoder"
-    block_class = MoEFeedForward
+    block_class = MoEBlock
     head_names = ("classifier",)
     tensor_names = ("up_proj", "up_bias", "down_proj")
     supports_prefix = True

