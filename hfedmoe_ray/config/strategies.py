@@ -56,6 +56,19 @@ class HFedMoE(Placement):
     """Share of the resident budget given to experts drawn at random (ours)."""
     decay: UnitInterval = 0.5
     """How far the profile of an expert a client does not hold moves to the cohort's mean each round (ours)."""
+    coverage: UnitInterval = 0.0
+    """Share of the clients' places that is dealt evenly over all experts, round by round, so that unpopular ones are
+    trained too: residents are then chosen for the cohort as a whole. 0: every client holds its own best. `explore` is
+    a share of the places that are left (ours)."""
+
+    @model_validator(mode="after")
+    def _chooses(self) -> Self:
+        if self.resident == "all" and self.coverage > 0:
+            raise ValueError(
+                f"coverage is {self.coverage:g}, which decides who holds which experts, but with `resident: all` every "
+                "client holds all of them. Write `resident: budget`, or leave coverage out"
+            )
+        return self
 
 
 class FlexMoE(Placement):

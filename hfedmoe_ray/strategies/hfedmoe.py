@@ -1,23 +1,38 @@
 """HFedMoE (arXiv 2601.00583): importance, information-bottleneck selection, sparsity-aware aggregation.
 
 Two levels of selection: which experts a client keeps for a round (by its memory; ours) and which of them get
-gradients from a batch (by its compute; eq. 15). `resident: all` is the paper's setting: no round level.
+gradients from a batch (by its compute; eq. 15). `resident: all` is the paper's setting: no round level. With `coverage`
+(ours) the round level is decided for the cohort as a whole.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from hfedmoe_ray.config import strategies as configs
 from hfedmoe_ray.seeds import generator
+from hfedmoe_ray.strategies.assignment import assign, count_holders
 from hfedmoe_ray.strategies.base import Profiles, Strategy
+from hfedmoe_ray.strategies.coverage import holders_due, kept_share
 from hfedmoe_ray.strategies.rules import GateWeights, SparsityAware
 from hfedmoe_ray.strategies.scores import explore, mask, resident_plan, top_experts, uniform_plan
-from hfedmoe_ray.types import ClientInfo, ExpertKey, ExpertPlan, FloatArray, ModelShape, Role, RoutingProfile
+from hfedmoe_ray.types import (
+    ClientInfo,
+    ClientUpdate,
+    ExpertKey,
+    ExpertPlan,
+    FloatArray,
+    ModelShape,
+    Role,
+    RoutingProfile,
+)
 
 
 class HFedMoE(Strategy[configs.HFedMoE]):
-    """The method of the paper, with the decisions of the README where the paper is silent."""
+    """The method of the paper, with the decisions of the README where the paper is silent.
+
+    `state`, with `coverage`: "holders" int [L, E], how many clients have held each expert.
+    """
 
     needs_profile = True
 
@@ -37,13 +52,22 @@ class HFedMoE(Strategy[configs.HFedMoE]):
         """Residents by score within each client's memory budget, a share of them drawn at random."""
         if self.config.resident == "all":
             return {c.client: uniform_plan(self.shape, Role.TRAIN, c.batch_experts) for c in clients}
-        plans = {}
+        best, explored = {}, {}
+        # Of the places that coverage leaves to the clients' own choice.
+        share = self.config.explore * (1.0 - self.config.coverage)
         for client in clients:
             score = self.score(profiles[client.client])
-            chosen = self._residents(score, client)
-            chosen = explore(chosen, score, self.config.explore, generator(self.seed, "explore", round, client.client))
-            plans[client.client] = resident_plan(self.shape, chosen, self.config.unselected, client.batch_experts)
-        return plans
+            best[client.client] = self._residents(score, client)
+            rng = generator(self.seed, "explore", round, client.client)
+            explored[client.client] = explore(best[client.client], score, share, rng)
+        chosen: Mapping[int, frozenset[ExpertKey]] = explored
+        if self.config.coverage > 0 and clients:
+            drawn = {client: explored[client] - best[client] for client in best}
+            chosen = self._covering(round, clients, profiles, drawn)
+        return {
+            c.client: resident_plan(self.shape, chosen[c.client], self.config.unselected, c.batch_experts)
+            for c in clients
+        }
 
     def select(self, batch: RoutingProfile, plan: ExpertPlan, rng: np.random.Generator) -> frozenset[ExpertKey]:
         """Eq. 15 on one batch: the K_c best of the routed experts that the client may train."""
@@ -75,6 +99,36 @@ class HFedMoE(Strategy[configs.HFedMoE]):
             routed=measured.routed,
             tokens=measured.tokens,
         )
+
+    def observe(self, round: int, updates: Mapping[int, ClientUpdate], plans: Mapping[int, ExpertPlan]) -> None:
+        """Counts who held what, where coverage depends on it."""
+        del round
+        if self.config.coverage > 0:
+            self.state["holders"] = count_holders(self.state.get("holders"), self.shape, updates, plans)
+
+    def _covering(
+        self,
+        round: int,
+        clients: Sequence[ClientInfo],
+        profiles: Profiles,
+        drawn: Mapping[int, frozenset[ExpertKey]],
+    ) -> Mapping[int, frozenset[ExpertKey]]:
+        """Residents of largest joint score, the `drawn` ones among them, such that every expert has its holders."""
+        budgets = {c.client: c.resident_experts for c in clients}
+        assignment = assign(
+            {c: kept_share(self.score(profiles[c]), budget) for c, budget in budgets.items()},
+            budgets,
+            scope=self.config.scope,
+            seed=self.seed,
+            round=round,
+            lower=holders_due(
+                self.config.coverage, budgets, self.state.get("holders"), shape=self.shape, seed=self.seed
+            ),
+            fixed=drawn,
+        )
+        if assignment.relaxed:
+            self.report("bounds_relaxed", assignment.event(round))
+        return assignment.chosen
 
     def _residents(self, score: FloatArray, client: ClientInfo) -> frozenset[ExpertKey]:
         return top_experts(score, np.ones(self.shape, dtype=bool), client.resident_experts, self.config.scope)

@@ -23,6 +23,7 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "frozen": HFEDMOE | {"unselected": "frozen"},
     "drop": HFEDMOE | {"unselected": "drop"},
     "reroute": HFEDMOE | {"unselected": "reroute"},
+    "coverage": HFEDMOE | {"coverage": 0.8},
     "flex_moe": {"name": "flex_moe"},
     "random": {"name": "random"},
     "fedavg": {"name": "fedavg"},
@@ -41,7 +42,7 @@ def test_a_run_trains_what_it_reports_and_nothing_else(sources: Path, tmp_path: 
     budgets = {row["client"]: row["resident_experts"] for row in recorder.facts["clients"]}
     for report in recorder.rounds[1:]:
         for record in report.clients:
-            within = strategy in ("hfedmoe", "drop", "reroute", "flex_moe", "random")
+            within = strategy in ("hfedmoe", "drop", "reroute", "coverage", "flex_moe", "random")
             assert record.resident == (budgets[record.client] if within else context.model.shape.total_experts)
             if strategy not in ("paper", "fedavg", "local"):
                 assert record.trained <= budgets[record.client]

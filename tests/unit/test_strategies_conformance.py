@@ -16,6 +16,8 @@ from hfedmoe_ray.strategies import built_in
 VARIANTS = [
     {"name": "hfedmoe", "resident": "all"},
     {"name": "hfedmoe", "scope": "per_layer", "unselected": "frozen"},
+    {"name": "hfedmoe", "coverage": 0.5},
+    {"name": "flex_moe", "fitness": "loss", "tolerance": None, "unselected": "mean"},
     {"name": "random", "resident": "all", "unselected": "reroute"},
 ]
 MODELS: dict[str, str] = {}
