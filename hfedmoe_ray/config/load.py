@@ -53,10 +53,22 @@ class _Tree:
     origins: dict[KeyPath, str] = field(default_factory=dict)
 
 
-def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
+@dataclass(frozen=True, kw_only=True)
+class Assignment:
+    """One key set to a value, by somebody other than the file."""
+
+    path: KeyPath
+    value: Any
+    origin: str = COMMAND_LINE
+    """Where it was written, as a mistake in it is told."""
+
+
+def load_experiment(path: str | Path, overrides: Sequence[str | Assignment] = ()) -> Experiment:
     """Reads a configuration file, what it extends, and overrides such as `local.steps=5` or `clients.tiers.0.share=1`.
 
-    Override values are YAML. A strategy may be overridden by name (`strategy=random`): the options of another strategy
+    Override values are YAML; of two for the same key the later one holds.
+
+    A strategy may be overridden by name (`strategy=random`): the options of another strategy
     are then dropped.
 
     Raises:
@@ -64,9 +76,9 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
     """
     tree = _read(Path(path), ())
     # A strategy's name decides which options exist, so it is set before any of them, wherever it stands in the line.
-    parsed = sorted(map(_parse_override, overrides), key=lambda item: not _names_strategy(item[0]))
-    for key, value in parsed:
-        _assign(tree, key, value)
+    parsed = [parse_override(one) if isinstance(one, str) else one for one in overrides]
+    for one in sorted(parsed, key=lambda one: not _names_strategy(one.path)):
+        _assign(tree, one)
     strategy = tree.values.get("strategy")
     if isinstance(strategy, dict):
         strategy.setdefault("name", DEFAULT_STRATEGY)
@@ -174,16 +186,31 @@ def _laid_over(below: Any, above: Any) -> Any:
 # --------------------------------------------------------------------------------------------------- overrides
 
 
-def _parse_override(text: str) -> tuple[KeyPath, Any]:
+def parse_override(text: str) -> Assignment:
+    """Reads `key=value`.
+
+    Raises:
+        ConfigError: It is something else.
+    """
     key, equals, raw = text.partition("=")
     if not equals or not key.strip():
         raise ConfigError(f"'{text}' on the command line is not an override. Write key=value, such as local.steps=5.")
-    value = _parse_yaml(raw, f"'{text}'", {})
-    return tuple(int(part) if part.isdecimal() else part for part in key.strip().split(".")), value
+    return Assignment(path=key_path(key.strip()), value=parse_value(raw, f"'{text}'"))
 
 
-def _assign(tree: _Tree, path: KeyPath, value: Any) -> None:
+def parse_value(text: str, source: str) -> Any:
+    """Reads a value by the rules of YAML; `source` says in a refusal where it stands."""
+    return _parse_yaml(text, source, {})
+
+
+def key_path(key: str) -> KeyPath:
+    """Splits clients.tiers.0.share into its parts."""
+    return tuple(int(part) if part.isdecimal() else part for part in key.split("."))
+
+
+def _assign(tree: _Tree, one: Assignment) -> None:
     """Sets one key, creating the sections above it, in place."""
+    path, value = one.path, one.value
     if _names_strategy(path) and isinstance(value, str):
         old = tree.values.get("strategy")
         if old is not None and _strategy_name(_as_options(old)) == value:
@@ -193,19 +220,20 @@ def _assign(tree: _Tree, path: KeyPath, value: Any) -> None:
         tree.values["strategy"] = _as_options(tree.values.get("strategy"))
     section: Any = tree.values
     for depth in range(len(path) - 1):
-        key = _checked_key(section, path, depth)
+        key = _checked_key(section, path, depth, one.origin)
         if isinstance(section, dict) and section.get(key) is None:
             section[key] = {}
         section = section[key]
-    section[_checked_key(section, path, len(path) - 1)] = value
+    section[_checked_key(section, path, len(path) - 1, one.origin)] = value
     tree.origins = {at: line for at, line in tree.origins.items() if at[: len(path)] != path}
-    tree.origins[path] = COMMAND_LINE
+    tree.origins[path] = one.origin
 
 
-def _checked_key(section: Any, path: KeyPath, depth: int) -> Any:
+def _checked_key(section: Any, path: KeyPath, depth: int, origin: str) -> Any:
     """`path[depth]` as a key of the section or a position in the list that stands there."""
     part = path[depth]
-    place = f"'{show_path(path)}' on the command line: {show_path(path[:depth])}"
+    written = "on the command line" if origin == COMMAND_LINE else f"in {origin}"
+    place = f"'{show_path(path)}' {written}: {show_path(path[:depth])}"
     if isinstance(section, dict):
         return str(part)
     if not isinstance(section, list):

@@ -9,6 +9,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from hfedmoe_ray.config.combinations import check_combinations
+from hfedmoe_ray.config.comparison import Comparison
 from hfedmoe_ray.config.section import Name, NonNegativeFloat, Precision, Section, Share, UnitInterval
 from hfedmoe_ray.config.server import Rules, RulesConfig, ServerOptimizer
 from hfedmoe_ray.config.strategies import HFedMoE, StrategyConfig
@@ -412,6 +413,8 @@ class Experiment(Section):
     evaluate: Evaluation = Evaluation()
     runtime: Runtime = Runtime()
     tracking: Tracking = Tracking()
+    compare: Comparison | None = None
+    """What `hfedmoe compare` runs of this experiment; no single run reads it."""
 
     @model_validator(mode="after")
     def _fit_together(self) -> Self:

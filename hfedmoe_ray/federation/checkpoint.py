@@ -29,7 +29,8 @@ _SCALARS = ("round", "bytes_up", "bytes_down", "seconds", "peak_client_mib")
 def run_identity(context: RunContext) -> str:
     """Returns a hash of all that decides a run's weights. How long it runs, where, and who watches does not."""
     fields = context.experiment.model_dump(
-        mode="json", exclude={"name", "rounds", "backend", "actors", "output", "evaluate", "runtime", "tracking"}
+        mode="json",
+        exclude={"name", "rounds", "backend", "actors", "output", "evaluate", "runtime", "tracking", "compare"},
     )
     parts = [json.dumps(fields, sort_keys=True), context.model.sha256, context.data.sha256]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()

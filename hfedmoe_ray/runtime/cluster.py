@@ -58,6 +58,11 @@ def connected(address: str | None) -> Iterator[None]:
             shutil.rmtree(directory, ignore_errors=True)
 
 
+def gcs_address() -> str:
+    """Where other processes of this machine join the cluster this one is connected to, as host:port."""
+    return str(ray.get_runtime_context().gcs_address)
+
+
 def capacity() -> tuple[NodeCapacity, ...]:
     """What every live node of the cluster offers, by node id, whatever is in use at the moment."""
     nodes = [_capacity(node) for node in ray.nodes() if node["Alive"]]

@@ -12,7 +12,7 @@ from hfedmoe_ray.cli import main
 from hfedmoe_ray.errors import HFedMoEError, TrainingError
 from hfedmoe_ray.runtime import session
 
-COMMANDS = ("run", "resume", "plan", "validate", "doctor", "report", "export", "submit", "study", "bench")
+COMMANDS = ("run", "resume", "plan", "validate", "doctor", "report", "export", "submit", "compare", "study", "bench")
 
 
 @pytest.fixture
