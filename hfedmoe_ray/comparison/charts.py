@@ -53,11 +53,30 @@ def legend(names: Sequence[tuple[str, int]]) -> str:
 
 
 def curves(
-    drawn: Sequence[Curve], *, label: str, across_is: str, write_x: Write, write_y: Write, dots: bool = True
+    drawn: Sequence[Curve],
+    *,
+    label: str,
+    across_is: str,
+    write_x: Write,
+    write_y: Write,
+    dots: bool = True,
+    whole: bool = False,
 ) -> str:
-    """Lines over any quantity, with bands; each ends in its last value, moved apart where they meet."""
+    """Lines over any quantity, with bands. Those that end at the right edge end in their last value.
+
+    Args:
+        drawn: The lines.
+        label: Text alternative.
+        across_is: What x is.
+        write_x: How it is written.
+        write_y: How values are written.
+        dots: Whether each point is marked.
+        whole: Whether x counts something, so that only whole numbers are marked.
+    """
     left, top, bottom = 46.0, 12.0, _HIGH - 36.0
-    right = _WIDE - 14 - 1.2 * LETTER * max(len(write_y(one.points[-1][1])) for one in drawn)
+    ending = [one for one in drawn if one.points[-1][0] == max(x for other in drawn for x, _ in other.points)]
+    ending = ending if len(ending) == len(drawn) else []
+    right = _WIDE - 14 - max((1.2 * LETTER * len(write_y(one.points[-1][1])) for one in ending), default=0.0)
     xs = [x for one in drawn for x, _ in one.points]
     ys = [y for one in drawn for _, y in one.points] + [y for one in drawn for pair in one.band for y in pair]
     low, high = min(ys), max(ys)
@@ -73,6 +92,7 @@ def curves(
     parts = [line(left, up(mark), right, up(mark), "grid" if index else "axis") for index, mark in enumerate(rows)]
     parts += [text(left - 7, up(mark) + 3.5, write_y(mark), anchor="end") for mark in rows]
     marks = [mark for mark in ticks(first, last, 5) if first <= mark <= last] if last > first else [first]
+    marks = [mark for mark in marks if mark == int(mark) or not whole]
     stride = every(len(marks), right - left, 10 + LETTER * max((len(write_x(mark)) for mark in marks), default=1))
     parts += [text(across(mark), bottom + 16, write_x(mark)) for mark in marks[::stride]]
     parts.append(text((left + right) / 2, _HIGH - 3, across_is, "name"))
@@ -89,7 +109,7 @@ def curves(
             if one.band:
                 tip += f" ({write_y(one.band[index][0])} to {write_y(one.band[index][1])} over seeds)"
             parts.append(circle(across(x), up(y), 2.6, kind=f"dot {colour(one.number)}", tip=tip))
-    for one, y in zip(drawn, _apart([up(one.points[-1][1]) for one in drawn], top, bottom), strict=True):
+    for one, y in zip(ending, _apart([up(one.points[-1][1]) for one in ending], top, bottom), strict=True):
         x, value = one.points[-1]
         parts.append(text(across(x) + 7, y + 4, write_y(value), f"end {colour(one.number)}", "start"))
     return image(_WIDE, _HIGH, label, *parts)
@@ -112,7 +132,7 @@ def _apart(heights: Sequence[float], top: float, bottom: float) -> list[float]:
 
 def client_dots(rows: Sequence[Dots], *, label: str) -> str:
     """A dot per client on a line from 0 to 100 %: before above, after below; the mean and the worst tenth marked."""
-    left, right, tall, y = 12.0, _WIDE - 12.0, 15.0, 4.0
+    left, right, tall, y = 14.0, _WIDE - 20.0, 15.0, 4.0
     parts = []
 
     def across(share: float) -> float:

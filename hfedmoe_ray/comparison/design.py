@@ -74,10 +74,10 @@ def read_design(
     Raises:
         ConfigError: something is unknown, contradicts itself, or there is nothing to compare.
     """
-    options = [
-        Assignment(path=("compare", key), value=value, origin=f"--{key}") for key, value in (replaced or {}).items()
-    ]
-    base = load_experiment(config, [*overrides, *options])
+    base = load_experiment(config, overrides)
+    if replaced:
+        section = (base.compare or Comparison()).model_dump() | dict(replaced)
+        base = load_experiment(config, [*overrides, Assignment(path=("compare",), value=section)])
     asked = base.compare or Comparison()
     if not asked.strategies:
         raise ConfigError(
@@ -203,9 +203,8 @@ def _checked(config: Path, item: str, assignments: Sequence[str | Assignment], a
     except ConfigError as error:
         name = item.partition("[")[0].strip()
         told = f"{item} cannot be compared. {error}"
-        if name not in asked.variants and "strategy.name is" in str(error):
-            told += closest(name, list(asked.variants))
-            told += f" Variants of {config}: {', '.join(asked.variants)}." if asked.variants else ""
+        if asked.variants and name not in asked.variants and f"strategy is '{name}'" in str(error):
+            told += f"{closest(name, list(asked.variants))} Variants of {config} are {', '.join(asked.variants)}."
         raise ConfigError(told) from None
 
 

@@ -54,16 +54,18 @@ ACCURACY = (
         better="high",
         meaning="the same after one more local round each",
     ),
+)
+FAIRNESS = (
     Metric(
         key="own_worst_tenth",
-        title="Worst 10 %",
+        title="Worst tenth",
         unit="share",
         better="high",
         meaning="the worst tenth of the clients on their own test data",
     ),
     Metric(
         key="personalised_worst_tenth",
-        title="Worst, trained",
+        title="Worst tenth, trained",
         unit="share",
         better="high",
         meaning="the same after one more local round each",
@@ -77,7 +79,7 @@ ACCURACY = (
     ),
     Metric(
         key="personalised_variance",
-        title="Var., trained",
+        title="Variance, trained",
         unit="share²",
         better="low",
         meaning="the same after one more local round each",
@@ -108,7 +110,9 @@ EFFORT = (
         meaning="experts that at least one client trained in a round, mean over rounds",
     ),
 )
-METRICS = (*ACCURACY, *EFFORT)
+GROUPS = (("Accuracy", ACCURACY), ("Fairness over clients", FAIRNESS), ("Cost and balance", EFFORT))
+"""What stands in one table."""
+METRICS = (*ACCURACY, *FAIRNESS, *EFFORT)
 MEASURED = (
     Metric(
         key="peak_client_mib",

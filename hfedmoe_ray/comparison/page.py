@@ -7,7 +7,7 @@ from importlib.resources import files
 from hfedmoe_ray.comparison import charts
 from hfedmoe_ray.comparison.charts import Curve, Dots
 from hfedmoe_ray.comparison.design import Design, show_setting
-from hfedmoe_ray.comparison.outcome import ACCURACY, EFFORT, MEASURED, METRICS, Metric, Outcome
+from hfedmoe_ray.comparison.outcome import ACCURACY, GROUPS, MEASURED, METRICS, Metric, Outcome
 from hfedmoe_ray.comparison.statistics import estimate
 from hfedmoe_ray.comparison.tables import (
     Cell,
@@ -52,7 +52,8 @@ def _header(design: Design, tables: Sequence[Table], outcomes: Sequence[Outcome]
         alarm = f'<div class="alarm"><p><b>Runs are missing.</b> {escape(told)}</p></div>'
     return (
         f'<header><p class="eyebrow">{escape(" · ".join([*counts, runs]))}</p><h1>{escape(design.name)}</h1>'
-        f'<p class="lede">{_lede(design, tables)}</p>{alarm}</header>\n'
+        f'<p class="lede">{_lede(design, tables)}</p>{alarm}'
+        f'<p class="reading">{escape(reading(design, "a box"))}</p></header>\n'
     )
 
 
@@ -75,12 +76,12 @@ def _lede(design: Design, tables: Sequence[Table]) -> str:
 def _setting(design: Design, tables: Sequence[Table], one: Table, outcomes: Sequence[Outcome]) -> str:
     """Tables and figures of one setting."""
     content = ""
-    for group, title in ((ACCURACY, "Accuracy"), (EFFORT, "Cost and balance")):
+    for title, group in GROUPS:
         metrics = shown_metrics(tables, group)
         if metrics:
             content += f"<h3>{title}</h3>{_table(design, one, metrics)}"
     content += _figures(design, outcomes)
-    return section(one.setting or "Results", reading(design), content)
+    return section(one.setting or "Results", "", content)
 
 
 def _table(design: Design, one: Table, metrics: Sequence[Metric]) -> str:
@@ -157,6 +158,7 @@ def _by_round(rows: Sequence[Row]) -> str:
         across_is="round",
         write_x=lambda x: f"{x:g}",
         write_y=lambda share: f"{100 * share:.3g} %",
+        whole=True,
     )
     return figure("Accuracy by round: mean, and the range of the seeds", image)
 
@@ -214,6 +216,7 @@ def _by_expert(rows: Sequence[Row]) -> str:
         write_x=lambda x: f"{x:g}",
         write_y=lambda count: f"{count:.3g}",
         dots=False,
+        whole=True,
     )
     return figure("Clients per expert and round: mean of the seeds", image)
 

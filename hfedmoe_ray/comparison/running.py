@@ -124,10 +124,11 @@ def carry_out(design: Design, *, processes: int | None, show: Show) -> list[Fail
     private = bool(ray) and ray[0].experiment.runtime.address is None
     with _cluster() if private else nullcontext(None) as address, ThreadPoolExecutor(at_once) as pool:
         try:
-            # Once, before they would all do it at the same time.
-            job = {"kind": "prepare", "experiments": [one.model_dump(mode="json") for one in _distinct(left)]}
-            for _ in _messages(children, job, logs / "prepare.log"):
-                pass
+            if at_once > 1:
+                # Once, before they would all do it at the same time.
+                job = {"kind": "prepare", "experiments": [one.model_dump(mode="json") for one in _distinct(left)]}
+                for _ in _messages(children, job, logs / "prepare.log"):
+                    pass
             waiting: set[Future[Failure | None]] = {
                 pool.submit(
                     _one, children, run, stage=stages[run.experiment.name], address=address, logs=logs, show=show

@@ -14,6 +14,7 @@ from typing import Literal
 from scipy.stats import t, ttest_rel
 
 CONFIDENCE = 0.95
+_ROUNDING = 1e-9
 Better = Literal["high", "low"]
 
 
@@ -58,8 +59,8 @@ def best_of(values: Mapping[str, Mapping[int, float]], better: Better) -> str | 
     return max(complete, key=lambda name: sign * mean(values[name].values()), default=None)
 
 
-def tests_against(best: str, values: Mapping[str, Mapping[int, float]]) -> dict[str, PairedTest]:
-    """Tests every other strategy against the best; those that share fewer than two seeds with it are left out.
+def compare_with(best: str, values: Mapping[str, Mapping[int, float]]) -> dict[str, PairedTest]:
+    """Tests every other strategy against the best; those that cannot be tested are left out.
 
     Args:
         best: One of the strategies.
@@ -70,7 +71,8 @@ def tests_against(best: str, values: Mapping[str, Mapping[int, float]]) -> dict[
         shared = sorted(by_seed.keys() & values[best].keys())
         if name != best and len(shared) >= 2:
             mine, theirs = [by_seed[seed] for seed in shared], [values[best][seed] for seed in shared]
-            found[name] = (mean(mine) - mean(theirs), paired_p(mine, theirs), len(shared))
+            if (p := paired_p(mine, theirs)) is not None:
+                found[name] = (mean(mine) - mean(theirs), p, len(shared))
     corrected = holm([p for _, p, _ in found.values()])
     return {
         name: PairedTest(difference=difference, p=p, p_holm=p_holm, n=n)
@@ -78,13 +80,17 @@ def tests_against(best: str, values: Mapping[str, Mapping[int, float]]) -> dict[
     }
 
 
-def paired_p(first: Sequence[float], second: Sequence[float]) -> float:
-    """Two-sided p of the paired t test; 1 for pairs that are equal, where the test itself is undefined."""
+def paired_p(first: Sequence[float], second: Sequence[float]) -> float | None:
+    """Two-sided p of the paired t test; 1 for pairs that are equal.
+
+    None where all differences are the same, within rounding: with few seeds and few test examples that happens by
+    chance, and the test would take it for certainty (p = 0).
+    """
     differences = [a - b for a, b in zip(first, second, strict=True)]
     if not any(differences):
         return 1.0
-    if len(set(differences)) == 1:
-        return 0.0  # the same difference every time: t is infinite
+    if stdev(differences) <= _ROUNDING * max(map(abs, differences)):
+        return None
     return float(ttest_rel(first, second).pvalue)
 
 

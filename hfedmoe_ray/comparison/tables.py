@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from hfedmoe_ray.comparison.design import Design, show_setting
-from hfedmoe_ray.comparison.outcome import ACCURACY, EFFORT, METRICS, Metric, Outcome
-from hfedmoe_ray.comparison.statistics import Estimate, PairedTest, best_of, estimate, tests_against
+from hfedmoe_ray.comparison.outcome import GROUPS, METRICS, Metric, Outcome
+from hfedmoe_ray.comparison.statistics import Estimate, PairedTest, best_of, compare_with, estimate
 from hfedmoe_ray.tracking.formatting import MISSING, percent, plural
 
 SIGNIFICANT = 0.05
@@ -74,7 +74,7 @@ def _table(design: Design, setting: str, outcomes: Sequence[Outcome]) -> Table:
             for strategy, found in here.items()
         }
         best = best_of(values, metric.better) if metric.better else None
-        tests = tests_against(best, values) if best else {}
+        tests = compare_with(best, values) if best else {}
         for strategy, by_seed in values.items():
             rows[strategy][metric.key] = Cell(
                 values=by_seed,
@@ -123,16 +123,16 @@ def heading(metric: Metric) -> str:
     return metric.title + {"share": " (%)"}.get(metric.unit, "")
 
 
-def reading(design: Design) -> str:
-    """How the tables are to be read."""
+def reading(design: Design, best: str = "bold") -> str:
+    """How the tables are to be read; `best` is how the best is marked."""
     n = len(design.seeds)
     told = f"Means over {plural(n, 'seed')} ({', '.join(map(str, design.seeds))})"
     if n == 1:
         return f"{told}: one run each, so neither intervals nor tests."
     return (
-        f"{told} ± half of the 95 % interval (Student's t). Bold: the best mean. *: differs from the best, paired t "
-        f"test over seeds, p < {SIGNIFICANT} after Holm's correction for all strategies of the setting. With {n} seeds "
-        "a missing star is no evidence of equality."
+        f"{told} ± half of the 95 % interval (Student's t). In {best}: the best mean. *: differs from the best, "
+        f"paired t test over seeds, p < {SIGNIFICANT} after Holm's correction for all strategies of the setting. With "
+        f"{n} seeds a missing star is no evidence of equality."
     )
 
 
@@ -150,11 +150,15 @@ def markdown(design: Design, tables: Sequence[Table], failures: Sequence[str]) -
     lines = [f"# {design.name}", "", reading(design), ""]
     for table in tables:
         lines += [f"## {_plain(table.setting)}", ""] if table.setting else []
-        for group in (ACCURACY, EFFORT):
+        for title, group in GROUPS:
             metrics = shown_metrics(tables, group)
             if not metrics:
                 continue
-            lines += ["| strategy | n | " + " | ".join(heading(metric) for metric in metrics) + " |"]
+            lines += [
+                f"### {title}",
+                "",
+                "| strategy | n | " + " | ".join(heading(metric) for metric in metrics) + " |",
+            ]
             lines += ["|---|--:|" + "--:|" * len(metrics)]
             for strategy, cells in table.rows.items():
                 told = [_markdown_cell(metric, cells[metric.key]) for metric in metrics]
@@ -185,10 +189,10 @@ def latex(design: Design, tables: Sequence[Table]) -> str:
     """Returns the tables as LaTeX, to be included as it is; needs the package booktabs."""
     parts = ["% Needs \\usepackage{booktabs}.", f"% {' '.join(design.name.split())}"]
     for table in tables:
-        for group, what in ((ACCURACY, "Accuracy in percent"), (EFFORT, "Cost and balance")):
+        for title, group in GROUPS:
             metrics = shown_metrics(tables, group)
             if metrics:
-                parts.append(_latex_table(design, table, metrics, what))
+                parts.append(_latex_table(design, table, metrics, title))
     return "\n".join(parts) + "\n"
 
 
@@ -200,7 +204,7 @@ def _latex_table(design: Design, table: Table, metrics: Sequence[Metric], what: 
         rf"  \caption{{{what}{where}. {escape_latex(reading(design))}}}",
         rf"  \begin{{tabular}}{{l{'r' * (1 + len(metrics))}}}",
         r"    \toprule",
-        "    Strategy & $n$ & " + " & ".join(escape_latex(metric.title) for metric in metrics) + r" \\",
+        "    Strategy & $n$ & " + " & ".join(escape_latex(heading(metric)) for metric in metrics) + r" \\",
         r"    \midrule",
     ]
     for strategy, cells in table.rows.items():

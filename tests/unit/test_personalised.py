@@ -39,11 +39,11 @@ def tasks(monkeypatch: pytest.MonkeyPatch) -> list[TaskResult]:
     return seen
 
 
-@pytest.mark.parametrize("name", ["hfedmoe", "paper", "private", "local"])
+@pytest.mark.parametrize("name", ["hfedmoe", "private", "local"])
 def test_training_alone_changes_what_is_told_and_nothing_else(
     name: str, sources: Path, tmp_path: Path, tasks: list[TaskResult], monkeypatch: pytest.MonkeyPatch
 ):
-    strategy: Any = HFEDMOE | {"resident": "all"} if name == "paper" else HFEDMOE if name == "hfedmoe" else name
+    strategy: Any = HFEDMOE if name == "hfedmoe" else name
     if name == "private":
         monkeypatch.setattr(strategies, "_STRATEGIES", dict.fromkeys(strategies._STRATEGIES, PrivateRouters))
         strategy = "fedavg"
@@ -67,7 +67,7 @@ def test_training_alone_changes_what_is_told_and_nothing_else(
         trained = {tuple(map(int, key.split("."))) for key in metrics.trained}
         assert trained <= set(result.task.plan.trainable) and trained
         budget = result.task.plan.batch_budget
-        if name in ("hfedmoe", "paper"):
+        if name == "hfedmoe":
             assert budget == recorder.facts["clients"][client]["batch_experts"]
             assert sum(metrics.trained.values()) <= budget * made.local.steps
         assert result.payload() == b"" and result.state is None, "it sends metrics only"
