@@ -124,7 +124,7 @@ def test_extends_in_a_circle_is_refused(write):
     [
         ("local.step=4", ["local.step is not a known key", "Did you mean steps?"]),
         ("per_round=3", ["per_round is not a known key", "Did you mean clients.per_round?"]),
-        ("strategy=rndom", ["is 'rndom'", "it must be one of hfedmoe, random", "Did you mean random?"]),
+        ("strategy=rndom", ["is 'rndom'", "it must be one of hfedmoe,", "Did you mean random?"]),
         ("backend=rai", ["one of ray, local", "Did you mean ray?"]),
         ("rounds=-3", ["rounds is -3", "greater than 0"]),
         ("runtime.slots=many", ["runtime.slots is 'many'", "a whole number or auto"]),
