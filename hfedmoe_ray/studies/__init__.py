@@ -8,6 +8,7 @@ from hfedmoe_ray.studies import (
     ablations,
     activation,
     aggregation,
+    balance,
     experts,
     failures,
     popularity,
@@ -16,7 +17,17 @@ from hfedmoe_ray.studies import (
 )
 from hfedmoe_ray.studies.study import Study
 
-_MODULES = (activation, failures, popularity, aggregation, experts, retention, ablations, simulated_time)
+_MODULES = (
+    activation,
+    failures,
+    popularity,
+    aggregation,
+    experts,
+    balance,
+    retention,
+    ablations,
+    simulated_time,
+)
 
 STUDIES: dict[str, Study] = {module.STUDY.name: module.STUDY for module in _MODULES}
 """Every study by name, in the order in which they are listed."""

@@ -65,8 +65,8 @@ def measure(setting: Setting) -> Findings:
     return Findings(
         numbers={"clients": watched, "means": means, "share_that_loses": losers},
         headline=(
-            f"Averaging costs a client {_points(changes[costliest])} points on its own data under {costliest}, and "
-            f"{_points(changes[kindest])} under {kindest}."
+            f"Averaging changes a client's accuracy on its own data by {_points(changes[costliest])} points under "
+            f"{costliest}, and by {_points(changes[kindest])} under {kindest}."
         ),
         paragraph=(
             f"On their own test data, {sayings}. A client is evaluated with the experts it holds in that round, the "
@@ -120,8 +120,9 @@ _STAGES = {"received": "as received", "trained": "as trained", "aggregated": "as
 
 
 def _points(changes: list[float]) -> str:
-    """The mean cost in percentage points: positive where clients lose."""
-    return f"{-100 * float(np.mean(changes)):.1f}"
+    """The mean change in percentage points, with its sign."""
+    change = 100 * float(np.mean(changes))
+    return f"{'−' if change < 0 else '+'}{abs(change):.1f}"
 
 
 def watch(run: RunRecord) -> Watched:

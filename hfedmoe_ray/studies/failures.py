@@ -6,7 +6,7 @@ fails at every higher one, so that rates differ by the added failures alone.
 
 from collections.abc import Mapping, Sequence
 
-from hfedmoe_ray.studies.outcomes import interval, outcome
+from hfedmoe_ray.studies.outcomes import common_target, interval, mean_accuracies, outcome
 from hfedmoe_ray.studies.plots import Curve, curves
 from hfedmoe_ray.studies.runs import make_runs
 from hfedmoe_ray.studies.statistics import Mean, mean_of
@@ -31,7 +31,9 @@ def measure(setting: Setting) -> Findings:
     runs = make_runs(setting, variants)
     found = {name: {rate: runs[f"{name}, {percent(rate, 0)}"] for rate in RATES} for name in STRATEGIES}
     ended = {name: {rate: outcome(some) for rate, some in rates.items()} for name, rates in found.items()}
-    target = setting.experiment(setting.seeds[0]).evaluate.target or default_target(found)
+    target = setting.experiment(setting.seeds[0]).evaluate.target or common_target(
+        (mean_accuracies(rates[0.0]) for rates in found.values()), GAIN
+    )
     rounds = max(report.round for report in found[STRATEGIES[0]][0.0][0].rounds)
     needed = {
         name: {rate: [rounds_to(run, target) for run in some] for rate, some in rates.items()}
@@ -44,7 +46,7 @@ def measure(setting: Setting) -> Findings:
     lost = {name: {rate: _lost(some) for rate, some in rates.items()} for name, rates in found.items()}
     worst = RATES[-1]
     sayings = "; ".join(
-        f"{name} falls from {percent(ended[name][0.0].accuracy.mean)} to {percent(ended[name][worst].accuracy.mean)} "
+        f"{name} goes from {percent(ended[name][0.0].accuracy.mean)} to {percent(ended[name][worst].accuracy.mean)} "
         f"and needs {late[name][0.0].mean:.1f} against {late[name][worst].mean:.1f} rounds"
         for name in STRATEGIES
     )
@@ -96,19 +98,6 @@ def measure(setting: Setting) -> Findings:
             )
         ],
     )
-
-
-def default_target(found: Mapping[str, Mapping[float, Sequence[RunRecord]]]) -> float:
-    """An accuracy that every strategy reaches without failures: `GAIN` of the least gain above the best start."""
-    curves_of = [mean_accuracies(rates[0.0]) for rates in found.values()]
-    start = max(points[0] for points in curves_of)
-    return start + GAIN * (min(max(points) for points in curves_of) - start)
-
-
-def mean_accuracies(runs: Sequence[RunRecord]) -> list[float]:
-    """Accuracy of the global model by evaluated round, mean over runs."""
-    measured = [[report.accuracy for report in run.rounds if report.accuracy is not None] for run in runs]
-    return [mean_of(values).mean for values in zip(*measured, strict=True)]
 
 
 def rounds_to(run: RunRecord, target: float) -> int | None:

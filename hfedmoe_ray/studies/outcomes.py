@@ -1,6 +1,6 @@
 """What runs of one variant came to, over seeds, and how it is drawn and tabled."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from hfedmoe_ray.studies.plots import Estimate, estimates
@@ -96,3 +96,23 @@ def by_seed(left: Mean, right: Mean) -> Mean:
 def certain(difference: Mean) -> bool:
     """Whether the interval of a difference leaves out 0; of one seed nothing is certain."""
     return len(difference.values) > 1 and (difference.low > 0 or difference.high < 0)
+
+
+LEAST_GAIN = 0.01
+"""A target lies at least so far above where runs start."""
+
+
+def mean_accuracies(runs: Sequence[RunRecord]) -> list[float]:
+    """Accuracy of the global model by evaluated round, mean over runs."""
+    measured = [[report.accuracy for report in run.rounds if report.accuracy is not None] for run in runs]
+    return [mean_of(values).mean for values in zip(*measured, strict=True)]
+
+
+def common_target(accuracies: Iterable[Sequence[float]], share: float) -> float:
+    """An accuracy to be reached, for strategies whose mean accuracies by round these are.
+
+    It lies `share` of the way from the best start to what every strategy reaches, and at least a point above the start.
+    """
+    every = list(accuracies)
+    start = max(points[0] for points in every)
+    return start + max(share * (min(max(points) for points in every) - start), LEAST_GAIN)

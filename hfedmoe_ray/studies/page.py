@@ -1,5 +1,6 @@
 """What a study leaves: NAME.json with every number, NAME.md to paste, NAME.html to look at."""
 
+import re
 from collections.abc import Sequence
 from html import escape
 from importlib.resources import files
@@ -65,9 +66,9 @@ def html(study: Study, setting: Setting, findings: Findings, config: str) -> str
     body = "".join(
         [
             f'<header><p class="eyebrow">{escape(eyebrow)}</p><h1>{escape(study.title)}</h1>'
-            f'<p class="lede">{escape(findings.headline)}</p></header>\n',
-            section("What it shows", findings.paragraph, paired),
-            *(section(one.title, one.note, _html_table(one)) for one in findings.tables),
+            f'<p class="lede">{escape(_unbroken(findings.headline))}</p></header>\n',
+            section("What it shows", _unbroken(findings.paragraph), paired),
+            *(section(one.title, _unbroken(one.note), _html_table(one)) for one in findings.tables),
             _sources(findings.sources),
             section(
                 "How to repeat it",
@@ -83,6 +84,11 @@ def html(study: Study, setting: Setting, findings: Findings, config: str) -> str
         f'<title>{escape(study.title)}</title>\n<link rel="icon" href="data:,">\n'
         f"<style>\n{style}</style>\n</head>\n<body>\n{body}</body>\n</html>\n"
     )
+
+
+def _unbroken(sentence: str) -> str:
+    """Keeps numbers and their units on one line."""
+    return re.sub(r"(?<=\d) (?=(?:%|s|min|h|B|KiB|MiB|GiB)\b|%)", "\N{NO-BREAK SPACE}", sentence)
 
 
 def _command(study: Study, setting: Setting) -> str:

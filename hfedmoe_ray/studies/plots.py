@@ -50,8 +50,8 @@ def curves(
     height, left, top, bottom = 270.0, 50.0, 12.0, 226.0
     right = _WIDE - 14 - 1.2 * LETTER * max(len(write(one.points[-1][1])) for one in lines)
     every_x = sorted({x for one in lines for x, _ in one.points})
-    values = [y for one in lines for _, y in one.points] + [y for one in lines for ends in one.spread for y in ends]
-    low, high = min(values), max(values)
+    values = [y for one in lines for _, y in one.points]
+    low, high = _reach(values, [y for one in lines for ends in one.spread for y in ends])
     marks = ticks(0.0 if 0 <= low < 0.4 * high else low, high)
     marks_x = every_x if doubling else ticks(every_x[0], every_x[-1])
     first, last = (math.log2(x) if doubling else x for x in (marks_x[0], marks_x[-1]))
@@ -74,7 +74,8 @@ def curves(
     parts += [text(place(x), bottom + 17, write_x(x)) for x in shown]
     parts.append(text((left + right) / 2, height - 3, across, "name"))
     for index, one in enumerate(lines):
-        for (x, _), (least, most) in zip(one.points, one.spread, strict=False):
+        for (x, _), ends in zip(one.points, one.spread, strict=False):
+            least, most = (min(max(end, marks[0]), marks[-1]) for end in ends)
             parts.append(line(place(x), up(least), place(x), up(most), f"line {colour(index)} interval"))
         kind = f"line {colour(index)} dashed" if index else f"line {colour(index)}"
         parts.append(polyline(((place(x), up(y)) for x, y in one.points), kind))
@@ -90,14 +91,14 @@ def curves(
 
 
 def estimates(rows: Sequence[Estimate], *, label: str, write: Write, reference: float | None = None) -> str:
-    """A row per estimate: a dot at the mean, a line over the interval, a small mark per value.
+    """A row per estimate: a dot at the mean, a line over the interval (cut at the edges), a small mark per value.
 
     `reference`, such as the mean of what is varied, is a dashed line through all rows.
     """
     left = 14 + LETTER * max(len(row.name) for row in rows)
-    right = max(left + 120, _WIDE - 12 - 1.1 * LETTER * max(len(write(row.mean)) for row in rows))
-    ends = [value for row in rows for value in (row.low, row.high, *row.values)]
-    marks = ticks(*((min(ends), max(ends)) if reference is None else (min(*ends, reference), max(*ends, reference))))
+    right = max(left + 120, _WIDE - 14 - 1.4 * LETTER * max(len(write(row.mean)) for row in rows))
+    values = [value for row in rows for value in (row.mean, *row.values)] + [reference or rows[0].mean]
+    marks = ticks(*_reach(values, [end for row in rows for end in (row.low, row.high)]))
     tall, top = 26.0, 6.0
     bottom = top + tall * len(rows)
 
@@ -114,11 +115,22 @@ def estimates(rows: Sequence[Estimate], *, label: str, write: Write, reference: 
         y = top + (index + 0.5) * tall
         tip = f"{row.name}: {write(row.mean)}, {write(row.low)} to {write(row.high)}"
         parts.append(text(left - 8, y + 4, row.name, "row", "end"))
-        parts.append(line(place(row.low), y, place(row.high), y, f"line {colour(row.group)}"))
+        low, high = (min(max(end, marks[0]), marks[-1]) for end in (row.low, row.high))
+        parts.append(line(place(low), y, place(high), y, f"line {colour(row.group)}"))
         parts += [line(place(v), y - 5, place(v), y + 5, f"line {colour(row.group)} thin") for v in row.values]
         parts.append(circle(place(row.mean), y, 4.2, kind=f"bubble {colour(row.group)}", tip=tip))
         parts.append(text(right + 8, y + 4, write(row.mean), f"end {colour(row.group)}", "start"))
-    return image(_WIDE if right < _WIDE else right + 60, bottom + 20, label, *parts)
+    return image(max(_WIDE, right + 60), bottom + 20, label, *parts)
+
+
+def _reach(values: Sequence[float], ends: Sequence[float]) -> tuple[float, float]:
+    """What an axis covers: all values, and of intervals as much as half of the values' range beyond them.
+
+    Two seeds give intervals many times as wide as anything measured; drawn whole they would hide the values.
+    """
+    low, high = min(values), max(values)
+    room = (high - low or abs(high) or 1.0) / 2
+    return max(min([low, *ends]), low - room), min(max([high, *ends]), high + room)
 
 
 def scatter(
@@ -150,7 +162,7 @@ def scatter(
             parts.append(circle(left + share(x), bottom - share(y), 4.0, kind=f"bubble {colour(group)}", tip=tip))
     parts.append(text(left + side / 2, bottom + 33, across, "name"))
     parts.append(text(left + 6, top + 12, upward, "name", "start"))
-    return image(right + 12, bottom + 38, label, *parts)
+    return image(right + 22, bottom + 38, label, *parts)
 
 
 def grouped_bars(rows: Mapping[str, Mapping[str, float]], *, label: str, write: Write) -> str:

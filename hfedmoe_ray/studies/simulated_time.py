@@ -12,7 +12,7 @@ import numpy as np
 
 from hfedmoe_ray.studies.continued import continued
 from hfedmoe_ray.studies.devices import DEVICES, EFFICIENCY, Device, Work, bound, seconds
-from hfedmoe_ray.studies.failures import mean_accuracies
+from hfedmoe_ray.studies.outcomes import common_target, mean_accuracies
 from hfedmoe_ray.studies.plots import Curve, curves, grouped_bars
 from hfedmoe_ray.studies.runs import make_runs
 from hfedmoe_ray.studies.study import Figure, Findings, Setting, Study, Table
@@ -43,7 +43,7 @@ def measure(setting: Setting) -> Findings:
             setting.tell(f"work of {name}, seed {run.config['seed']}")
             works.setdefault(name, []).append(work_of(run))
     accuracy = {name: mean_accuracies(some) for name, some in runs.items()}
-    target = min(max(points) for points in accuracy.values())
+    target = common_target(accuracy.values(), 1.0)
     waiting = {name: _mean_times(some, None) for name, some in works.items()}
     hasty = {name: _mean_times(some, DEADLINE) for name, some in works.items()}
     rounds = {name: [r.round for r in runs[name][0].rounds if r.accuracy is not None] for name in runs}
@@ -60,9 +60,9 @@ def measure(setting: Setting) -> Findings:
     }
     typical = {name: _typical(some) for name, some in works.items()}
     limits = {device.name: {name: bound(device, one) for name, one in typical.items()} for device in DEVICES}
-    quickest = min((name for name in until if until[name] is not None), key=lambda name: until[name] or 0.0)
-    slowest = max((name for name in until if until[name] is not None), key=lambda name: until[name] or 0.0)
-    slow_device = max(DEVICES, key=lambda device: each[device.name][quickest]).name
+    ranked = sorted((time, name) for name, time in until.items() if time is not None)
+    first = next(iter(runs))
+    slow_device = max(DEVICES, key=lambda device: each[device.name][first]).name
     return Findings(
         numbers={
             "simulated": True,
@@ -78,10 +78,7 @@ def measure(setting: Setting) -> Findings:
             "accuracy_by_round": accuracy,
             "work_of_a_client": {name: asdict(one) for name, one in typical.items()},
         },
-        headline=(
-            f"Simulated: {quickest} is first at {percent(target)}, after {duration(until[quickest] or 0.0)}, "
-            f"{slowest} last, after {duration(until[slowest] or 0.0)}."
-        ),
+        headline=_headline(ranked, target),
         paragraph=(
             "These seconds are not measured. A roofline turns work into seconds on devices as their data sheets "
             f"describe them, at {percent(EFFICIENCY, 0)} of their peaks (ours). The work is that of real runs: FLOPs "
@@ -89,8 +86,8 @@ def measure(setting: Setting) -> Findings:
             f"clients have the {len(DEVICES)} devices in turn. A round lasts as long as its slowest client; with a "
             f"deadline, until {percent(DEADLINE, 0)} of the clients are in, at the price of the others' updates, which "
             "the accuracies here do not pay (the study failures says what that costs). The target is the highest "
-            "accuracy that every strategy's mean reaches. The slowest device is the "
-            f"{slow_device}, limited by {limits[slow_device][quickest]} under {quickest}."
+            "accuracy that every strategy's mean reaches, and at least a point above the start. The slowest device is "
+            f"the {slow_device}, limited by {limits[slow_device][first]} under {first}."
         ),
         figures=[
             Figure(
@@ -162,6 +159,18 @@ def measure(setting: Setting) -> Findings:
             *dict.fromkeys(source for device in DEVICES for source in device.sources),
             "Williams, Waterman, Patterson, Roofline: an insightful visual performance model, CACM 52(4), 2009",
         ],
+    )
+
+
+def _headline(ranked: Sequence[tuple[float, str]], target: float) -> str:
+    if not ranked:
+        return f"Simulated: no strategy reaches {percent(target)}."
+    (soonest, first), (latest, last) = ranked[0], ranked[-1]
+    if first == last:
+        return f"Simulated: {first} alone reaches {percent(target)}, after {duration(soonest)}."
+    return (
+        f"Simulated: {first} is first at {percent(target)}, after {duration(soonest)}; {last} is last of "
+        f"{len(ranked)}, after {duration(latest)}."
     )
 
 

@@ -21,8 +21,9 @@ from hfedmoe_ray.moe.prepare import initial_weights
 from hfedmoe_ray.moe.subset import SparseModel
 from hfedmoe_ray.prepare import prepare_run
 from hfedmoe_ray.strategies.scores import uniform_plan
-from hfedmoe_ray.studies import STUDIES, ablations, activation, experts, failures, retention, simulated_time
+from hfedmoe_ray.studies import STUDIES, ablations, activation, balance, experts, failures, retention, simulated_time
 from hfedmoe_ray.studies.devices import DEVICES, Device, Work, bound, seconds
+from hfedmoe_ray.studies.outcomes import common_target, mean_accuracies
 from hfedmoe_ray.studies.plots import Curve, Estimate, curves, estimates
 from hfedmoe_ray.studies.runs import make_runs
 from hfedmoe_ray.studies.statistics import mean_of
@@ -225,8 +226,10 @@ def test_a_target_lies_between_the_best_start_and_the_least_end() -> None:
     def record(*accuracies: float) -> Any:
         return SimpleNamespace(rounds=[SimpleNamespace(round=n, accuracy=a) for n, a in enumerate(accuracies)])
 
-    found = {"one": {0.0: [record(0.2, 0.8, 0.7), record(0.4, 1.0, 0.5)]}, "other": {0.0: [record(0.2, 0.5)]}}
-    assert failures.default_target(found) == pytest.approx(0.3 + 0.5 * (0.5 - 0.3))
+    means = mean_accuracies([record(0.2, 0.8, 0.7), record(0.4, 1.0, 0.5)])
+    assert means == pytest.approx([0.3, 0.9, 0.6])
+    assert common_target([means, [0.2, 0.5]], 0.5) == pytest.approx(0.3 + 0.5 * (0.5 - 0.3))
+    assert common_target([means, [0.2, 0.3]], 1.0) == pytest.approx(0.31), "where one never rises above the start"
     assert failures.rounds_to(record(0.1, 0.5, 0.4), 0.4) == 1
     assert failures.rounds_to(record(0.1, 0.2), 0.4) is None
 
@@ -342,6 +345,27 @@ def test_simulated_time_follows_the_recorded_bytes_and_counted_work(config: Path
         for number in (1, 2)
     ]
     assert found["seconds_by_round"]["fedavg"] == pytest.approx(slowest)
-    reached = found["rounds_to_target"]["fedavg"]
-    assert found["seconds_to_target"]["fedavg"] == pytest.approx(sum(slowest[:reached]))
-    assert found["accuracy_by_round"]["fedavg"][reached] >= found["target"]
+    for name, reached in found["rounds_to_target"].items():
+        above = [at for at, value in enumerate(found["accuracy_by_round"][name]) if value >= found["target"]]
+        assert reached == (min(above) if above else None)
+        taken = None if reached is None else pytest.approx(sum(found["seconds_by_round"][name][:reached]))
+        assert found["seconds_to_target"][name] == taken
+
+
+def test_loads_add_up_over_rounds(config: Path, output: Path) -> None:
+    found = studied("balance", config, output, "--seeds", "0")
+    for run in map(read_run, runs(output)):
+        if run.strategy == "flex_moe":
+            name = balance.FLEX if run.config["strategy"]["tolerance"] is not None else balance.GREEDY
+            first, second = (np.array(report.selected, float) for report in run.rounds[1:])
+            for load, told in zip((first, first + second), found["variation_by_round"][name], strict=True):
+                assert told["mean"] == pytest.approx(load.std() / load.mean())
+            held = balance.holders(run)
+            # Four clients, two rounds, and what the budgets of the two tiers let them hold.
+            budgets = {row.client: row.resident_experts for row in run.clients}
+            assert held.sum() == 2 * sum(budgets.values())
+            assert (held >= first + second).all(), "nobody trains what it does not hold"
+            assert found["variation_of_assigned"][name]["mean"] == pytest.approx(held.std() / held.mean())
+    assert (
+        found["variation_of_assigned"][balance.FLEX]["mean"] <= found["variation_of_assigned"][balance.GREEDY]["mean"]
+    )
