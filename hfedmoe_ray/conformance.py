@@ -58,8 +58,10 @@ def a_plan_is_a_function_of_seed_round_client_and_state(options: Options) -> Non
     for round in (1, 2):
         _train(strategy, state, round)
     before = {name: value.copy() for name, value in strategy.state.items()}
-    plans = strategy.plan(3, CLIENTS, state.profiles)
     other = _made(options)
+    for one in (strategy, other):
+        one.study(state.weights)
+    plans = strategy.plan(3, CLIENTS, state.profiles)
     other.state = {name: value.copy() for name, value in before.items()}
     assert sorted(plans) == [client.client for client in CLIENTS], "every client of the cohort has a plan"
     for plan in plans.values():
@@ -206,7 +208,9 @@ def _config(options: Options) -> Any:
 
 
 def _made(options: Options) -> AnyStrategy:
-    return build_strategy(_config(options), SHAPE, 0)
+    strategy = build_strategy(_config(options), SHAPE, 0)
+    strategy.study(_weights("old"))
+    return strategy
 
 
 def _started() -> FederationState:
@@ -217,6 +221,7 @@ def _started() -> FederationState:
 
 def _train(strategy: AnyStrategy, state: FederationState, round: int) -> None:
     """One round, as the server's."""
+    strategy.study(state.weights)
     plans = strategy.plan(round, CLIENTS, state.profiles)
     reducer, means = _reducer(strategy, state.weights), MeanOutputs()
     updates = _updates(strategy, state, round, plans)

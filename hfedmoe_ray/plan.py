@@ -11,7 +11,7 @@ from math import ceil
 
 from hfedmoe_ray import budget, calibration
 from hfedmoe_ray.config.schema import Experiment, Tier
-from hfedmoe_ray.config.strategies import ActiveExperts, Placement
+from hfedmoe_ray.config.strategies import ActiveExperts, Flux, Placement
 from hfedmoe_ray.errors import CapacityError
 from hfedmoe_ray.packing import GIB, NodeCapacity, ResourceSpec
 from hfedmoe_ray.types import ModelShape
@@ -174,6 +174,10 @@ def check_memory(experiment: Experiment, shape: ModelShape, forecasts: Sequence[
 def _experts(experiment: Experiment, tier: Tier, shape: ModelShape) -> tuple[int, int, int]:
     """(resident, present, batch) of a client of the tier, under the strategy's rules."""
     strategy, everything = experiment.strategy, shape.total_experts
+    if isinstance(strategy, Flux):
+        room, batch = budget.expert_counts(tier, shape)
+        slots, merged = strategy.slots(room, shape.layers, everything)
+        return slots, slots + merged, min(slots, batch)
     if not isinstance(strategy, Placement):
         return everything, everything, everything
     resident, batch = budget.expert_counts(tier, shape)

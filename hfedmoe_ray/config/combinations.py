@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from hfedmoe_ray.config.server import Rules, ServerOptimizer
-from hfedmoe_ray.config.strategies import Local
+from hfedmoe_ray.config.strategies import Flux, Local
 
 if TYPE_CHECKING:
     from hfedmoe_ray.config.schema import Experiment
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 def check_combinations(experiment: "Experiment") -> None:
     """Raises ValueError for the first combination that makes no sense."""
-    for check in (_owed_factors, _nothing_averaged, _factors_without_direction):
+    for check in (_owed_factors, _nothing_averaged, _factors_without_direction, _merged_factors):
         check(experiment)
 
 
@@ -38,4 +38,12 @@ def _factors_without_direction(experiment: "Experiment") -> None:
         raise ValueError(
             f"with `model.lora.average: svd` the factors are drawn up anew after each round, so old minus new is no "
             f"direction that {optimizer} could follow: write `model.lora.average: factors` or `server.optimizer: mean`"
+        )
+
+
+def _merged_factors(experiment: "Experiment") -> None:
+    if isinstance(experiment.strategy, Flux) and experiment.model.lora is not None:
+        raise ValueError(
+            "strategy flux merges experts as whole weights, but with `model.lora` only factors travel, and the mean of "
+            "factors is not the factors of a mean: leave `model.lora` out, or use another strategy"
         )

@@ -1,11 +1,13 @@
 """The methods, their options and defaults. Torch-free; what they do stands in `hfedmoe_ray.strategies`."""
 
 from collections.abc import Mapping
+from math import ceil, floor
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
     Field,
     PositiveFloat,
+    PositiveInt,
     SerializeAsAny,
     TypeAdapter,
     ValidatorFunctionWrapHandler,
@@ -181,8 +183,40 @@ class Local(Section):
     name: Literal["local"] = "local"
 
 
+class Flux(StrategyOptions):
+    """Flux (arXiv 2508.19078): tune the experts of most use, merge the others, explore by forward passes alone."""
+
+    name: Literal["flux"] = "flux"
+    merged: Share = 0.25
+    """Share of the memory budget given to merged experts, at least one a layer. One takes a quarter of the memory of
+    one that trains: weights, but neither gradient nor AdamW's two moments (ours)."""
+    epsilon: Share = 0.5
+    """Share of the other slots that train in the first round; the rest explores (the figure is ours)."""
+    epsilon_last: Share = 0.9
+    """The same once `epsilon_rounds` rounds have passed; it grows linearly (ours)."""
+    epsilon_rounds: PositiveInt = 8
+    probes: PositiveInt = 2
+    """Directions in which the gradient of an explored expert is estimated, two forward passes each."""
+    components: PositiveInt = 8
+    """Principal components of the expert weights that clusters are made from."""
+    profile: Literal["int8", "exact"] = "int8"
+    """Form of the experts from which a round's routing profile is taken."""
+
+    def slots(self, resident: int, layers: int, total: int) -> tuple[int, int]:
+        """(slots, merged): experts held as they are, and at most so many merged ones, in the room of `resident`.
+
+        Args:
+            resident: Experts that the memory budget would train.
+            layers: MoE layers.
+            total: Experts of the model.
+        """
+        merged = max(layers, floor(4 * self.merged * resident + 1e-9))
+        slots = max(1, resident - ceil(merged / 4))
+        return slots, min(merged, total - slots)
+
+
 BuiltIn = Annotated[
-    HFedMoE | FlexMoE | FFTMoE | Flame | RandomExperts | FedAvg | FedProx | FrequentExperts | FedMoE | Local,
+    HFedMoE | FlexMoE | FFTMoE | Flame | RandomExperts | FedAvg | FedProx | FrequentExperts | FedMoE | Local | Flux,
     Field(discriminator="name"),
 ]
 _BUILT_IN: TypeAdapter[BuiltIn] = TypeAdapter(BuiltIn)

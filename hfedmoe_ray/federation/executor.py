@@ -12,6 +12,9 @@ Notify = Callable[[str, Mapping[str, Any]], None]
 class Executor(Protocol):
     """Runs tasks. Results depend on the tasks and the published weights alone, never on order, mode or slot count."""
 
+    runs_elsewhere: bool
+    """Whether tasks run in other processes, so that `run` may be consumed in a thread beside the caller's."""
+
     def publish(self, weights: Weights) -> None:
         """Makes a version of the weights available to all later tasks (arrays may be shared, never written)."""
 

@@ -129,8 +129,9 @@ def round_report(
     seconds: float,
     phases: Mapping[str, float],
     participation: float | None,
+    ahead: Sequence[ClientRecord] = (),
 ) -> RoundReport:
-    """Returns the report of a round from its parts."""
+    """Returns the report of a round from its parts; of what was done ahead for the next one, the bytes count here."""
     selected = Counter(key for update in updates.values() for key in update.trained)
     profiles = [update.profile for update in updates.values() if update.profile is not None]
     cohort = mean_profile(profiles)
@@ -146,8 +147,8 @@ def round_report(
         clients=tuple(records),
         selected=tuple(tuple(selected[ExpertKey(layer, e)] for e in range(experts)) for layer in range(layers)),
         usage=tuple(tuple(float(value) for value in row) for row in usage),
-        bytes_up=sum(record.bytes_up for record in records),
-        bytes_down=sum(record.bytes_down for record in records),
+        bytes_up=sum(record.bytes_up for record in [*records, *ahead]),
+        bytes_down=sum(record.bytes_down for record in [*records, *ahead]),
         seconds=seconds,
         phases=dict(phases),
         agreement=agreement(profiles),

@@ -5,7 +5,6 @@ they hold the strategy's, and who is told the tracker's.
 """
 
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -16,11 +15,13 @@ from hfedmoe_ray import budget
 from hfedmoe_ray.context import RunContext
 from hfedmoe_ray.errors import TrainingError
 from hfedmoe_ray.federation import reporting
+from hfedmoe_ray.federation.ahead import meanwhile
 from hfedmoe_ray.federation.checkpoint import load_checkpoint, run_identity, save_checkpoint
 from hfedmoe_ray.federation.cohort import select_cohort
 from hfedmoe_ray.federation.dropout import without_dropouts
 from hfedmoe_ray.federation.evaluation import Evaluation, evaluation_tasks, own_tasks, summarise
 from hfedmoe_ray.federation.executor import Executor
+from hfedmoe_ray.federation.phases import Phases
 from hfedmoe_ray.federation.quorum import below_quorum, raise_common_failure
 from hfedmoe_ray.federation.state import FederationState
 from hfedmoe_ray.federation.validation import Rejected, accept
@@ -36,6 +37,7 @@ from hfedmoe_ray.types import (
     ClientTask,
     ClientUpdate,
     ExpertPlan,
+    HeldAs,
     PersonalWeights,
     Role,
     TaskKind,
@@ -94,7 +96,7 @@ class Federation:
         self.tiers = budget.tier_of(self.experiment.clients)
         self.checkpoints = context.run_dir / "checkpoints"
         self.identity = run_identity(context)
-        self.phases: defaultdict[str, float] = defaultdict(float)
+        self._phase = Phases()
         if resume:
             self.state = load_checkpoint(self.checkpoints, self.identity)
         else:
@@ -138,15 +140,17 @@ class Federation:
             unprofiled = [r for r in self.profile(round, cohort) if r.status != "ok"]
         clients = [self.client_info(c) for c in cohort if c not in {record.client for record in unprofiled}]
         with self._phase("plan"):
+            self.strategy.study(self.state.weights)
             plans = self.strategy.plan(round, clients, self.state.profiles)
         with self._phase("train"):
             results = self.collect([self.task("train", round, client, plan) for client, plan in plans.items()])
             results = without_dropouts(results, self.experiment.clients.failure_rate)
-        with self._phase("reduce"):
-            records, updates, participation = self.reduce(results, plans)
-        with self._phase("publish"):
-            self.executor.publish(self.state.weights)
-        self._end(round, started, unprofiled + records, updates, participation)
+        with self._profiled_ahead(round + 1) as ahead:
+            with self._phase("reduce"):
+                records, updates, participation = self.reduce(results, plans)
+            with self._phase("publish"):
+                self.executor.publish(self.state.weights)
+        self._end(round, started, unprofiled + records, updates, participation, ahead=ahead)
 
     def profile(self, round: int, cohort: Sequence[int]) -> list[ClientRecord]:
         """Profiles those of a cohort that have no profile yet, in one forward-only pass over a sample of their data.
@@ -156,7 +160,8 @@ class Federation:
         starts_head = round == 0 and self.experiment.model.head == "prototypes"
         if not self.strategy.needs_profile and not starts_head:
             return []
-        plan = uniform_plan(self.strategy.shape, Role.FROZEN)
+        form: HeldAs = "exact" if starts_head else self.strategy.profiles_as
+        plan = replace(uniform_plan(self.strategy.shape, Role.FROZEN), frozen_as=form)
         newcomers = [client for client in cohort if client not in self.state.profiles]
         results = self.collect([self.task("profile", round, client, plan) for client in newcomers])
         records: list[ClientRecord] = []
@@ -179,6 +184,22 @@ class Federation:
             )
             self.executor.publish(self.state.weights)
         return records
+
+    @contextmanager
+    def _profiled_ahead(self, round: int) -> Iterator[list[ClientRecord]]:
+        """Profiles a later round's cohort on the weights published so far, while the block runs; yields the records."""
+        records: list[ClientRecord] = []
+        if not self.strategy.profiles_ahead or round > self.experiment.rounds:
+            yield records
+            return
+        plan = replace(uniform_plan(self.strategy.shape, Role.FROZEN), frozen_as=self.strategy.profiles_as)
+        cohort = select_cohort(self.experiment.clients, self.experiment.seed, round)
+        tasks = [self.task("profile", round, client, plan) for client in cohort]
+        with meanwhile(self.executor, tasks, self.tracker.event) as results:
+            yield records
+        for update in self._accepted(results, dict.fromkeys(cohort, plan), records):
+            assert update.profile is not None
+            self.state.profiles[update.client] = update.profile
 
     def collect(self, tasks: Sequence[ClientTask]) -> list[TaskResult]:
         """Runs tasks until a quorum of them is in; returns one result per task, in client order.
@@ -263,6 +284,7 @@ class Federation:
         if when.own == "always" or (when.own == "final" and last):
             clients = [self.client_info(client) for client in range(self.experiment.clients.count)]
             known = {c.client: c for c in clients if not self.strategy.needs_profile or c.client in self.state.profiles}
+            self.strategy.study(self.state.weights)
             plans = self.strategy.deploy(round, list(known.values()), self.state.profiles)
             own = partial(own_tasks, self.experiment, round, self.strategy, self.state.weights, plans)
             tasks += own() + (own(trains=known) if when.personalised and last else [])
@@ -341,7 +363,7 @@ class Federation:
         return sum(answers) >= self.experiment.runtime.quorum * len(answers)
 
     def _begin(self, round: int) -> float:
-        self.phases = defaultdict(float)
+        self._phase = Phases()
         self.tracker.event("round_started", {"round": round, "cohort": self.experiment.clients.cohort})
         return time.perf_counter()
 
@@ -352,11 +374,13 @@ class Federation:
         records: Sequence[ClientRecord],
         updates: Mapping[int, ClientUpdate],
         participation: float | None,
+        *,
+        ahead: Sequence[ClientRecord] = (),
     ) -> None:
-        """Evaluates, saves and reports a round."""
+        """Evaluates, saves and reports a round; of what was done ahead for the next, only bytes and status count."""
         with self._phase("evaluate"):
             evaluation = self.evaluate(round)
-        self.state.record(round, records, evaluation, time.perf_counter() - started)
+        self.state.record(round, [*records, *ahead], evaluation, time.perf_counter() - started)
         for record in records:
             self.tracker.event("client", asdict(record))
         self.tracker.round(
@@ -367,17 +391,10 @@ class Federation:
                 evaluation,
                 shape=self.strategy.shape,
                 seconds=time.perf_counter() - started,
-                phases=self.phases,
+                phases=self._phase.seconds,
                 participation=participation,
+                ahead=ahead,
             )
         )
         # Last: a server killed in between repeats the round, and the trackers drop what it had reported of it.
         save_checkpoint(self.checkpoints, self.state, self.identity, self.experiment.runtime.keep_checkpoints)
-
-    @contextmanager
-    def _phase(self, name: str) -> Iterator[None]:
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.phases[name] += time.perf_counter() - started

@@ -160,6 +160,16 @@ class ResidentExperts(nn.Module):
         """Returns the tensors of a present expert as they are published."""
         return self._tensors[expert]
 
+    @contextmanager
+    def replaced(self, expert: int, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+        """Lets a present expert compute with other dense tensors within the block."""
+        held = self._weights[expert]
+        self._weights[expert] = tensors
+        try:
+            yield
+        finally:
+            self._weights[expert] = held
+
     def frozen_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor of FROZEN and merged experts, and with LoRA of the matrices under the others, by full name."""
         for expert, weights in self._weights.items():

@@ -10,6 +10,7 @@ Legend: L MoE layers, E experts, B batch, S sequence, H hidden, C classes.
 
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -211,6 +212,14 @@ class SparseModel:
     def read_expert(self, key: ExpertKey) -> dict[str, Array]:
         """Returns fp32 copies of the tensors of a present expert as they are published: dense, or LoRA factors."""
         return {name: _copy(tensor) for name, tensor in self._residents[key.layer].tensors_of(key.expert).items()}
+
+    def tensors_of(self, key: ExpertKey) -> Mapping[str, Tensor]:
+        """Returns the tensors of a present expert as it holds them; those of FROZEN ones must never be written."""
+        return self._residents[key.layer].tensors_of(key.expert)
+
+    def replaced(self, key: ExpertKey, tensors: Mapping[str, Tensor]) -> AbstractContextManager[None]:
+        """Lets a present expert compute with other dense tensors within a block."""
+        return self._residents[key.layer].replaced(key.expert, tensors)
 
     def read_shared(self) -> dict[str, Array]:
         """Returns fp32 copies of the routers and the other shared parameters that train."""

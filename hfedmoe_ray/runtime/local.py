@@ -22,6 +22,8 @@ VERSIONS_KEPT = 2
 class LocalExecutor:
     """Runs tasks in client order in the calling thread (see `federation.executor.Executor`)."""
 
+    runs_elsewhere = False
+
     def __init__(self, context: RunContext, *, worker_factory: WorkerFactory = client_worker) -> None:
         self._context = context
         self._worker_factory = worker_factory

@@ -37,6 +37,8 @@ START_ATTEMPTS = 2
 class RayExecutor:
     """Runs tasks on client actors (see `federation.executor.Executor`). Ray must be connected."""
 
+    runs_elsewhere = True
+
     def __init__(self, context: RunContext, *, worker_factory: WorkerFactory = client_worker) -> None:
         """Plans the actors and starts them all; they load while the server goes on.
 

@@ -12,6 +12,7 @@ from hfedmoe_ray.strategies.controls import FedAvg, FedProx, Local, RandomExpert
 from hfedmoe_ray.strategies.fft_moe import FFTMoE
 from hfedmoe_ray.strategies.flame import Flame
 from hfedmoe_ray.strategies.flex_moe import FlexMoE
+from hfedmoe_ray.strategies.flux import Flux
 from hfedmoe_ray.strategies.hfedmoe import HFedMoE
 from hfedmoe_ray.strategies.rules import override
 from hfedmoe_ray.types import ModelShape
@@ -31,6 +32,7 @@ _STRATEGIES: dict[type[Section], type[AnyStrategy]] = {
     configs.FrequentExperts: FrequentExperts,
     configs.FedMoE: FedMoE,
     configs.Local: Local,
+    configs.Flux: Flux,
 }
 """What carries out each section that `strategy` may be."""
 

@@ -24,10 +24,12 @@ from hfedmoe_ray.types import (
     ClientUpdate,
     ExpertKey,
     ExpertPlan,
+    HeldAs,
     ModelShape,
     Role,
     RoutingProfile,
     Signal,
+    Weights,
 )
 
 Profiles = Mapping[int, RoutingProfile]
@@ -44,8 +46,8 @@ def ignore(name: str, fields: Mapping[str, Any]) -> None:
 class Strategy(ABC, Generic[Config]):
     """A federated method. What it learns from round to round stands in `state`, so a killed server loses nothing.
 
-    The server calls `plan`, `observe`, `blend` and `deploy`; the client `select`. On a client `state` is empty.
-    The three rules of reduction are independent attributes; the defaults are FedAvg's.
+    The server calls `study`, `plan`, `observe`, `blend` and `deploy`; the client `select`. On a client `state` is
+    empty. The three rules of reduction are independent attributes; the defaults are FedAvg's.
     """
 
     Options: type[StrategyOptions] = StrategyOptions
@@ -65,6 +67,13 @@ class Strategy(ABC, Generic[Config]):
     """mu of FedProx: how strongly local steps are pulled towards the weights they started from."""
     signals: frozenset[Signal] = frozenset()
     """What clients measure of each expert while they train, for `observe`."""
+    probes: int = 0
+    """Directions in which clients estimate the gradient of FROZEN experts, forward only, for the signal "gradient"."""
+    profiles_as: HeldAs = "exact"
+    """Form of the experts from which clients are profiled (the class means that start a task head are always exact)."""
+    profiles_ahead = False
+    """Whether clients are profiled anew for every round they take part in: on the weights that the round before started
+    from, while the server reduces that round."""
 
     def __init__(self, config: Config, shape: ModelShape, seed: int) -> None:
         """Keeps its options, the shape of the model and the run seed, from which every draw derives."""
@@ -91,6 +100,13 @@ class Strategy(ABC, Generic[Config]):
     def rules(self, rules: RuleSet) -> None:
         self.expert_rule, self.router_rule, self.shared_rule = rules.experts, rules.routers, rules.shared
         self.literal_router, self.private_router = rules.literal_router, rules.private_router
+
+    def study(self, weights: Weights) -> None:
+        """Looks at the published weights, before `plan` and `deploy` are asked about them. Default: does not.
+
+        What it keeps must follow from the weights alone: it is not part of a checkpoint.
+        """
+        del weights
 
     @abstractmethod
     def plan(self, round: int, clients: Sequence[ClientInfo], profiles: Profiles) -> dict[int, ExpertPlan]:

@@ -31,12 +31,13 @@ from hfedmoe_ray.strategies import build_strategy
 from hfedmoe_ray.train.activations import checkpointed_layers
 from hfedmoe_ray.train.deepspeed_config import deepspeed_config
 from hfedmoe_ray.train.engine import Engine
+from hfedmoe_ray.train.explore import squared_gradients
 from hfedmoe_ray.train.frozen import check_unwritten, frozen_versions
 from hfedmoe_ray.train.memory import PeakMemory, return_freed_memory
 from hfedmoe_ray.train.prefix import PrefixStates, prefix_states
 from hfedmoe_ray.train.proximal import Proximity
 from hfedmoe_ray.train.steps import LocalSteps, Run, batch_labels
-from hfedmoe_ray.types import Array, ClientMetrics, ClientTask, ExpertKey, Prototypes, TaskWeights
+from hfedmoe_ray.types import Array, ClientMetrics, ClientTask, ExpertKey, Prototypes, Role, TaskWeights
 from hfedmoe_ray.wire import Upload, checksum, dump_metrics, expert_name, make_upload, pack_update
 
 ShouldStop = Callable[[], bool]
@@ -157,7 +158,9 @@ class ClientWorker:
         """Local steps: forward, choose the batch's experts, give only them a gradient (eq. 15)."""
         model, keys = self._model, task.plan.trainable
         before = self._checksums(keys)
+        explored = self._explore(task, examples, should_stop)
         done, peak_mib = self._local_steps(task, weights, examples, should_stop)
+        done.signals.add_estimates(explored)
         measured = done.profile.profile()
         moved: dict[ExpertKey, dict[str, Array]] = {
             key: model.read_expert(key) for key, steps in done.trained.items() if steps
@@ -219,6 +222,22 @@ class ClientWorker:
         return payload, replace(metrics, trained=trained, step_seconds=done.seconds, peak_mib=peak_mib)
 
     # ------------------------------------------------------------------------------------------------- the parts
+
+    def _explore(self, task: ClientTask, examples: _Examples, should_stop: ShouldStop) -> dict[ExpertKey, float]:
+        """Estimates the squared gradient of FROZEN experts on the round's first batch, if the strategy asks for it."""
+        keys = task.plan.with_role(Role.FROZEN)
+        if not self._strategy.probes or not keys:
+            return {}
+        indices = next(self._batches(task, len(examples.split)))
+
+        def loss() -> float:
+            self._poll(should_stop)
+            batch, logits = self._forward(examples, indices, precision="fp32")
+            return float(cross_entropy(logits.double(), batch_labels(batch, self._model.device)))
+
+        self._model.module.eval()
+        seed = derive_seed(task.seed, "explore", task.round, task.client)
+        return squared_gradients(self._model, loss, keys, self._strategy.probes, seed)
 
     def _local_steps(
         self, task: ClientTask, weights: TaskWeights, examples: _Examples, should_stop: ShouldStop

@@ -62,6 +62,12 @@ class Signals:
             self._sums["gradient"][key] += float(sum(g.double().square().sum() for g in gradients))
             self._steps[key] += 1
 
+    def add_estimates(self, squared: Mapping[ExpertKey, float]) -> None:
+        """Adds squared gradient norms that were estimated without a backward pass, each as of one step."""
+        for key, value in squared.items():
+            self._sums["gradient"][key] += value
+            self._steps[key] += 1
+
     def result(self) -> dict[Signal, FloatArray]:
         """The signals, in the order of their names."""
         found: dict[Signal, FloatArray] = {}
