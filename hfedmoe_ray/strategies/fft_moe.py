@@ -32,7 +32,8 @@ class FFTMoE(Strategy[configs.FFTMoE]):
     def plan(self, round: int, clients: Sequence[ClientInfo], profiles: Profiles) -> dict[int, ExpertPlan]:
         """All experts, k_n active, and the weight and load of each client's loss."""
         del round
-        loads = {c.client: load_of(profiles[c.client]) for c in clients if c.client in profiles}
+        # In client order: the last bits of their mean depend on it.
+        loads = {c: load_of(profiles[c]) for c in sorted(client.client for client in clients) if c in profiles}
         terms = self._terms(clients, loads)
         return {
             c.client: replace(uniform_plan(self.shape, Role.TRAIN), top_k=self._active(c), balance=terms.get(c.client))
