@@ -45,8 +45,9 @@ class HFedMoE(Placement):
     """Weight of cumulative against specific importance (eq. 5)."""
     beta: NonNegativeFloat = 0.1
     """Price of information in the score (eq. 14); 0 is plain importance."""
-    tau: NonNegativeFloat = 1.0
-    """Usage threshold of participation as a multiple of the uniform share 1/E (eq. 17; relative form ours)."""
+    tau: NonNegativeFloat | None = None
+    """Usage threshold of participation as a multiple of the uniform share 1/E (eq. 17; relative form ours). Default: 1;
+    with `coverage` 0, as the threshold would leave out the very experts that coverage had clients train."""
     rank_by: Literal["ib", "importance"] = "ib"
     specific: Literal["max", "q99"] = "max"
     """Specific importance: the largest gate value of a batch, or its 99 % quantile (ours; max saturates)."""
@@ -62,6 +63,11 @@ class HFedMoE(Placement):
     """Share of the clients' places that is dealt evenly over all experts, round by round, so that unpopular ones are
     trained too: residents are then chosen for the cohort as a whole. 0: every client holds its own best. `explore` is
     a share of the places that are left (ours)."""
+
+    @property
+    def threshold(self) -> float:
+        """`tau`, or its default."""
+        return self.tau if self.tau is not None else float(self.coverage == 0)
 
     @model_validator(mode="after")
     def _chooses(self) -> Self:

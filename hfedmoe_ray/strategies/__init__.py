@@ -49,6 +49,6 @@ def build_strategy(
     found = load_plugin(config.name) if is_plugin(config.name) else _STRATEGIES[type(config)]
     strategy = found(config, shape, seed)
     if rules is not None:
-        tau, lam = (config.tau, config.lam) if isinstance(config, configs.HFedMoE) else (1.0, 0.5)
+        tau, lam = (config.threshold, config.lam) if isinstance(config, configs.HFedMoE) else (1.0, 0.5)
         strategy.rules = override(strategy.rules, rules, tau=tau, lam=lam, experts=shape.experts)
     return strategy

@@ -39,7 +39,9 @@ class HFedMoE(Strategy[configs.HFedMoE]):
     def __init__(self, config: configs.HFedMoE, shape: ModelShape, seed: int) -> None:
         """Takes the method's hyper-parameters."""
         super().__init__(config, shape, seed)
-        self.expert_rule = SparsityAware(threshold=config.tau / shape.experts, literal=config.participation == "usage")
+        self.expert_rule = SparsityAware(
+            threshold=config.threshold / shape.experts, literal=config.participation == "usage"
+        )
         self.router_rule = GateWeights(experts=self.expert_rule, lam=config.lam)
         self.literal_router = config.gate_weights == "literal"
 

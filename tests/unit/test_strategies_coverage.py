@@ -12,11 +12,13 @@ from hfedmoe_ray.federation.checkpoint import load_checkpoint, run_identity
 from hfedmoe_ray.seeds import generator
 from hfedmoe_ray.strategies import build_strategy
 from hfedmoe_ray.strategies.coverage import kept_share, phases
+from hfedmoe_ray.strategies.rules import expert_weights
 from hfedmoe_ray.strategies.scores import explore, mask, resident_plan, top_experts
-from hfedmoe_ray.types import ClientInfo, ModelShape, RoutingProfile
+from hfedmoe_ray.types import ClientInfo, ClientUpdate, ModelShape, RoutingProfile
 
 SHAPE = ModelShape(layers=3, experts=16, top_k=2, hidden=4, expert_bytes=1, shared_bytes=1, frozen_bytes=1)
 GRID = (3, 16)
+NO_EVALUATION = {"own": "never", "every": 2}
 KNOB = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
@@ -168,7 +170,7 @@ def test_what_clients_failed_to_deliver_is_made_up_for():
 
 
 def test_what_was_held_survives_the_server(sources: Path, tmp_path: Path):
-    made = experiment(sources, strategy={"name": "hfedmoe", "tau": 0.5, "coverage": 1.0})
+    made = experiment(sources, strategy={"name": "hfedmoe", "tau": 0.5, "coverage": 1.0}, evaluate=NO_EVALUATION)
     straight, summary, _ = run(made, tmp_path / "straight")
     run(made, tmp_path / "broken", stop_after=1)
     resumed, again, _ = run(made, tmp_path / "broken", resume=True)
@@ -180,6 +182,30 @@ def test_what_was_held_survives_the_server(sources: Path, tmp_path: Path):
     np.testing.assert_array_equal(second, first)
     # 2 rounds of 2 (3 + 6) places for 12 experts.
     assert (first == 3).all()
+
+
+def test_what_coverage_lets_clients_train_is_averaged_however_little_they_use_it():
+    known, cohort = profiles(8), clients(8)
+
+    def averaged(**options):
+        strategy = hfedmoe(explore=0.0, **options)
+        plans, taken = strategy.plan(1, cohort, known), np.zeros(GRID, dtype=bool)
+        for client, plan in plans.items():
+            sent = ClientUpdate(
+                client=client,
+                samples=10,
+                experts={},
+                shared={},
+                trained=dict.fromkeys(plan.trainable, 1),
+                profile=known[client],
+                means={},
+            )
+            taken |= expert_weights(strategy.expert_rule, sent, plan) > 0
+        return taken.sum()
+
+    assert averaged(coverage=1.0) == 48
+    assert averaged(coverage=1.0, tau=1.0) < 0.6 * 48, "the threshold of the paper"
+    assert averaged() == averaged(tau=1.0), "which stands without coverage"
 
 
 def test_coverage_decides_nothing_where_every_client_holds_everything():
