@@ -115,7 +115,8 @@ def forecast(experiment: Experiment, shape: ModelShape, *, gpus_available: bool)
                     measured=calibration.read(experiment, tier, shape, gpu=gpu) is not None,
                     bytes_down=shape.shared_bytes
                     + present * shape.expert_bytes
-                    + _means_bytes(experiment, shape, present),
+                    + _means_bytes(experiment, shape, present)
+                    + _profiling_bytes(experiment, shape),
                     bytes_up=predict_upload(experiment, shape, resident, present),
                 )
             )
@@ -203,12 +204,13 @@ def _activation_bytes(experiment: Experiment, shape: ModelShape, tier: Tier, pre
     """Activations that the backward pass needs, from a transformer block's main tensors.
 
     Per token and MoE layer `DENSE_VECTORS` of H, and those of LoRA, and for each of its top-k experts that is present
-    (re-routed tokens find K that are) the input and output (H) and two vectors of the expert's inner size F, where an
-    expert is about 2 H F numbers. With activation checkpointing, one such layer and the inputs of all.
+    (re-routed tokens find K that are, and merged experts compute for all their members) the input and output (H) and
+    two vectors of the expert's inner size F, where an expert is about 2 H F numbers. With activation checkpointing, one
+    such layer and the inputs of all.
     """
     strategy = experiment.strategy
-    reroutes = isinstance(strategy, Placement) and strategy.unselected == "reroute"
-    share = (1.0 if reroutes else present / shape.total_experts) * _activated(experiment, shape, tier)
+    computed = isinstance(strategy, Flux) or (isinstance(strategy, Placement) and strategy.unselected == "reroute")
+    share = (1.0 if computed else present / shape.total_experts) * _activated(experiment, shape, tier)
     inner = (shape.dense_expert_bytes or shape.expert_bytes) / BYTES / (2 * shape.hidden)
     vectors, lora = DENSE_VECTORS, experiment.model.lora
     if lora:
@@ -227,6 +229,15 @@ def _means_bytes(experiment: Experiment, shape: ModelShape, present: int) -> int
     return shape.total_experts * shape.hidden * BYTES if needed else 0
 
 
+def _profiling_bytes(experiment: Experiment, shape: ModelShape) -> int:
+    """What a client fetches to be profiled for its next round: all experts, with Flux in 8 bits."""
+    strategy = experiment.strategy
+    if not isinstance(strategy, Flux):
+        return 0
+    everything = shape.total_experts * shape.expert_bytes
+    return shape.shared_bytes + (everything if strategy.profile == "exact" else everything // BYTES)
+
+
 # ------------------------------------------------------------------------------------------------------------ fit
 
 
@@ -239,6 +250,8 @@ def _memory_advice(experiment: Experiment, shape: ModelShape, one: Forecast, pos
         f"{one.resident} experts, but {key}.memory_gib is {tier.memory_gib:g}. Raise it to "
         f"{ceil(one.memory_bytes / GIB * 20) / 20:g}"
     )
+    if isinstance(experiment.strategy, Flux):
+        return f"{text}, or lower {key}.experts from {tier.experts:g}."
     if not isinstance(experiment.strategy, Placement):
         return f"{text}, or use a strategy with a budget: {experiment.strategy.name} trains every expert."
     if experiment.strategy.resident == "all":

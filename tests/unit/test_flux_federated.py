@@ -11,11 +11,13 @@ from tiny_federation import Recorder, experiment, final_weights, run
 from torch.nn.functional import cross_entropy
 
 from hfedmoe_ray.config import strategies as configs
+from hfedmoe_ray.errors import CapacityError
 from hfedmoe_ray.federation.checkpoint import load_checkpoint, run_identity
 from hfedmoe_ray.federation.rounds import Federation
 from hfedmoe_ray.moe.prepare import initial_weights
 from hfedmoe_ray.moe.routing import ProfileAccumulator
 from hfedmoe_ray.moe.subset import SparseModel
+from hfedmoe_ray.plan import check_memory, forecast
 from hfedmoe_ray.prepare import prepare_run
 from hfedmoe_ray.runtime import local
 from hfedmoe_ray.strategies.flux import frequency
@@ -224,3 +226,18 @@ def test_bytes_of_profiling_count_and_those_of_members_do_not(finished):
     profiling = first.bytes_down - sum(record.bytes_down for record in first.clients)
     eight_bits = (profiling - 4 * shared) / (4 * 12)
     assert expert / 4 < eight_bits < expert / 2
+
+
+def test_what_plan_predicts_is_what_a_round_takes(finished):
+    made, context, _, recorder = finished
+    first = recorder.rounds[1]
+    predicted = {one.tier: one for one in forecast(made, context.model.shape, gpus_available=False)}
+    for record in first.clients:
+        assert record.resident == predicted[record.tier].present
+        assert record.trained <= predicted[record.tier].batch
+    # The tiny experts have short rows, so that the scales of 8 bits weigh more than in any real model.
+    total = sum(predicted[record.tier].bytes_down for record in first.clients)
+    assert 0.8 * first.bytes_down < total < first.bytes_down
+    fewer = replace(context.model.shape, expert_bytes=2**28)
+    with pytest.raises(CapacityError, match=r"or lower clients.tiers.0.experts from 0.25"):
+        check_memory(made, fewer, forecast(made, fewer, gpus_available=False))
