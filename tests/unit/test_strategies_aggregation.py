@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_up_updates import EXPERTS, HIDDEN, KEYS, LAYERS, PLAN, ROUTERS, update, weights
 
@@ -44,6 +44,7 @@ def test_an_expert_one_client_trained_is_exactly_that_clients():
     assert (new.experts[KEYS[0]]["w"] == one.experts[KEYS[0]]["w"]).all()
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 1000), min_size=1, max_size=8))
 def test_equal_contributions_come_back_bit_for_bit(samples):
     updates = [update(client, KEYS, seed=5, samples=count) for client, count in enumerate(samples)]
@@ -53,6 +54,7 @@ def test_equal_contributions_come_back_bit_for_bit(samples):
     assert all((new.shared[name] == expected.shared[name]).all() for name in expected.shared)
 
 
+@settings(deadline=None)
 @given(st.permutations(range(4)))
 def test_the_mean_does_not_depend_on_which_client_has_which_number(order):
     updates = [update(client, KEYS, samples=client + 1) for client in range(4)]

@@ -3,11 +3,13 @@
 import numpy as np
 import pytest
 from made_up_updates import EXPERTS, KEYS, LAYERS, PLAN, ROUTERS, update, weights
+from tiny_federation import experiment, final_weights, run
 
 from hfedmoe_ray.config import strategies as configs
 from hfedmoe_ray.config.load import load_experiment
 from hfedmoe_ray.config.server import PRESETS, Rules
 from hfedmoe_ray.errors import ConfigError
+from hfedmoe_ray.moe.prepare import initial_weights, router_layers
 from hfedmoe_ray.strategies import build_strategy
 from hfedmoe_ray.strategies.aggregation import Reducer
 from hfedmoe_ray.strategies.rules import RuleSet, override
@@ -133,6 +135,30 @@ def test_without_rules_a_strategy_keeps_its_own(quickstart):
     assert load_experiment(quickstart, ["rules=fedmoe"]).rules == Rules(**PRESETS["fedmoe"])
     mixed = load_experiment(quickstart, ["rules.experts=frequency", "rules.temperature=2", "rules.routers=private"])
     assert mixed.rules == Rules(experts="frequency", temperature=2, routers="private")
+
+
+def test_rules_are_crossed_with_a_strategy_by_configuration_alone(sources, tmp_path):
+    """HFedMoE's clients, FLAME's experts, and FLEX-MoE's or FedMoE's routers: only what they name changes."""
+    hashes, routers = set(), {}
+    for name in (None, "private", "rows"):
+        rules = {} if name is None else {"experts": "frequency", "routers": name, "shared": "uniform"}
+        made = experiment(sources, rounds=1, rules=rules, evaluate={"own": "never"})
+        context, summary, recorder = run(made, tmp_path / str(name))
+        assert summary["clients"]["ok"] == 8
+        hashes.add(summary["model_sha256"])
+        weights = final_weights(context)
+        routers[name] = {router: weights.shared[router] for router in router_layers(context.model)}
+        kept = {} if weights.personal is None else weights.personal
+        assert {client: set(own.shared) for client, own in kept.items()} == (
+            {client: set(routers[name]) for client in range(4)} if name == "private" else {}
+        )
+    assert len(hashes) == 3
+    start = initial_weights(context.model, "experts").shared
+    trained = np.array(recorder.rounds[1].selected) > 0
+    assert not trained.all()
+    for router, layer in router_layers(context.model).items():
+        moved = (routers["rows"][router] != start[router]).reshape(trained.shape[1], -1).any(axis=1)
+        np.testing.assert_array_equal(moved, trained[layer])
 
 
 @pytest.mark.parametrize(

@@ -110,10 +110,13 @@ def _offload_from_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client_work, "deepspeed_config", as_on_a_gpu)
 
 
-def train(made, options: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> tuple[list[State], State, Turns]:
+def train(
+    made, options: dict[str, object], monkeypatch: pytest.MonkeyPatch, mu: float = 0.0
+) -> tuple[list[State], State, Turns]:
     """Trains; returns every held expert after each step, the shared parameters, and what was selected."""
     worker, weights = made
     turns = worker._strategy = Turns(worker._model.shape)
+    turns.proximal = mu
     worker._tiers = (Tier.model_validate({"name": "any", "share": 1, "experts": 1} | options),)
     history: list[State] = []
     shared: State = {}
@@ -130,7 +133,7 @@ def train(made, options: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> 
     return history, shared, turns
 
 
-def train_plainly(made, precision: str) -> tuple[State, State]:
+def train_plainly(made, precision: str, mu: float = 0.0) -> tuple[State, State]:
     """The same steps as a PyTorch user writes them: a whole batch, all gradients, those of masked experts dropped."""
     worker, weights = made
     model, local, turns = worker._model, worker._local, Turns(worker._model.shape)
@@ -138,12 +141,14 @@ def train_plainly(made, precision: str) -> tuple[State, State]:
     model.module.train()
     experts, shared = model.expert_parameters, list(model.shared_parameters.values())
     parameters = [*shared, *(p for tensors in experts.values() for p in tensors.values())]
+    start = [parameter.detach().clone() for parameter in parameters]
     optimizer = torch.optim.AdamW(parameters, lr=local.learning_rate, weight_decay=local.weight_decay)
     examples = worker._examples(TASK)
     for indices in worker._batches(TASK, len(examples.split)):
         optimizer.zero_grad()
         batch, logits = worker._forward(examples, indices, precision=precision)
-        cross_entropy(logits.float(), torch.from_numpy(batch.labels)).backward()
+        distance = sum((one - old).square().sum() for one, old in zip(parameters, start, strict=True))
+        (cross_entropy(logits.float(), torch.from_numpy(batch.labels)) + mu / 2 * distance).backward()
         routing = worker._new_profile()
         routing.add(model.tape)
         chosen = turns.select(routing.profile(), PLAN, None)
@@ -192,6 +197,26 @@ def test_masked_experts_keep_their_bytes_and_the_others_train_as_in_plain_pytorc
     bound = divided if options["micro_batch"] else 1e-6
     assert gap(history[-1], experts) <= bound
     assert gap(shared, expected_shared) <= bound
+
+
+@pytest.mark.parametrize("made", ["mixtral"], indirect=True)
+@pytest.mark.parametrize(
+    "options",
+    [{"zero_stage": 0}, {"zero_stage": 0, "micro_batch": 4}, {"zero_stage": 2, "offload_optimizer": True}],
+    ids=named,
+)
+def test_the_pull_of_fedprox_is_clipped_and_partitioned_as_any_gradient(made, plain, options, monkeypatch):
+    before = {key: made[1].experts[key] for key in PLAN.trainable}
+    history, shared, turns = train(made, options, monkeypatch, mu=30.0)
+    for after, selected in zip(history, turns.selected, strict=True):
+        assert {key for key in PLAN.trainable if not same(before[key], after[key])} == selected
+        before = after
+    bound = 2e-4 if "micro_batch" in options else 1e-6
+    experts, expected_shared = plain("fp32", mu=30.0)
+    assert gap(history[-1], experts) <= bound
+    assert gap(shared, expected_shared) <= bound
+    free, _ = plain("fp32")
+    assert gap(history[-1], free) > 10 * bound, "without the pull it is another result"
 
 
 @pytest.mark.parametrize("made", ["mixtral"], indirect=True)
