@@ -25,7 +25,7 @@ class Rules(Section):
     routers: RouterRuleName | None = None
     """size: |D_c|; alpha: eq. 19-20 of HFedMoE over the experts a client takes part in, normalised (ours);
     alpha_literal: as printed; rows: each row as its expert (FedMoE); private: each client keeps its own, and the global
-    model has their mean by |D_c| (FLEX-MoE)."""
+    model has their mean by what the experts of each weigh together (FLEX-MoE; the mean is ours)."""
     shared: SharedRuleName | None = None
     """size: |D_c|; uniform: every client counts the same."""
     tau: NonNegativeFloat | None = None
@@ -33,7 +33,7 @@ class Rules(Section):
     lam: UnitInterval | None = None
     """alpha, alpha_literal: lambda of eq. 5. Default: `strategy.lam` of hfedmoe, else 0.5."""
     temperature: NonNegativeFloat | None = None
-    """frequency: t, the power of an expert's activation frequency. Default: 1."""
+    """frequency: t, the power of an expert's activation frequency. Default: `strategy.temperature` of flame, else 1."""
 
     @model_validator(mode="after")
     def _read_by_something(self) -> Self:
@@ -54,7 +54,9 @@ PRESETS: Mapping[str, dict[str, Any]] = {
     "fedavg": {"experts": "trained", "routers": "size", "shared": "size"},
     "hfedmoe": {"experts": "sparsity_aware", "routers": "alpha", "shared": "size"},
     "hfedmoe_literal": {"experts": "usage_threshold", "routers": "alpha_literal", "shared": "size"},
-    "flexmoe": {"experts": "usage_weighted", "routers": "private", "shared": "size"},
+    "flex_moe": {"experts": "usage_weighted", "routers": "private", "shared": "size"},
+    "fft_moe": {"experts": "plain", "routers": "size", "shared": "size"},
+    "flux": {"experts": "trained", "routers": "size", "shared": "size"},
     "fedmoe": {"experts": "trained", "routers": "rows", "shared": "size"},
     "flame": {"experts": "frequency", "routers": "size", "shared": "size"},
 }

@@ -50,5 +50,8 @@ def build_strategy(
     strategy = found(config, shape, seed)
     if rules is not None:
         tau, lam = (config.threshold, config.lam) if isinstance(config, configs.HFedMoE) else (1.0, 0.5)
-        strategy.rules = override(strategy.rules, rules, tau=tau, lam=lam, experts=shape.experts)
+        temperature = config.temperature if isinstance(config, configs.Flame) else 1.0
+        strategy.rules = override(
+            strategy.rules, rules, tau=tau, lam=lam, temperature=temperature, experts=shape.experts
+        )
     return strategy

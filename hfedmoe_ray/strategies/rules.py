@@ -191,7 +191,7 @@ class RuleSet:
     """Every client keeps the routers it trained."""
 
 
-def override(own: RuleSet, rules: Rules, *, tau: float, lam: float, experts: int) -> RuleSet:
+def override(own: RuleSet, rules: Rules, *, tau: float, lam: float, temperature: float, experts: int) -> RuleSet:
     """Returns a strategy's own rules with those replaced that a configuration names.
 
     A router rule that looks at experts looks at those of the expert rule beside it, own or named.
@@ -201,6 +201,7 @@ def override(own: RuleSet, rules: Rules, *, tau: float, lam: float, experts: int
         rules: What replaces them.
         tau: Of `sparsity_aware`, where `rules` has none.
         lam: Of `alpha`, where `rules` has none.
+        temperature: Of `frequency`, where `rules` has none.
         experts: E.
     """
     threshold = (tau if rules.tau is None else rules.tau) / experts
@@ -210,7 +211,7 @@ def override(own: RuleSet, rules: Rules, *, tau: float, lam: float, experts: int
         "sparsity_aware": SparsityAware(threshold=threshold),
         "usage_threshold": SparsityAware(threshold=threshold, literal=True),
         "usage_weighted": UsageWeighted(),
-        "frequency": ActivationFrequency(temperature=1.0 if rules.temperature is None else rules.temperature),
+        "frequency": ActivationFrequency(temperature=temperature if rules.temperature is None else rules.temperature),
     }
     expert_rule = own.experts if rules.experts is None else expert_rules[rules.experts]
     gate = GateWeights(experts=expert_rule, lam=lam if rules.lam is None else rules.lam)
@@ -219,7 +220,7 @@ def override(own: RuleSet, rules: Rules, *, tau: float, lam: float, experts: int
         "alpha": gate,
         "alpha_literal": gate,
         "rows": WithTheirExpert(experts=expert_rule),
-        "private": examples_per_layer,
+        "private": SumOfExperts(experts=expert_rule),
     }
     shared_rules: dict[SharedRuleName, SharedRule] = {"size": examples, "uniform": uniform}
     kept = rules.routers is None

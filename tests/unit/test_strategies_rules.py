@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from made_up_updates import EXPERTS, KEYS, LAYERS, PLAN, ROUTERS, update, weights
+from pydantic import TypeAdapter
 from tiny_federation import experiment, final_weights, run
 
 from hfedmoe_ray.config import strategies as configs
@@ -10,7 +11,7 @@ from hfedmoe_ray.config.load import load_experiment
 from hfedmoe_ray.config.server import PRESETS, Rules
 from hfedmoe_ray.errors import ConfigError
 from hfedmoe_ray.moe.prepare import initial_weights, router_layers
-from hfedmoe_ray.strategies import build_strategy
+from hfedmoe_ray.strategies import build_strategy, built_in
 from hfedmoe_ray.strategies.aggregation import Reducer
 from hfedmoe_ray.strategies.rules import RuleSet, override
 from hfedmoe_ray.types import ModelShape
@@ -19,7 +20,7 @@ SHAPE = ModelShape(layers=LAYERS, experts=EXPERTS, top_k=2, hidden=3, expert_byt
 
 
 def named(own=None, **rules):
-    return override(own or RuleSet(), Rules(**rules), tau=1.0, lam=0.5, experts=EXPERTS)
+    return override(own or RuleSet(), Rules(**rules), tau=1.0, lam=0.5, temperature=1.0, experts=EXPERTS)
 
 
 def reduced(rules, updates, old=None):
@@ -84,7 +85,7 @@ def test_a_row_follows_its_expert_and_rows_nobody_trained_keep_their_bits():
 
 def test_a_router_rule_looks_at_the_experts_of_the_rule_beside_it():
     hfedmoe = build_strategy(configs.HFedMoE(), SHAPE, 0)
-    kept = override(hfedmoe.rules, Rules(experts="plain"), tau=1.0, lam=0.5, experts=EXPERTS)
+    kept = override(hfedmoe.rules, Rules(experts="plain"), tau=1.0, lam=0.5, temperature=1.0, experts=EXPERTS)
     every = UPDATES[0].profile.usage * UPDATES[0].profile.importance(0.5)
     np.testing.assert_allclose(kept.routers(UPDATES[0], PLAN, LAYERS), every.sum(axis=1))
     assert (hfedmoe.router_rule(UPDATES[0], PLAN, LAYERS) < every.sum(axis=1)).all()
@@ -97,19 +98,18 @@ def test_uniform_shared_parameters_do_not_ask_how_large_a_client_is():
     )
 
 
+OTHERS = {"random": "fedavg", "fedprox": "fedavg", "frequency": "fedavg", "local": "fedavg"}
 PRESET_OF = [
-    (configs.FedAvg(), "fedavg"),
-    (configs.RandomExperts(), "fedavg"),
-    (configs.FedProx(), "fedavg"),
-    (configs.FrequentExperts(), "fedavg"),
-    (configs.FedMoE(), "fedmoe"),
-    (configs.HFedMoE(tau=0.7, lam=0.2), "hfedmoe"),
-    (configs.HFedMoE(tau=0.7, participation="usage", gate_weights="literal"), "hfedmoe_literal"),
+    *(({"name": name}, OTHERS.get(name, name)) for name in built_in()),
+    ({"name": "hfedmoe", "tau": 0.7, "lam": 0.2}, "hfedmoe"),
+    ({"name": "hfedmoe", "tau": 0.7, "participation": "usage", "gate_weights": "literal"}, "hfedmoe_literal"),
+    ({"name": "flame", "temperature": 0.3}, "flame"),
 ]
 
 
-@pytest.mark.parametrize(("config", "preset"), PRESET_OF, ids=lambda value: getattr(value, "name", value))
+@pytest.mark.parametrize(("config", "preset"), PRESET_OF, ids=str)
 def test_a_paper_under_its_own_preset_is_the_paper_to_the_bit(config, preset):
+    config = TypeAdapter(configs.StrategyConfig).validate_python(config)
     own, same = build_strategy(config, SHAPE, 0), build_strategy(config, SHAPE, 0, Rules(**PRESETS[preset]))
     assert (own.literal_router, own.private_router) == (same.literal_router, same.private_router)
     first, second = (reduced(strategy.rules, UPDATES)[0] for strategy in (own, same))
@@ -125,7 +125,7 @@ def test_every_preset_fits_every_strategy(config, preset):
     rules = build_strategy(config, SHAPE, 0, Rules(**PRESETS[preset])).rules
     asked = named(**PRESETS[preset])
     assert type(rules.experts) is type(asked.experts)
-    assert (rules.literal_router, rules.private_router) == (preset == "hfedmoe_literal", preset == "flexmoe")
+    assert (rules.literal_router, rules.private_router) == (preset == "hfedmoe_literal", preset == "flex_moe")
 
 
 def test_without_rules_a_strategy_keeps_its_own(quickstart):
