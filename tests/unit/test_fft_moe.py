@@ -7,19 +7,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from moe_models import LABELS, batch, model_section, plan, prepare, save_bert, task_weights
+from moe_models import FAMILIES, LABELS, batch, model_section, plan, prepare, save_bert, task_weights
 from tiny_federation import experiment, final_weights, run
 from transformers import AutoModelForSequenceClassification, BertModel
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from hfedmoe_ray.config import strategies as configs
 from hfedmoe_ray.config.schema import Model, Upcycle
-from hfedmoe_ray.errors import ConfigError
+from hfedmoe_ray.errors import ConfigError, ModelError
 from hfedmoe_ray.federation.checkpoint import load_checkpoint, run_identity
 from hfedmoe_ray.moe.prepare import initial_weights, save_full
 from hfedmoe_ray.moe.routing import RoutingTape
 from hfedmoe_ray.moe.shape import read_shape
-from hfedmoe_ray.moe.subset import SparseModel
+from hfedmoe_ray.moe.subset import SparseModel, skeleton_from
 from hfedmoe_ray.moe.upcycle.assemble import upcycle
 from hfedmoe_ray.strategies import build_strategy
 from hfedmoe_ray.strategies.fft_moe import jensen_shannon, load_of
@@ -146,6 +146,14 @@ def test_what_adapters_do_not_fit_is_refused(bert: Path, tmp_path: Path) -> None
     (llama / "config.json").write_text('{"model_type": "llama", "intermediate_size": 48, "num_hidden_layers": 2}')
     with pytest.raises(ConfigError, match="no place for a dense FFN"):
         read_shape(Model.model_validate({"source": str(llama), "upcycle": ADAPTERS | {"layers": None}}))
+
+
+def test_a_family_of_one_expert_a_token_takes_no_other_number() -> None:
+    _, layout = skeleton_from({"model_type": "switch_transformers", **FAMILIES["switch_transformers"]})
+    logits = torch.randn(2, 5, 6)
+    assert layout.choose(0, logits, 1)[1].shape == (10, 1)
+    with pytest.raises(ModelError, match="one expert"):
+        layout.choose(0, logits, 2)
 
 
 # -------------------------------------------------------------------------------------------------------- the loss

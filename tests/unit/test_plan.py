@@ -203,3 +203,27 @@ def test_what_was_measured_takes_the_place_of_the_arithmetic(quickstart: Path, t
     assert [one.measured for one in planned(quickstart, "clients.tiers.1.precision=bf16").tiers] == [True, False, True]
     # The task head, whose classes a plan does not know, is not part of what it was measured for.
     assert calibration.read(experiment, experiment.clients.tiers[0], replace(SHAPE, shared_bytes=1), gpu=False) == found
+
+
+@pytest.mark.parametrize(("strategy", "active"), [("fft_moe", (2, 4, 8)), ("flame", (1, 1, 2))])
+def test_a_budget_of_active_experts_changes_activations_alone(quickstart: Path, strategy: str, active: tuple[int, ...]):
+    """Everyone holds, trains and sends all experts; per token and layer each active one has 2 (H + F) numbers more."""
+    plan = planned(quickstart, f"strategy={strategy}")
+    assert {(one.resident, one.present, one.batch) for one in plan.tiers} == {(48, 48, 48)}
+    (everything,) = {(one.bytes_down, one.bytes_up) for one in planned(quickstart, "strategy=fedavg").tiers}
+    assert {(one.bytes_down, one.bytes_up) for one in plan.tiers} == {everything}
+    numbers = 16 * 64 * SHAPE.layers * 2 * (SHAPE.hidden + SHAPE.expert_bytes / 4 / (2 * SHAPE.hidden))
+    for one, k in zip(plan.tiers, active, strict=True):
+        grown = one.memory_bytes - plan.tiers[0].memory_bytes
+        assert grown == pytest.approx(4 * numbers * (k - active[0]), abs=2)
+
+
+def test_measured_activations_grow_with_the_active_experts_too(quickstart: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("HFEDMOE_CACHE", str(tmp_path))
+    experiment = load_experiment(quickstart, ["strategy=fft_moe"])
+    found = Calibration(fixed=10 * MIB, expert=MIB, example=MIB, routed=4 * MIB)
+    calibration.write(experiment, experiment.clients.tiers[0], SHAPE, found, gpu=False)
+    for one, k in zip(planned(quickstart, "strategy=fft_moe").tiers, (2, 4, 8), strict=True):
+        assert one.memory_bytes == PROCESS_BYTES + (10 + 48 + 16 * (1 + 4 * k / SHAPE.top_k)) * MIB
+    # What was measured of clients that differ in their top-k says nothing of others.
+    assert not any(one.measured for one in planned(quickstart, "strategy=fedavg").tiers)

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.models.switch_transformers.modeling_switch_transformers import SwitchTransformersSparseMLP
 
+from hfedmoe_ray.errors import ModelError
 from hfedmoe_ray.moe.layout.base import MoELayout, Routing
 from hfedmoe_ray.moe.linear import project
 from hfedmoe_ray.types import ExpertKey
@@ -63,8 +64,13 @@ class SwitchLayout(MoELayout):
         neurons = self.activation(project(tokens, tensors["wi"]))  # [T, F]
         return project(dropout(neurons, self.model.config.dropout_rate, self.model.training), tensors["wo"])
 
-    def choose(self, _layer: int, logits: Tensor, _top_k: int) -> tuple[Tensor, Tensor]:
+    def choose(self, _layer: int, logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
         """See `MoELayout`; logits are [B, S, E], because capacity is counted in each sequence."""
+        if top_k != self.top_k:
+            raise ModelError(
+                f"Switch Transformer sends each token to one expert, and this client's plan to {top_k}. Choose a "
+                "strategy that leaves the top-k as it is (not fft_moe), or another model."
+            )
         weights, index = torch.softmax(logits.float(), dim=-1).max(dim=-1, keepdim=True)  # [B, S, 1]
         place = one_hot(index.squeeze(-1), self.num_experts).cumsum(dim=1).gather(-1, index)  # 1 for an expert's first
         beyond = place > self.model.config.expert_capacity
