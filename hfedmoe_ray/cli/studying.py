@@ -15,7 +15,20 @@ _CONFIGS = Path(__file__).parents[2] / "configs"
 @click.option("--list", "listing", is_flag=True, help="Say what each study shows and costs.")
 @click.option("--seeds", metavar="N,N,...", help="Run seeds. Default: the study's own, mostly 0,1,2.")
 @click.option("--output", type=click.Path(path_type=Path), default="runs/studies", show_default=True, metavar="DIR")
-def study(name: str | None, settings: tuple[str, ...], *, listing: bool, seeds: str | None, output: Path) -> None:
+@click.option(
+    "--processes",
+    type=click.IntRange(min=1),
+    help="Runs at a time; 1: all in this process, for a debugger. Default: as many as fit this machine.",
+)
+def study(
+    name: str | None,
+    settings: tuple[str, ...],
+    *,
+    listing: bool,
+    seeds: str | None,
+    output: Path,
+    processes: int | None,
+) -> None:
     """Measure what a figure of the papers shows, on your model, data and budgets.
 
     CONFIG is the experiment that the study varies; without it, the study's own small one in configs/. DIR gets
@@ -41,6 +54,7 @@ def study(name: str | None, settings: tuple[str, ...], *, listing: bool, seeds: 
         overrides=tuple(one for one in settings if one != str(config)),
         seeds=chosen.seeds if seeds is None else _seeds(seeds),
         output=output,
+        processes=processes,
         tell=lambda line: click.echo(line, err=True),
     )
     findings = chosen.measure(setting)

@@ -26,6 +26,7 @@ STRATEGIES: dict[str, tuple[str, ...]] = {
     FLEX: ("strategy=flex_moe",),
     GREEDY: ("strategy=flex_moe", "strategy.tolerance=null"),
     "hfedmoe": ("strategy=hfedmoe",),
+    "hfedmoe, coverage": ("strategy=hfedmoe", "strategy.coverage=0.5"),
     "random": ("strategy=random",),
 }
 
@@ -119,7 +120,7 @@ STUDY = Study(
     name="balance",
     title="How evenly experts are trained",
     shows="variation of the experts' loads: FLEX-MoE, its greedy control, HFedMoE, random",
-    cost="8 runs of twice the rounds",
+    cost="10 runs of twice the rounds",
     config="study_balance.yaml",
     measure=measure,
     seeds=(0, 1),

@@ -19,6 +19,7 @@ from hfedmoe_ray.types import FloatArray
 RULES: dict[str, tuple[str, ...]] = {
     "hfedmoe, each batch": ("strategy=hfedmoe", "strategy.resident=all"),
     "hfedmoe, residents": ("strategy=hfedmoe",),
+    "hfedmoe, coverage": ("strategy=hfedmoe", "strategy.coverage=0.5"),
     "random, residents": ("strategy=random",),
 }
 
@@ -121,8 +122,8 @@ def _map(name: str, grid: FloatArray, cohort: int) -> Figure:
 STUDY = Study(
     name="popularity",
     title="How many clients train each expert",
-    shows="clients that train each expert, by layer: the paper's rule, residents, random",
-    cost="9 runs",
+    shows="clients that train each expert, by layer: the paper's rule, residents, coverage, random",
+    cost="12 runs",
     config="study_small.yaml",
     measure=measure,
 )

@@ -1,14 +1,12 @@
-"""Means over seeds with their 95 % intervals."""
+"""Means over seeds with their 95 % intervals, and the values behind them."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import fmean, stdev
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mean:
-    """A mean and its 95 % interval by Student's t; of one value, the interval is that value."""
+    """A mean and its 95 % interval (`comparison.statistics.estimate`); of one value, the interval is that value."""
 
     mean: float
     low: float
@@ -18,8 +16,11 @@ class Mean:
 
 def mean_of(values: Sequence[float]) -> Mean:
     """The mean of at least one value."""
-    from scipy.stats import t
+    # Imported here: this brings scipy, which listing the studies does not wait for.
+    from hfedmoe_ray.comparison.statistics import estimate
 
-    centre = fmean(values)
-    half = float(t.ppf(0.975, len(values) - 1)) * stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
-    return Mean(mean=centre, low=centre - half, high=centre + half, values=tuple(values))
+    found = estimate(values)
+    if found is None:
+        raise ValueError("there is no mean of nothing")
+    half = found.half_width or 0.0
+    return Mean(mean=found.mean, low=found.mean - half, high=found.mean + half, values=tuple(values))

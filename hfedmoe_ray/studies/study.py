@@ -56,6 +56,8 @@ class Setting:
     """Of the command line; they hold for every run, under what the study itself varies."""
     seeds: tuple[int, ...]
     output: Path
+    processes: int | None
+    """Runs at a time, each in a process of its own; 1: in this process. None: as many as fit this machine."""
     tell: Tell
 
     def experiment(self, seed: int, *overrides: str) -> Experiment:

@@ -16,12 +16,23 @@ from tiny_federation import experiment
 from hfedmoe_ray.cli import main
 from hfedmoe_ray.config.load import dump_experiment
 from hfedmoe_ray.data.dataset import FederatedDataset
+from hfedmoe_ray.errors import TrainingError
 from hfedmoe_ray.federation.dropout import drops_out
 from hfedmoe_ray.moe.prepare import initial_weights
 from hfedmoe_ray.moe.subset import SparseModel
 from hfedmoe_ray.prepare import prepare_run
 from hfedmoe_ray.strategies.scores import uniform_plan
-from hfedmoe_ray.studies import STUDIES, ablations, activation, balance, experts, failures, retention, simulated_time
+from hfedmoe_ray.studies import (
+    STUDIES,
+    ablations,
+    activation,
+    balance,
+    experts,
+    failures,
+    merging,
+    retention,
+    simulated_time,
+)
 from hfedmoe_ray.studies.devices import DEVICES, Device, Work, bound, seconds
 from hfedmoe_ray.studies.outcomes import common_target, mean_accuracies
 from hfedmoe_ray.studies.plots import Curve, Estimate, curves, estimates
@@ -29,7 +40,7 @@ from hfedmoe_ray.studies.runs import make_runs
 from hfedmoe_ray.studies.statistics import mean_of
 from hfedmoe_ray.studies.study import Setting
 from hfedmoe_ray.tracking.record import read_run
-from hfedmoe_ray.types import Role, TaskWeights
+from hfedmoe_ray.types import ExpertPlan, MergedExpert, Role, TaskWeights
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +58,13 @@ def config(sources: Path, output: Path) -> Path:
     return path
 
 
+def setting_of(config: Path, output: Path) -> Setting:
+    return Setting(config=config, overrides=(), seeds=(0,), output=output, processes=1, tell=print)
+
+
 def studied(name: str, config: Path, output: Path, *options: str) -> dict[str, Any]:
     """Runs a study by its command and returns what stands in its JSON."""
-    assert main(["study", name, str(config), *options, "--output", str(output)]) == 0
+    assert main(["study", name, str(config), *options, "--processes", "1", "--output", str(output)]) == 0
     check_page((output / f"{name}.html").read_text())
     found: dict[str, Any] = json.loads((output / f"{name}.json").read_text())
     told = (output / f"{name}.md").read_text()
@@ -103,7 +118,7 @@ def test_activation_is_the_union_of_what_a_batch_routes_to(config: Path, output:
     shares = [one["mean"] for one in found["share"]]
     assert shares == sorted(shares)
     assert 2 / 6 <= shares[0] <= shares[-1] <= 1
-    setting = Setting(config=config, overrides=(), seeds=(0,), output=output, tell=print)
+    setting = setting_of(config, output)
     context = prepare_run(setting.experiment(0), output)
     routed = activation.routed_examples(context)
     # Batches passed through the model whole, padding and all.
@@ -163,13 +178,7 @@ def test_the_list_names_every_study_with_its_own_configuration(capsys: pytest.Ca
     told = capsys.readouterr().out
     for study in STUDIES.values():
         assert f"\n{study.name} " in told
-        Setting(
-            config=Path(__file__).parents[2] / "configs" / study.config,
-            overrides=(),
-            seeds=study.seeds,
-            output=Path(),
-            tell=print,
-        ).experiment(0)
+        setting_of(Path(__file__).parents[2] / "configs" / study.config, Path()).experiment(0)
 
 
 @pytest.mark.parametrize(
@@ -208,6 +217,7 @@ def test_popularity_counts_what_the_runs_recorded_and_runs_nothing_twice(config:
 
 def test_failures_lose_what_the_lot_says(config: Path, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(failures, "RATES", (0.0, 0.5))
+    monkeypatch.setattr(failures, "STRATEGIES", ("hfedmoe",))
     found = studied("failures", config, output, "evaluate.target=0.3", "--seeds", "0,1")
     assert found["target"] == 0.3
     lost = [drops_out(0.5, seed, number, c) for seed in (0, 1) for number in (1, 2) for c in range(4)]
@@ -237,7 +247,7 @@ def test_a_target_lies_between_the_best_start_and_the_least_end() -> None:
 def test_a_watched_round_is_the_round_the_run_would_have_had(config: Path, output: Path) -> None:
     found = studied("aggregation", config, output, "--seeds", "0")
     (watched,) = found["clients"]["fedavg"]
-    setting = Setting(config=config, overrides=(), seeds=(0,), output=output, tell=print)
+    setting = setting_of(config, output)
     # FedAvg trains and deploys the same experts, all of them: the next round's own accuracies are those watched.
     for rounds, stage in ((2, "received"), (3, "aggregated")):
         (longer,) = make_runs(setting, {"fedavg": ["strategy=fedavg", f"rounds={rounds}"]})["fedavg"]
@@ -249,7 +259,21 @@ def test_a_watched_round_is_the_round_the_run_would_have_had(config: Path, outpu
     assert mean == pytest.approx(np.mean([*watched["aggregated"].values()]))
 
 
-def test_retention_is_a_ratio_seed_by_seed(config: Path, output: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_runs_in_processes_of_their_own_are_those_made_here(config: Path, output: Path, tmp_path: Path) -> None:
+    (here,) = make_runs(setting_of(config, output), {"random": ["strategy=random"]})["random"]
+    apart = replace(setting_of(config, tmp_path), processes=2)
+    broken = ["strategy=random", "local.learning_rate=1e30"]
+    with pytest.raises(TrainingError, match=r"1 of 2 runs failed, broken with seed 0 because: only 0 of 4 clients"):
+        make_runs(apart, {"random": ["strategy=random"], "broken": broken, "the same": ["strategy=random"]})
+    there = read_run(tmp_path / "runs" / here.run_dir.name)
+    assert there.summary["status"] == "finished"
+    assert there.summary["model_sha256"] == here.summary["model_sha256"]
+
+
+def test_retention_is_a_ratio_seed_by_seed(
+    config: Path, output: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retention, "STRATEGIES", ("hfedmoe", "fedavg"))
     found = studied("retention", config, output, "--seeds", "0")
     for name, kept in found["retention"].items():
         skewed, even = (found["outcomes"][f"{name}, {kind}"]["accuracy"]["mean"] for kind in ("skewed", "even"))
@@ -262,7 +286,7 @@ def test_retention_is_a_ratio_seed_by_seed(config: Path, output: Path, capsys: p
 
 
 def test_an_ablation_changes_what_it_names_and_nothing_else(config: Path) -> None:
-    setting = Setting(config=config, overrides=(), seeds=(0,), output=Path(), tell=print)
+    setting = setting_of(config, Path())
     made = {name: setting.experiment(0, *lines) for name, lines in ablations.variants(setting).items()}
     whole = made.pop(ablations.WHOLE).model_dump()
     assert len(made) == len(ablations.PARTS) - 1 + len(ablations.BUDGETS)
@@ -352,7 +376,9 @@ def test_simulated_time_follows_the_recorded_bytes_and_counted_work(config: Path
         assert found["seconds_to_target"][name] == taken
 
 
-def test_loads_add_up_over_rounds(config: Path, output: Path) -> None:
+def test_loads_add_up_over_rounds(config: Path, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    some = {name: balance.STRATEGIES[name] for name in (balance.FLEX, balance.GREEDY, "hfedmoe")}
+    monkeypatch.setattr(balance, "STRATEGIES", some)
     found = studied("balance", config, output, "--seeds", "0")
     for run in map(read_run, runs(output)):
         if run.strategy == "flex_moe":
@@ -369,3 +395,44 @@ def test_loads_add_up_over_rounds(config: Path, output: Path) -> None:
     assert (
         found["variation_of_assigned"][balance.FLEX]["mean"] <= found["variation_of_assigned"][balance.GREEDY]["mean"]
     )
+
+
+def test_errors_of_layers_are_those_of_the_model_itself(config: Path, output: Path) -> None:
+    found = studied("merging", config, output, "--seeds", "0")
+    assert set(found["error"]) == {"merge", "mean", "drop", "drop, more residents"}
+    assert sorted(map(int, found["error"]["merge"])) == [2, 4], "more are not absent on the larger tier"
+    assert all(one["mean"] > 0 for by_total in found["error"].values() for one in by_total.values())
+    setting = setting_of(config, output)
+    context = prepare_run(setting.experiment(0), output)
+    weights = initial_weights(context.model, "experts")
+    model = SparseModel(context.model.path)
+    everything = TaskWeights(shared=weights.shared, experts=weights.experts)
+    model.bind(uniform_plan((2, 6), Role.FROZEN), everything, "experts")
+    batch = FederatedDataset(context.data, context.experiment.data).train(0).batch(np.arange(9))
+    layers = merging.Layers(model)
+    layers.run(batch)
+    whole = ExpertPlan(roles=((Role.FROZEN,) * 6,) * 2, absent="drop")
+    assert layers.errors(whole, weights).tolist() == [0.0, 0.0]
+    assert layers.errors(ExpertPlan(roles=((Role.ABSENT,) * 6,) * 2, absent="drop"), weights).tolist() == [1.0, 1.0]
+    # The first layer has the inputs it had whichever experts are dropped: the model itself says what it returns then.
+    part = replace(whole, roles=((Role.FROZEN, Role.ABSENT) * 3, (Role.FROZEN,) * 6))
+    other = SparseModel(context.model.path)
+    other.bind(part, everything, "experts")
+    again = merging.Layers(other)
+    again.run(batch)
+    exact, dropped = (one.outputs[0][batch.attention_mask.ravel() == 1] for one in (layers, again))
+    expected = float((dropped - exact).norm() / exact.norm())
+    assert layers.errors(part, weights)[0] == pytest.approx(expected, rel=1e-5)
+    assert 0 < expected < 1
+    # Alike experts merge without an error, whatever their shares; dropped, the same experts leave one.
+    alike = {
+        key: weights.experts[0, 1] if key.layer == 0 and key.expert in (1, 3, 5) else e
+        for key, e in weights.experts.items()
+    }
+    twins = replace(weights, experts=alike)
+    model.bind(uniform_plan((2, 6), Role.FROZEN), replace(everything, experts=alike), "experts")
+    layers = merging.Layers(model)
+    layers.run(batch)
+    one = MergedExpert(layer=0, members=(1, 3, 5), shares=(0.5, 0.2, 0.3))
+    assert layers.errors(replace(part, absent="merge", merged=(one,)), twins)[0] < 1e-5
+    assert layers.errors(part, twins)[0] > 0.1
