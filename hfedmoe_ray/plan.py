@@ -230,12 +230,12 @@ def _means_bytes(experiment: Experiment, shape: ModelShape, present: int) -> int
 
 
 def _profiling_bytes(experiment: Experiment, shape: ModelShape) -> int:
-    """What a client fetches to be profiled for its next round: all experts, with Flux in 8 bits."""
+    """What a client fetches to be profiled for its next round: all experts, with Flux in few bits."""
     strategy = experiment.strategy
     if not isinstance(strategy, Flux):
         return 0
     everything = shape.total_experts * shape.expert_bytes
-    return shape.shared_bytes + (everything if strategy.profile == "exact" else everything // BYTES)
+    return shape.shared_bytes + everything // {"exact": 1, "int8": 4, "int4": 8}[strategy.profile]
 
 
 # ------------------------------------------------------------------------------------------------------------ fit

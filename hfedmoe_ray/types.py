@@ -17,7 +17,8 @@ Array = npt.NDArray[Any]
 FloatArray = npt.NDArray[np.float64]
 
 AbsentMode = Literal["mean", "drop", "reroute", "merge"]
-HeldAs = Literal["exact", "int8"]
+Bits = Literal["int8", "int4"]
+HeldAs = Literal["exact"] | Bits
 TaskKind = Literal["profile", "train", "evaluate", "personalise"]
 Fetch = Callable[[], bytes]
 """Fetches bytes from wherever they are kept."""
@@ -124,7 +125,7 @@ class ExpertPlan:
     merged: tuple[MergedExpert, ...] = ()
     """With `absent` = "merge", which ABSENT experts are merged with which: each is a member of exactly one."""
     frozen_as: HeldAs = "exact"
-    """How FROZEN experts travel and are held: as published, or in 8 bits with a scale per row."""
+    """How FROZEN experts travel and are held: as published, or in 8 or 4 bits with a scale per row."""
     top_k: int | None = None
     """Experts each token is routed to on this client, among those present if `absent` is "reroute". None: the model's
     own number."""
@@ -231,7 +232,7 @@ class TaskWeights:
     shared: Mapping[str, Array]
     """Routers and trainable shared parameters by full parameter name."""
     experts: Mapping[ExpertKey, Mapping[str, Array]]
-    """Tensors of every present expert by tensor name (see `moe.derived` for FROZEN experts held in 8 bits)."""
+    """Tensors of every present expert by tensor name (see `moe.derived` for FROZEN experts held in fewer bits)."""
     means: Array | None = None
     """Mean output of every expert over the tokens routed to it, [L, E, H]; None where the plan has no use for it."""
     merged: tuple[Mapping[str, Array], ...] = ()

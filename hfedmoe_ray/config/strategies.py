@@ -205,7 +205,7 @@ class Flux(StrategyOptions):
     """Directions in which the gradient of an explored expert is estimated, two forward passes each."""
     components: PositiveInt = 8
     """Principal components of the expert weights that clusters are made from."""
-    profile: Literal["int8", "exact"] = "int8"
+    profile: Literal["int8", "int4", "exact"] = "int8"
     """Form of the experts from which a round's routing profile is taken."""
 
     def slots(self, resident: int, layers: int, total: int) -> tuple[int, int]:

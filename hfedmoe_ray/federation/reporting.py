@@ -35,24 +35,25 @@ _STATUSES = ("ok", "late", "failed", "rejected", "dropped")
 def published_bytes(weights: Weights, task: ClientTask) -> int:
     """Returns the bytes of the arrays a client fetches for a task: shared ones, present experts, means if needed.
 
-    Of experts that are merged it fetches what they are merged into, and no member; of FROZEN ones in 8 bits those.
+    Of experts that are merged it fetches what they are merged into, and no member; of FROZEN ones in few bits those.
     What is private to the client (`ClientTask.personal`, `ClientTask.state`) lies with it and is not counted.
     """
     own = None if task.personal is None else (weights.personal or {}).get(task.personal)
     arrays = [array for name, array in weights.shared.items() if own is None or name not in own.shared]
-    in_8_bits = 0
+    quantised = 0
     for key in task.plan.present:
         if own is not None and key in own.experts:
             continue
-        if derived.in_8_bits(task.plan, key):
-            in_8_bits += derived.int8_bytes(weights.experts[key])
-        else:
+        bits = derived.bits_of(task.plan, key)
+        if bits is None:
             arrays += weights.experts[key].values()
+        else:
+            quantised += derived.quantised_bytes(weights.experts[key], bits)
     for merged in task.plan.merged:
         arrays += weights.experts[merged.keys[0]].values()  # a mean of experts has the size of one
     if task.plan.needs_means and weights.means is not None:
         arrays.append(weights.means)
-    return in_8_bits + sum(array.nbytes for array in arrays)
+    return quantised + sum(array.nbytes for array in arrays)
 
 
 def client_record(result: TaskResult, tier: Tier, update: ClientUpdate | None, weights: Weights) -> ClientRecord:

@@ -77,6 +77,20 @@ class Int8(Quantised):
         return (self._values * self._scale).to(dtype)
 
 
+class Int4(Quantised):
+    """4 bits and a scale per row."""
+
+    def __init__(self, values: Tensor, scale: Tensor, columns: int, transposed: bool) -> None:
+        """Takes `values` uint8 [rows, columns / 2], two numbers plus 8 a byte, and `scale` fp32 [rows, 1]."""
+        self._values, self._scale, self._columns, self.transposed = values, scale, columns, transposed
+        self.tensors = {"int4": values, "scale": scale}
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """See `Quantised`."""
+        halves = torch.stack([self._values & 15, self._values >> 4], dim=-1).flatten(start_dim=1)
+        return ((halves[:, : self._columns].to(self._scale.dtype) - 8) * self._scale).to(dtype)
+
+
 class NF4(Quantised):
     """4 bits and a scale per block."""
 

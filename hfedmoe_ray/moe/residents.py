@@ -21,11 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from hfedmoe_ray.moe.adapters import AdaptedExperts, frozen_parts
-from hfedmoe_ray.moe.derived import INT8, SCALE
+from hfedmoe_ray.moe.derived import SCALE, bits_of, quantised_shapes
 from hfedmoe_ray.moe.layout import MoELayout, Routing
-from hfedmoe_ray.moe.quantised import Int8
+from hfedmoe_ray.moe.quantised import Int4, Int8
 from hfedmoe_ray.moe.routing import RoutingTape
-from hfedmoe_ray.types import Array, ExpertKey, ExpertPlan, Role
+from hfedmoe_ray.types import Array, Bits, ExpertKey, ExpertPlan, Role
 
 
 @contextmanager
@@ -68,7 +68,7 @@ class ResidentExperts(nn.Module):
         self.trained = nn.ModuleDict()
         """TRAIN experts by number, one parameter per tensor so that an optimizer can skip any of them."""
         self._tensors: dict[int, Mapping[str, Tensor]] = {}
-        """Tensors of every present expert by number, as they came: dense ones, LoRA factors, or in 8 bits."""
+        """Tensors of every present expert by number, as they came: dense ones, LoRA factors, or in few bits."""
         self._weights: dict[int, Mapping[str, Any]] = {}
         """What the layout computes with (a `Weight` by name): the same tensors, or frozen ones under their factors.
         Merged experts are here too, by unit."""
@@ -106,8 +106,8 @@ class ResidentExperts(nn.Module):
             if role is Role.ABSENT:
                 continue
             key = ExpertKey(self.layer, expert)
-            in_8_bits = role is Role.FROZEN and plan.frozen_as == "int8"
-            arrays = self._arrays(key, experts.get(key, {}), in_8_bits=in_8_bits)
+            bits = bits_of(plan, key)
+            arrays = self._arrays(key, experts.get(key, {}), bits)
             tensors: dict[str, Tensor]
             if role is Role.TRAIN:
                 private = {name: nn.Parameter(torch.tensor(array, device=device)) for name, array in arrays.items()}
@@ -117,8 +117,8 @@ class ResidentExperts(nn.Module):
             else:
                 tensors = _aliased(arrays, device)
             self._tensors[expert] = tensors
-            if in_8_bits:
-                self._weights[expert] = _in_8_bits(tensors, self._layout)
+            if bits is not None:
+                self._weights[expert] = _dequantised(tensors, bits, self._layout)
             else:
                 self._weights[expert] = self._adapted.weights(key, tensors) if self._adapted else tensors
         present = torch.tensor([role is not Role.ABSENT for role in roles])
@@ -225,11 +225,11 @@ class ResidentExperts(nn.Module):
             self._tape.record_output(ExpertKey(self.layer, expert), outputs)
         return outputs
 
-    def _arrays(self, key: ExpertKey, arrays: Mapping[str, Array], *, in_8_bits: bool = False) -> dict[str, Array]:
+    def _arrays(self, key: ExpertKey, arrays: Mapping[str, Array], bits: Bits | None = None) -> dict[str, Array]:
         shapes = {name: np.shape(array) for name, array in arrays.items()}
         expected = dict(self._adapted.factor_shapes if self._adapted else self._layout.expert_shapes)
-        if in_8_bits:
-            expected = _shapes_in_8_bits(expected)
+        if bits is not None:
+            expected = quantised_shapes(expected, bits)
         if shapes != expected:
             raise ValueError(f"weights of expert {key.layer}.{key.expert}: got {shapes}, expected {expected}")
         return {name: arrays[name] for name in expected}
@@ -255,19 +255,16 @@ def _aliased(arrays: Mapping[str, Array], device: torch.device) -> dict[str, Ten
         return {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
 
 
-def _in_8_bits(tensors: Mapping[str, Tensor], layout: MoELayout) -> dict[str, Any]:
+def _dequantised(tensors: Mapping[str, Tensor], bits: Bits, layout: MoELayout) -> dict[str, Any]:
     """The tensors of one expert as its layout computes with them: matrices dequantised at each use, biases."""
-    return {
-        name: tensors[name]
-        if name in tensors
-        else Int8(tensors[f"{name}.{INT8}"], tensors[f"{name}.{SCALE}"], layout.transposed)
-        for name in layout.expert_shapes
-    }
-
-
-def _shapes_in_8_bits(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    result: dict[str, tuple[int, ...]] = {}
-    for name, shape in shapes.items():
-        parts = {name: shape} if len(shape) == 1 else {f"{name}.{INT8}": shape, f"{name}.{SCALE}": (shape[0], 1)}
-        result.update(parts)
-    return result
+    weights: dict[str, Any] = {}
+    for name, shape in layout.expert_shapes.items():
+        if name in tensors:
+            weights[name] = tensors[name]
+            continue
+        values, scale = tensors[f"{name}.{bits}"], tensors[f"{name}.{SCALE}"]
+        if bits == "int8":
+            weights[name] = Int8(values, scale, layout.transposed)
+        else:
+            weights[name] = Int4(values, scale, shape[1], layout.transposed)
+    return weights

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 from hfedmoe_ray.context import RunContext
 from hfedmoe_ray.federation.executor import Notify
-from hfedmoe_ray.moe.derived import in_8_bits, int8_expert, merged_expert
+from hfedmoe_ray.moe.derived import bits_of, merged_expert, quantised_expert
 from hfedmoe_ray.runtime.overlay import overlay, read_only, view
 from hfedmoe_ray.runtime.worker import Worker, WorkerFactory, client_worker, last_line, late_reason
 from hfedmoe_ray.types import ClientTask, Status, TaskResult, TaskWeights, Weights
@@ -90,7 +90,9 @@ def task_weights(weights: Weights, task: ClientTask) -> TaskWeights:
     return TaskWeights(
         shared=read_only({**weights.shared, **(own.shared if own else {})}),
         experts={
-            key: read_only(int8_expert(experts[key]) if in_8_bits(task.plan, key) else experts[key])
+            key: read_only(
+                experts[key] if (bits := bits_of(task.plan, key)) is None else quantised_expert(experts[key], bits)
+            )
             for key in task.plan.present
         },
         merged=tuple(read_only(merged_expert(one, experts)) for one in task.plan.merged),

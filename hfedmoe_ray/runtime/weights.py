@@ -4,7 +4,7 @@ Objects are put once per version, whatever the number of clients; an expert that
 before keeps its object. A task carries references, so a client fetches only the experts its plan names, and clients
 of one node read the same memory, through pages that cannot be written (see `protect`).
 
-What is derived from published experts (merged ones, and those in 8 bits) is made when a task first asks for it, put
+What is derived from published experts (merged ones, and those in few bits) is made when a task first asks for it, put
 beside its version and given to every task that asks for the same.
 
 The state of a client is an object too, from one of its tasks to the next.
@@ -17,15 +17,18 @@ from typing import Any
 import numpy as np
 import ray
 
-from hfedmoe_ray.moe.derived import in_8_bits, int8_expert, merged_expert
+from hfedmoe_ray.moe.derived import bits_of, merged_expert, quantised_expert
 from hfedmoe_ray.runtime import timeouts
 from hfedmoe_ray.runtime.overlay import overlay
 from hfedmoe_ray.runtime.protect import protected
-from hfedmoe_ray.types import Array, ClientTask, ExpertKey, Fetch, MergedExpert, TaskWeights, Weights
+from hfedmoe_ray.types import Array, Bits, ClientTask, ExpertKey, Fetch, MergedExpert, TaskWeights, Weights
 
 Arrays = Mapping[str, Array]
 Ref = Any
 """A ray.ObjectRef; Ray's own type is not generic over what it holds."""
+
+_Derived = MergedExpert | tuple[ExpertKey, Bits]
+"""What an object can be made to hold: a merged expert, or one in few bits."""
 
 MEANS = "means"
 VERSIONS_KEPT = 2
@@ -88,9 +91,8 @@ class _Version:
     experts: Mapping[ExpertKey, _Entry]
     means: _Entry | None
     personal: Mapping[int, _Personal]
-    derived: dict[tuple[MergedExpert | ExpertKey, int | None], Ref] = field(default_factory=dict)
-    """Objects made of this version's experts: a merged one, or (by its key) one in 8 bits; and of whose private
-    ones."""
+    derived: dict[tuple[_Derived, int | None], Ref] = field(default_factory=dict)
+    """Objects made of this version's experts, and of whose private ones among them."""
 
 
 class WeightStore:
@@ -134,7 +136,9 @@ class WeightStore:
         return TaskRefs(
             shared=(version.shared.ref, *([own.shared.ref] if own else [])),
             experts={
-                key: _derived(version, experts, key, owner) if in_8_bits(task.plan, key) else experts[key].ref
+                key: experts[key].ref
+                if (bits := bits_of(task.plan, key)) is None
+                else _derived(version, experts, (key, bits), owner)
                 for key in task.plan.present
             },
             means=version.means.ref if version.means and task.plan.needs_means else None,
@@ -177,22 +181,21 @@ def _state_ref(state: Fetch) -> Ref:
     return state.ref if isinstance(state, StoredState) else ray.put(np.frombuffer(state(), dtype=np.uint8))
 
 
-def _derived(
-    version: _Version, experts: Mapping[ExpertKey, _Entry], what: MergedExpert | ExpertKey, owner: int | None
-) -> Ref:
-    """The object of a merged expert, or of one in 8 bits, made now unless a task has asked for it before.
+def _derived(version: _Version, experts: Mapping[ExpertKey, _Entry], what: _Derived, owner: int | None) -> Ref:
+    """The object of a merged expert, or of one in few bits, made now unless a task has asked for it before.
 
     Args:
         version: Where it is kept.
         experts: What it is made from: the version's experts, or the owner's private ones laid over them.
-        what: A merged expert, or the key of one to be had in 8 bits.
+        what: A merged expert, or which one to have in how few bits.
         owner: Client whose private experts are among `experts`.
     """
     if (what, owner) not in version.derived:
         if isinstance(what, MergedExpert):
             arrays = merged_expert(what, {key: experts[key].source for key in what.keys})
         else:
-            arrays = int8_expert(experts[what].source)
+            key, bits = what
+            arrays = quantised_expert(experts[key].source, bits)
         version.derived[what, owner] = ray.put(arrays)
     return version.derived[what, owner]
 

@@ -9,7 +9,7 @@ from moe_models import batch, plan, prepare, save_bert, save_family, task_weight
 from torch.nn.functional import cross_entropy
 
 from hfedmoe_ray.federation.reporting import published_bytes
-from hfedmoe_ray.moe.derived import int8_expert, merged_expert
+from hfedmoe_ray.moe.derived import merged_expert, quantised_expert
 from hfedmoe_ray.moe.quantised import _int8
 from hfedmoe_ray.moe.subset import SparseModel
 from hfedmoe_ray.runtime import local
@@ -128,7 +128,7 @@ def test_a_merged_expert_is_the_weighted_mean_of_every_tensor(prepared):
 def test_eight_bits_are_those_of_the_prepared_models_and_nearly_exact(prepared):
     weights = weights_of(prepared)
     for arrays in weights.experts.values():
-        made = int8_expert(arrays)
+        made = quantised_expert(arrays, "int8")
         for name, array in arrays.items():
             if array.ndim == 2:
                 values, scale = _int8(torch.tensor(array))
@@ -141,16 +141,36 @@ def test_eight_bits_are_those_of_the_prepared_models_and_nearly_exact(prepared):
     assert float(((close - exact).norm() / exact.norm()).detach()) < 0.05
 
 
+def test_four_bits_are_within_half_a_step_of_every_number(prepared):
+    weights = weights_of(prepared)
+    model = bound(prepared, weights, replace(EXACT, frozen_as="int4"))
+    for key, arrays in weights.experts.items():
+        for name, array in arrays.items():
+            held = model._residents[key.layer]._weights[key.expert][name]
+            if array.ndim == 1:
+                np.testing.assert_array_equal(held, array)
+            else:
+                step = np.abs(array).max(axis=1, keepdims=True) / 7
+                assert (np.abs(held.dense(torch.float32).numpy() - array) <= 0.5001 * step).all()
+    ids, mask = batch()
+    with torch.no_grad():
+        exact = bound(prepared, weights, EXACT).forward(ids, mask)
+        assert float((model.forward(ids, mask) - exact).norm() / exact.norm()) < 0.5
+
+
 def test_a_client_fetches_merged_experts_and_no_member(prepared):
     weights = weights_of(prepared)
     sent = local.task_weights(weights, task(MERGED))
     assert set(sent.experts) == set(MERGED.present)
     assert len(sent.merged) == len(MERGED.merged)
     assert published_bytes(weights, task(MERGED)) == nbytes(sent)
-    in_8_bits = replace(MERGED, frozen_as="int8")
-    sent = local.task_weights(weights, task(in_8_bits))
-    assert published_bytes(weights, task(in_8_bits)) == nbytes(sent)
-    assert nbytes(sent) < published_bytes(weights, task(MERGED))
+    sizes = [nbytes(sent)]
+    for bits in ("int8", "int4"):
+        fewer = replace(MERGED, frozen_as=bits)
+        sent = local.task_weights(weights, task(fewer))
+        assert published_bytes(weights, task(fewer)) == nbytes(sent)
+        sizes.append(nbytes(sent))
+    assert sizes == sorted(set(sizes), reverse=True)
     assert sum(role is Role.FROZEN for row in MERGED.roles for role in row) == 1
 
 
