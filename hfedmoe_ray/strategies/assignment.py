@@ -96,7 +96,7 @@ def assign(
 ) -> Assignment:
     """Solves the program of this module.
 
-    Measured on one core: 20 clients of 48 experts take 7 ms, 50 of 1024 take 0.2-0.4 s, 500 of 1024 take 2-13 s.
+    Measured on one core: 20 clients of 48 experts take 7 ms, 50 of 1024 take 0.2-0.4 s, 500 of 1024 take 3-18 s.
 
     Args:
         fitness: Q of every client, [L, E] each.
@@ -153,7 +153,7 @@ def _solve(
     fitness: FloatArray, *, budget: Array, minimum: Array, lower: FloatArray, upper: FloatArray, held: Array
 ) -> Array:
     """Returns x, bool [C, L, E], of a fitness within 0..1 + `TIE` and demands in whole numbers."""
-    # Here, as every client's process imports strategies and none of them assigns: scipy.optimize takes 30 MiB.
+    # Here, as every client's process imports strategies and none of them assigns: scipy.optimize takes 35 MiB.
     from scipy.optimize import linprog
     from scipy.sparse import block_array, eye_array, kron
 
