@@ -12,6 +12,7 @@ from hfedmoe_ray.federation import rounds
 from hfedmoe_ray.federation.checkpoint import load_checkpoint, run_identity
 from hfedmoe_ray.moe.prepare import router_layers
 from hfedmoe_ray.strategies import build_strategy
+from hfedmoe_ray.strategies.flex_moe import FlexMoE
 from hfedmoe_ray.strategies.scores import mask
 from hfedmoe_ray.types import ClientInfo, ClientUpdate, ExpertKey, ModelShape, RoutingProfile
 
@@ -231,6 +232,14 @@ def test_routers_are_as_their_clients_sent_them_and_nobody_else_gets_them(
             name: data for name, data in sent[client].items() if name in routers
         }
     assert len({tuple(value.tobytes() for value in own.shared.values()) for own in personal.values()}) == len(personal)
+
+
+def test_a_run_tells_of_bounds_it_could_not_keep(sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(FlexMoE, "_bounds", lambda strategy, _: (np.full(strategy.shape, 4.0), None))
+    _, _, recorder = run(experiment(sources, strategy=FLEX, rounds=1, evaluate=NO_EVALUATION), tmp_path / "run")
+    # All four clients were to hold all 12 experts, and have 2 (3 + 6) places.
+    (told,) = [fields for name, fields in recorder.events if name == "bounds_relaxed"]
+    assert (told["round"], told["missing"], told["surplus"]) == (1, 48 - 18, 0)
 
 
 def test_where_every_client_holds_everything_there_is_nothing_to_assign():
