@@ -10,6 +10,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from hfedmoe_ray.config.combinations import check_combinations
 from hfedmoe_ray.config.comparison import Comparison
+from hfedmoe_ray.config.running import Runtime, Tracking
 from hfedmoe_ray.config.section import Name, NonNegativeFloat, Precision, Section, Share, UnitInterval
 from hfedmoe_ray.config.server import Rules, RulesConfig, ServerOptimizer
 from hfedmoe_ray.config.strategies import HFedMoE, StrategyConfig
@@ -352,41 +353,7 @@ class Evaluation(Section):
         return self
 
 
-# ------------------------------------------------------------------------------------------ running and seeing
-
-
-class Runtime(Section):
-    """Where and how long things run."""
-
-    address: str | None = None
-    """Ray cluster to join ("auto" or host:port). Default: a private one on this machine."""
-    slots: PositiveInt | Literal["auto"] = "auto"
-    """pooled: client actors alive at once. auto: as many as fit and have a core to run on."""
-    deadline_s: PositiveFloat = 600.0
-    """Seconds a client may take for one task before it counts as late."""
-    quorum: Share = 0.5
-    """Share of a round's clients whose updates must arrive."""
-    retries: Annotated[int, Field(ge=0)] = 1
-    """Times a task is tried again, on another slot, after its process died."""
-    round_attempts: PositiveInt = 2
-    """Times a round below quorum is tried before the run stops."""
-    keep_checkpoints: PositiveInt = 2
-
-
-class Wandb(Section):
-    """Weights & Biases, written by the server alone."""
-
-    mode: Literal["auto", "online", "offline", "disabled"] = "auto"
-    """auto: online with an API key, else offline."""
-    project: str = "hfedmoe"
-    entity: str | None = None
-    group: str | None = None
-
-
-class Tracking(Section):
-    """Who is told what happened."""
-
-    wandb: Wandb = Wandb()
+# ---------------------------------------------------------------------------------------------------- all of it
 
 
 class Experiment(Section):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from hfedmoe_ray.config.schema import Wandb
+from hfedmoe_ray.config.running import Wandb
 from hfedmoe_ray.tracking.charts import scale
 from hfedmoe_ray.tracking.formatting import plural
 from hfedmoe_ray.tracking.jsonl import plain

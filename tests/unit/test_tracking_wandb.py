@@ -10,7 +10,7 @@ import wandb
 import wandb_file
 from recorded_run import EXPERTS, LAYERS, ROUNDS, TIERS, facts, round_report, summary, tell_run
 
-from hfedmoe_ray.config.schema import Wandb
+from hfedmoe_ray.config.running import Wandb
 from hfedmoe_ray.tracking.wandb import WandbTracker, resolve_mode
 
 OFFLINE = Wandb(mode="offline", project="tests", group="unit")
