@@ -110,7 +110,7 @@ class LoadBalance:
     rho: float = 0.0
     """Share of the cohort's load in F, 0 to 1; the rest is the load of the batch."""
     load: tuple[tuple[float, ...], ...] = ()
-    """fbar, the cohort's load: share of the choices of an expert in each layer, [L][E]; may be empty where rho is 0."""
+    """fbar, the cohort's load: each expert's share of its layer's choices, [L][E]; may be empty where rho is 0."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -217,7 +217,7 @@ class ResidentExperts(nn.Module):
         if self._absent_means is not None:
             shares = top_k_weights.new_zeros(tokens, len(self._is_present)).scatter(1, top_k_index, top_k_weights)
             combined = combined + (shares[:, :-1] @ self._absent_means.to(shares.dtype)).to(combined.dtype)
-        return combined if self.scale is None else combined * self.scale.to(combined.dtype)
+        return combined if self.scale is None else (combined * self.scale).to(combined.dtype)
 
     def _compute(self, expert: int, tokens: Tensor) -> Tensor:
         outputs = self._layout.expert_forward(tokens, self._weights[expert])
