@@ -59,7 +59,8 @@ def _header(design: Design, tables: Sequence[Table], outcomes: Sequence[Outcome]
 
 def _lede(design: Design, tables: Sequence[Table]) -> str:
     """Who is ahead, in a sentence for each accuracy; no more than the first setting's where there are several."""
-    compared = f"{plural(len(design.strategies), 'strategy').replace('strategys', 'strategies')} on equal terms."
+    count = len(design.strategies)
+    compared = f"{count} strategies on equal terms." if count > 1 else "One strategy, with nothing to compare it with."
     found = []
     for metric, what in ((ACCURACY[0], "the global model"), (ACCURACY[2], "clients on their own data")):
         ahead = [name for one in tables for name, cells in one.rows.items() if cells[metric.key].best]
