@@ -13,14 +13,16 @@ from hfedmoe_ray.types import ClientTask, TaskResult
 def meanwhile(executor: Executor, tasks: Sequence[ClientTask], notify: Notify) -> Iterator[list[TaskResult]]:
     """Runs tasks while the block runs; the list that it yields holds their results, in client order, after the block.
 
-    They start from weights that are published already, so the results are the same as if they ran before the block,
-    which they do where the executor computes in this thread. In a thread of their own they tell `notify` nothing until
+    They start from weights that are published already, so the results are the same whenever they run: where the
+    executor computes in this thread that is after the block. In a thread of their own they tell `notify` nothing until
     the block is over: what listens expects one caller.
     """
     results: list[TaskResult] = []
-    if not executor.runs_elsewhere:
-        results += executor.run(tasks, notify)
+    if not tasks:
         yield results
+    elif not executor.runs_elsewhere:
+        yield results
+        results += executor.run(tasks, notify)
     else:
         told: list[tuple[str, Mapping[str, Any]]] = []
         with ThreadPoolExecutor(max_workers=1) as thread:

@@ -37,7 +37,6 @@ from hfedmoe_ray.types import (
     ClientTask,
     ClientUpdate,
     ExpertPlan,
-    HeldAs,
     PersonalWeights,
     Role,
     TaskKind,
@@ -160,8 +159,8 @@ class Federation:
         starts_head = round == 0 and self.experiment.model.head == "prototypes"
         if not self.strategy.needs_profile and not starts_head:
             return []
-        form: HeldAs = "exact" if starts_head else self.strategy.profiles_as
-        plan = replace(uniform_plan(self.strategy.shape, Role.FROZEN), frozen_as=form)
+        form = "exact" if starts_head else self.strategy.profiles_as
+        plan = uniform_plan(self.strategy.shape, Role.FROZEN, frozen_as=form)
         newcomers = [client for client in cohort if client not in self.state.profiles]
         results = self.collect([self.task("profile", round, client, plan) for client in newcomers])
         records: list[ClientRecord] = []
@@ -189,14 +188,14 @@ class Federation:
     def _profiled_ahead(self, round: int) -> Iterator[list[ClientRecord]]:
         """Profiles a later round's cohort on the weights published so far, while the block runs; yields the records."""
         records: list[ClientRecord] = []
-        if not self.strategy.profiles_ahead or round > self.experiment.rounds:
-            yield records
-            return
-        plan = replace(uniform_plan(self.strategy.shape, Role.FROZEN), frozen_as=self.strategy.profiles_as)
-        cohort = select_cohort(self.experiment.clients, self.experiment.seed, round)
+        wanted = self.strategy.profiles_ahead and round <= self.experiment.rounds
+        plan = uniform_plan(self.strategy.shape, Role.FROZEN, frozen_as=self.strategy.profiles_as)
+        cohort = select_cohort(self.experiment.clients, self.experiment.seed, round) if wanted else ()
         tasks = [self.task("profile", round, client, plan) for client in cohort]
         with meanwhile(self.executor, tasks, self.tracker.event) as results:
             yield records
+            waited = time.perf_counter()
+        self._phase.seconds["profile"] += time.perf_counter() - waited
         for update in self._accepted(results, dict.fromkeys(cohort, plan), records):
             assert update.profile is not None
             self.state.profiles[update.client] = update.profile

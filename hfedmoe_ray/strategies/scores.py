@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 
-from hfedmoe_ray.types import Array, ExpertKey, ExpertPlan, FloatArray, Role
+from hfedmoe_ray.types import Array, ExpertKey, ExpertPlan, FloatArray, HeldAs, Role
 
 Scope = Literal["global", "per_layer"]
 Unselected = Literal["frozen", "mean", "drop", "reroute"]
@@ -72,10 +72,12 @@ def resident_plan(
     )
 
 
-def uniform_plan(shape: tuple[int, int], role: Role, batch_budget: int | None = None) -> ExpertPlan:
+def uniform_plan(
+    shape: tuple[int, int], role: Role, batch_budget: int | None = None, *, frozen_as: HeldAs = "exact"
+) -> ExpertPlan:
     """Returns a plan in which every expert has the same role."""
     layers, experts = shape
-    return ExpertPlan(roles=((role,) * experts,) * layers, batch_budget=batch_budget)
+    return ExpertPlan(roles=((role,) * experts,) * layers, batch_budget=batch_budget, frozen_as=frozen_as)
 
 
 def mask(shape: tuple[int, int], keys: frozenset[ExpertKey] | tuple[ExpertKey, ...]) -> Array:
