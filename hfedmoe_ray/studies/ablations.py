@@ -98,7 +98,7 @@ STUDY = Study(
     name="ablations",
     title="What each part of HFedMoE is worth",
     shows="accuracy of HFedMoE without each of its parts, and with other budgets",
-    cost="30 runs",
+    cost="30 runs, about 9 minutes",
     config="study_small.yaml",
     measure=measure,
 )

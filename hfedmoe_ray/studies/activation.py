@@ -125,7 +125,7 @@ def _findings(sizes: Sequence[int], own: FloatArray, mixed: FloatArray, tokens: 
         Curve(
             name=f"layer {layer}",
             points=[(size, one.mean) for size, one in zip(sizes, means, strict=True)],
-            spread=[(one.low, one.high) for one in means],
+            spread=[(max(0.0, one.low), min(1.0, one.high)) for one in means],
         )
         for layer, means in enumerate(layers)
     ]
@@ -193,7 +193,7 @@ STUDY = Study(
     name="activation",
     title="How many experts a batch activates",
     shows="share of each layer's experts that a batch activates, by batch size",
-    cost="a minute: forward passes only",
+    cost="forward passes only: a minute, and three models to prepare",
     config="study_small.yaml",
     measure=measure,
 )

@@ -168,7 +168,7 @@ STUDY = Study(
     name="aggregation",
     title="What averaging does to each client",
     shows="each client's accuracy on its own data before and after aggregation",
-    cost="12 runs and a round of each",
+    cost="12 runs and a round of each, about 5 minutes",
     config="study_small.yaml",
     measure=measure,
 )

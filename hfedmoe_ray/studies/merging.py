@@ -222,7 +222,8 @@ def _findings(
                     [str(total), *(percent(by_layer[name][total][layer].mean) for layer in layers for name in names)]
                     for total in totals
                 ],
-                note=f"|out' − out| / |out| of a layer's experts, mean over clients and {len(setting.seeds)} seeds.",
+                note="Relative error |out' − out| / |out| of a layer's experts, mean over clients and "
+                f"{len(setting.seeds)} seeds.",
             )
         ],
     )
@@ -236,7 +237,7 @@ STUDY = Study(
     name="merging",
     title="What stands in for absent experts",
     shows="error of each layer's output: merging against means and dropping",
-    cost="a minute: forward passes only",
+    cost="forward passes only: two minutes, and three models to prepare",
     config="study_small.yaml",
     measure=measure,
 )

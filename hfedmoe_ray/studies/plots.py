@@ -95,7 +95,7 @@ def estimates(rows: Sequence[Estimate], *, label: str, write: Write, reference: 
 
     `reference`, such as the mean of what is varied, is a dashed line through all rows.
     """
-    left = 14 + LETTER * max(len(row.name) for row in rows)
+    left = 14 + 1.1 * LETTER * max(len(row.name) for row in rows)
     right = max(left + 120, _WIDE - 14 - 1.4 * LETTER * max(len(write(row.mean)) for row in rows))
     values = [value for row in rows for value in (row.mean, *row.values)] + [reference or rows[0].mean]
     marks = ticks(*_reach(values, [end for row in rows for end in (row.low, row.high)]))
@@ -130,7 +130,9 @@ def _reach(values: Sequence[float], ends: Sequence[float]) -> tuple[float, float
     """
     low, high = min(values), max(values)
     room = (high - low or abs(high) or 1.0) / 2
-    return max(min([low, *ends]), low - room), min(max([high, *ends]), high + room)
+    least = max(min([low, *ends]), low - room)
+    # Nor does an axis go below zero for what cannot.
+    return max(least, 0.0) if low >= 0 else least, min(max([high, *ends]), high + room)
 
 
 def scatter(
@@ -167,7 +169,7 @@ def scatter(
 
 def grouped_bars(rows: Mapping[str, Mapping[str, float]], *, label: str, write: Write) -> str:
     """Bars from zero, a group per row and a colour per name within it; all rows have the same names."""
-    left = 14 + LETTER * max(map(len, rows))
+    left = 14 + 1.1 * LETTER * max(map(len, rows))
     values = [value for row in rows.values() for value in row.values()]
     length = _WIDE - left - 14 - LETTER * max(len(write(value)) for value in values)
     peak, thick, y = max(values) or 1.0, 14.0, 4.0

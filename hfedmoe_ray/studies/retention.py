@@ -87,7 +87,7 @@ STUDY = Study(
     name="retention",
     title="What skewed data leave of the accuracy",
     shows="accuracy non-IID over IID of each strategy",
-    cost="30 runs",
+    cost="30 runs, about 9 minutes",
     config="study_small.yaml",
     measure=measure,
 )

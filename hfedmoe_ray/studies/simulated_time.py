@@ -235,7 +235,7 @@ STUDY = Study(
     name="time",
     title="Simulated time to accuracy",
     shows="simulated seconds to an accuracy on phones, a Jetson, a laptop and a workstation",
-    cost="12 runs; seconds are arithmetic",
+    cost="12 runs and their work counted, about 5 minutes",
     config="study_small.yaml",
     measure=measure,
 )
