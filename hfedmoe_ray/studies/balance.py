@@ -60,7 +60,7 @@ def measure(setting: Setting) -> Findings:
             f"What was trained is most even under {even} ({last[even].mean:.2f}) and most uneven under {uneven} "
             f"({last[uneven].mean:.2f}). Numbers are coefficients of variation over all experts of all layers of how "
             "many clients have held, or trained, each expert so far. An expert that was assigned and that no token "
-            "chose is held but not trained, so the second is the larger. Greedy is FLEX-MoE without bounds on loads. "
+            "chose is held but not trained. Greedy is FLEX-MoE without bounds on loads. "
             f"Accuracies of the global model: {', '.join(f'{n} {interval(one.accuracy)}' for n, one in ended.items())}."
         ),
         figures=[
