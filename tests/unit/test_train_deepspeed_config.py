@@ -147,8 +147,10 @@ def train_plainly(made, precision: str, mu: float = 0.0) -> tuple[State, State]:
     for indices in worker._batches(TASK, len(examples.split)):
         optimizer.zero_grad()
         batch, logits = worker._forward(examples, indices, precision=precision)
-        distance = sum((one - old).square().sum() for one, old in zip(parameters, start, strict=True))
-        (cross_entropy(logits.float(), torch.from_numpy(batch.labels)) + mu / 2 * distance).backward()
+        loss = cross_entropy(logits.float(), torch.from_numpy(batch.labels))
+        if mu:  # 0 times a distance would be a gradient of zeros where there is none, and weight decay a step
+            loss = loss + mu / 2 * sum((one - old).square().sum() for one, old in zip(parameters, start, strict=True))
+        loss.backward()
         routing = worker._new_profile()
         routing.add(model.tape)
         chosen = turns.select(routing.profile(), PLAN, None)
