@@ -1,6 +1,7 @@
-"""Whole runs in one process, in seconds: four clients of two tiers, tiny models, texts of three classes."""
+"""Whole runs in seconds: four clients of two tiers, tiny models, texts of three classes."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from moe_models import save_bert, save_mixtral
 from hfedmoe_ray.config.schema import Experiment
 from hfedmoe_ray.context import RunContext
 from hfedmoe_ray.federation.checkpoint import load_checkpoint, run_identity
+from hfedmoe_ray.federation.executor import Executor
 from hfedmoe_ray.federation.rounds import run_experiment
 from hfedmoe_ray.prepare import prepare_run
 from hfedmoe_ray.runtime.local import LocalExecutor
@@ -70,11 +72,16 @@ def experiment(sources: Path, family: str = "bert", **changes: Any) -> Experimen
 
 
 def run(
-    made: Experiment, run_dir: Path, *, resume: bool = False, stop_after: int | None = None
+    made: Experiment,
+    run_dir: Path,
+    *,
+    resume: bool = False,
+    stop_after: int | None = None,
+    where: Callable[[RunContext], Executor] = LocalExecutor,
 ) -> tuple[RunContext, dict[str, Any], Recorder]:
-    """Runs an experiment in this process, to its end or until after a round; returns its summary and its record."""
+    """Runs an experiment, here or elsewhere, to its end or until after a round; returns its summary and its record."""
     context = prepare_run(made, run_dir)
-    executor, recorder = LocalExecutor(context), Recorder()
+    executor, recorder = where(context), Recorder()
 
     def should_stop() -> bool:
         return stop_after is not None and bool(recorder.rounds) and recorder.rounds[-1].round >= stop_after

@@ -6,12 +6,9 @@ Torch-free as long as the module that is named is.
 import importlib
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hfedmoe_ray.config.section import Section
-
-if TYPE_CHECKING:
-    from hfedmoe_ray.strategies.base import Strategy
 
 
 class StrategyOptions(Section):
@@ -21,19 +18,26 @@ class StrategyOptions(Section):
     """A built-in strategy, or "package.module:Class"."""
 
 
+class Configurable:
+    """What a configuration asks of a strategy's class: base of `hfedmoe_ray.strategies.Strategy`."""
+
+    Options: type[StrategyOptions] = StrategyOptions
+    """What else may stand in its section `strategy`, where the configuration names it by its module."""
+    federated = True
+    """Whether updates are averaged; if not, every client keeps its own."""
+
+
 def is_plugin(name: Any) -> bool:
     """Whether a strategy's name is that of a class."""
     return isinstance(name, str) and ":" in name
 
 
-def load_plugin(name: str) -> "type[Strategy[Any]]":
+def load_plugin(name: str) -> type[Configurable]:
     """Imports the class that `name` names. The working directory counts as importable, as it is for a Ray job.
 
     Raises:
         ValueError: in one sentence: it cannot be imported, or is not a strategy.
     """
-    from hfedmoe_ray.strategies.base import Strategy
-
     module_name, _, class_name = name.partition(":")
     here = str(Path.cwd())
     if here not in sys.path and "" not in sys.path:
@@ -54,7 +58,7 @@ def load_plugin(name: str) -> "type[Strategy[Any]]":
         raise ValueError(
             f"'{name}' cannot be used: {module_name} has no class {class_name or 'of an empty name'}{known}"
         )
-    if not issubclass(found, Strategy):
+    if not issubclass(found, Configurable):
         raise ValueError(f"'{name}' is no strategy: derive the class from hfedmoe_ray.strategies.Strategy")
     if not issubclass(found.Options, StrategyOptions):
         raise ValueError(
@@ -65,8 +69,7 @@ def load_plugin(name: str) -> "type[Strategy[Any]]":
 
 def plugin_options(name: str) -> type[StrategyOptions]:
     """The section of options of the class that `name` names."""
-    options: type[StrategyOptions] = load_plugin(name).Options
-    return options
+    return load_plugin(name).Options
 
 
 def plugin_source(name: str) -> Path | None:
@@ -78,9 +81,7 @@ def plugin_source(name: str) -> Path | None:
 
 
 def _is_strategy(value: Any, module: str) -> bool:
-    from hfedmoe_ray.strategies.base import Strategy
-
-    return isinstance(value, type) and issubclass(value, Strategy) and value.__module__ == module
+    return isinstance(value, type) and issubclass(value, Configurable) and value.__module__ == module
 
 
 def _said(error: Exception) -> str:

@@ -10,10 +10,12 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from hfedmoe_ray.config.combinations import check_combinations
 from hfedmoe_ray.config.comparison import Comparison
+from hfedmoe_ray.config.lora import Lora
 from hfedmoe_ray.config.running import Runtime, Tracking
 from hfedmoe_ray.config.section import Name, NonNegativeFloat, Precision, Section, Share, UnitInterval
 from hfedmoe_ray.config.server import Rules, RulesConfig, ServerOptimizer
 from hfedmoe_ray.config.strategies import HFedMoE, StrategyConfig
+from hfedmoe_ray.config.wire import Wire
 
 # ------------------------------------------------------------------------------------------------------ clients
 
@@ -142,32 +144,6 @@ class Upcycle(Section):
         return self
 
 
-class Lora(Section):
-    """Low-rank adaptation of the experts: every matrix W becomes W + (alpha / rank) B A.
-
-    Only the factors A [rank, in] and B [out, rank] train and travel; W, and an expert's biases, stay as they are on
-    each node's disk.
-    """
-
-    rank: PositiveInt = 8
-    alpha: PositiveFloat = 16.0
-    base: Literal["fp32", "int8", "nf4"] = "fp32"
-    """Form of the frozen W, memory-mapped once per node: exact, or quantised when the model is prepared and
-    dequantised at each use. int8: one scale a row, a quarter of the bytes; nf4: 4 bits and a scale for every 64
-    numbers, about a seventh (needs the package bitsandbytes, on CPU too)."""
-    attention: bool = False
-    """Adapt attention from the first MoE layer up in the same way. Its matrices are then frozen whatever `trainable`
-    says: `experts` trains them by factors instead of not at all, `top` by factors instead of in full."""
-    average: Literal["svd", "factors"] = "svd"
-    """What the server averages. svd: the products B A, exactly, and of the mean the best approximation of this rank;
-    factors: A and B each by itself, which is quicker and is not the mean of the products."""
-
-    @property
-    def scale(self) -> float:
-        """Factor of the product B A."""
-        return self.alpha / self.rank
-
-
 class Model(Section):
     """The pretrained model and what of it trains."""
 
@@ -287,47 +263,6 @@ class LocalTraining(Section):
     """Room in GiB that the kept states of all clients and runs may take on a node; those used longest ago make way."""
 
 
-class Wire(Section):
-    """How a client's update travels to the server."""
-
-    upload: Literal["fp32", "bf16", "fp16", "int8", "topk"] = "fp32"
-    """fp32: the trained tensors as they are. The others send the change since the published weights in fewer bytes:
-    bf16 and fp16 half as many, int8 about a quarter (a scale for each row), topk only the numbers that changed most."""
-    share: Share | None = None
-    """topk: share of each tensor's numbers that is sent, 8 bytes each. Default: 0.01."""
-    error_feedback: bool | None = None
-    """Whether a client keeps what the precision lost and adds it to its next update. Default: with topk only."""
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        if self.share is not None and self.upload != "topk":
-            raise ValueError(
-                f"share belongs to `upload: topk`; {self.upload} sends every number: leave share out, or write "
-                "`upload: topk`"
-            )
-        if self.error_feedback and not self.lossy:
-            raise ValueError(
-                "fp32 loses nothing, so there is no error to feed back: leave error_feedback out, or write another "
-                "upload (bf16, fp16, int8, topk)"
-            )
-        return self
-
-    @property
-    def lossy(self) -> bool:
-        """Whether the server receives something else than what was trained."""
-        return self.upload != "fp32"
-
-    @property
-    def kept_share(self) -> float:
-        """`share` or its default."""
-        return 0.01 if self.share is None else self.share
-
-    @property
-    def feeds_back(self) -> bool:
-        """`error_feedback` or its default."""
-        return self.upload == "topk" if self.error_feedback is None else self.error_feedback
-
-
 class Evaluation(Section):
     """When and how accuracy is measured."""
 
@@ -385,5 +320,6 @@ class Experiment(Section):
 
     @model_validator(mode="after")
     def _fit_together(self) -> Self:
-        check_combinations(self)
+        zero = any(tier.zero_stage for tier in self.clients.tiers)
+        check_combinations(self.strategy, self.model.lora, self.wire, self.rules, self.server, zero=zero)
         return self

@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping
 
 import numpy as np
 
-from hfedmoe_ray.config.schema import Wire
+from hfedmoe_ray.config.wire import Wire
 from hfedmoe_ray.errors import TrainingError
 from hfedmoe_ray.types import Array, ClientMetrics, ClientUpdate, ExpertPlan, Signal, TaskResult, Weights
 from hfedmoe_ray.wire import PROFILE_FIELDS, checksum, expert_key, expert_name, read_upload

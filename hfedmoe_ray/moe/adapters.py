@@ -19,7 +19,7 @@ from torch.nn import Parameter
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
-from hfedmoe_ray.config.schema import Lora
+from hfedmoe_ray.config.lora import Lora
 from hfedmoe_ray.moe.factors import factor_shapes, matrices
 from hfedmoe_ray.moe.layout import MoELayout
 from hfedmoe_ray.moe.linear import project

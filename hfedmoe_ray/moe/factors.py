@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from hfedmoe_ray.config.schema import Lora
+from hfedmoe_ray.config.lora import Lora
 from hfedmoe_ray.context import PreparedModel
 from hfedmoe_ray.errors import ConfigError
 from hfedmoe_ray.moe import store

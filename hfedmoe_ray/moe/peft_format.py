@@ -17,7 +17,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from hfedmoe_ray.config.schema import Lora
+from hfedmoe_ray.config.lora import Lora
 from hfedmoe_ray.context import PreparedModel
 from hfedmoe_ray.errors import ModelError
 from hfedmoe_ray.moe.factors import attention_shapes, factor_shapes, matrices

@@ -10,7 +10,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from hfedmoe_ray.config.schema import Lora, Model
+from hfedmoe_ray.config.lora import Lora
+from hfedmoe_ray.config.schema import Model
 from hfedmoe_ray.context import PreparedModel
 from hfedmoe_ray.data.tokenize import load_tokenizer, tokenizer_hash
 from hfedmoe_ray.errors import ModelError

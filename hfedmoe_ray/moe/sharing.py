@@ -18,7 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.multiprocessing.reductions import reduce_tensor
 
-from hfedmoe_ray.config.schema import Lora
+from hfedmoe_ray.config.lora import Lora
 from hfedmoe_ray.moe.store import BASE, EXPERTS
 
 FILES = (BASE, EXPERTS)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
-from hfedmoe_ray.config.schema import Lora
+from hfedmoe_ray.config.lora import Lora
 from hfedmoe_ray.errors import ModelError
 from hfedmoe_ray.moe.adapters import AdaptedExperts, adapt_attention
 from hfedmoe_ray.moe.factors import adapted_shape, attention_shapes, replaces

@@ -47,6 +47,7 @@ def build_strategy(
 ) -> AnyStrategy:
     """Returns the strategy that a configuration names, with those of its rules replaced that `rules` names."""
     found = load_plugin(config.name) if is_plugin(config.name) else _STRATEGIES[type(config)]
+    assert issubclass(found, Strategy), f"{config.name} is no strategy: derive it from hfedmoe_ray.strategies.Strategy"
     strategy = found(config, shape, seed)
     if rules is not None:
         tau, lam = (config.threshold, config.lam) if isinstance(config, configs.HFedMoE) else (1.0, 0.5)

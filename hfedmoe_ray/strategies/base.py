@@ -6,7 +6,7 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from hfedmoe_ray.config.plugins import StrategyOptions
+from hfedmoe_ray.config.plugins import Configurable
 from hfedmoe_ray.config.section import Section
 from hfedmoe_ray.strategies.rules import (
     ExpertRule,
@@ -43,19 +43,15 @@ def ignore(name: str, fields: Mapping[str, Any]) -> None:
     del name, fields
 
 
-class Strategy(ABC, Generic[Config]):
+class Strategy(Configurable, ABC, Generic[Config]):
     """A federated method. What it learns from round to round stands in `state`, so a killed server loses nothing.
 
     The server calls `study`, `plan`, `observe`, `blend` and `deploy`; the client `select`. On a client `state` is
     empty. The three rules of reduction are independent attributes; the defaults are FedAvg's.
     """
 
-    Options: type[StrategyOptions] = StrategyOptions
-    """Of a class that a configuration names by its module: what else may stand in its section `strategy`."""
     needs_profile = False
     """Whether a client must be profiled (one forward-only pass) before its first round."""
-    federated = True
-    """Whether updates are averaged; if not, every client keeps its own."""
     expert_rule: ExpertRule = TrainedExperts()
     router_rule: RouterRule = staticmethod(examples_per_layer)
     shared_rule: SharedRule = staticmethod(examples)

@@ -14,7 +14,7 @@ from math import ceil, prod
 
 import numpy as np
 
-from hfedmoe_ray.config.schema import Wire
+from hfedmoe_ray.config.wire import Wire
 from hfedmoe_ray.types import Array
 
 Parts = Mapping[str, Array]

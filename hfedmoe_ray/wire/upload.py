@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from hfedmoe_ray.config.schema import Wire
+from hfedmoe_ray.config.wire import Wire
 from hfedmoe_ray.types import (
     Array,
     ClientMetrics,

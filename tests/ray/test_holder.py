@@ -15,7 +15,7 @@ from mapped import mapping
 from moe_models import batch, plan, prepare, save_mixtral, task_weights
 from tiny_worker import Log, context, task, weights
 
-from hfedmoe_ray.config.schema import Lora
+from hfedmoe_ray.config.lora import Lora
 from hfedmoe_ray.context import PreparedModel
 from hfedmoe_ray.moe.prepare import initial_weights
 from hfedmoe_ray.moe.sharing import alias, part, read_frozen

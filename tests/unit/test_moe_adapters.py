@@ -13,7 +13,8 @@ from safetensors import safe_open
 from torch.nn.functional import cross_entropy, linear
 from transformers import AutoModelForSequenceClassification
 
-from hfedmoe_ray.config.schema import Lora, Model
+from hfedmoe_ray.config.lora import Lora
+from hfedmoe_ray.config.schema import Model
 from hfedmoe_ray.context import PreparedModel
 from hfedmoe_ray.errors import ConfigError, ModelError, TrainingError
 from hfedmoe_ray.moe import quantised

@@ -11,7 +11,7 @@ from moe_models import FAMILIES, batch, plan, prepare, save_bert, save_family
 from peft import PeftModel
 from transformers import AutoModelForSequenceClassification
 
-from hfedmoe_ray.config.schema import Lora
+from hfedmoe_ray.config.lora import Lora
 from hfedmoe_ray.context import PreparedModel
 from hfedmoe_ray.errors import ModelError
 from hfedmoe_ray.moe.peft_format import BASE, TENSORS, load_peft, save_peft

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from tiny_federation import experiment
 
 from hfedmoe_ray.config import strategies as configs
-from hfedmoe_ray.config.schema import Lora
+from hfedmoe_ray.config.lora import Lora
 from hfedmoe_ray.strategies import build_strategy
 from hfedmoe_ray.strategies.flux import frequency
 from hfedmoe_ray.strategies.merging import cosine_clusters, layer_budgets, merge_absent, principal_components
@@ -212,6 +212,12 @@ def test_deployed_clients_hold_their_most_useful_experts_and_train_none():
         assert not plan.trainable
         best = sorted(u_keys(), key=lambda key: (-u[key], key))[: len(plan.present)]
         assert sorted(best) == list(plan.present)
+
+
+def test_gradients_that_zero_hides_cannot_be_measured(tmp_path):
+    tier = {"name": "any", "share": 1, "experts": 0.5, "device": 0.1, "zero_stage": 1}
+    with pytest.raises(ValidationError, match="leave `zero_stage` out of the tiers"):
+        experiment(tmp_path, strategy="flux", clients={"count": 4, "tiers": [tier]})
 
 
 def test_merging_and_low_rank_factors_are_refused_together(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from moe_models import batch, plan, prepare, save_mixtral, task_weights
 
-from hfedmoe_ray.config.schema import Lora
+from hfedmoe_ray.config.lora import Lora
 from hfedmoe_ray.errors import TrainingError
 from hfedmoe_ray.moe.adapters import AdaptedExperts
 from hfedmoe_ray.moe.subset import SparseModel

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hfedmoe_ray.config.load import load_experiment
-from hfedmoe_ray.config.schema import Wire
+from hfedmoe_ray.config.wire import Wire
 from hfedmoe_ray.errors import ConfigError
 from hfedmoe_ray.wire.codecs import BF16, FP16, GROUP, Codec, Int8, TopK, build_codec, from_bf16, to_bf16
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load, save
 
-from hfedmoe_ray.config.schema import Wire
+from hfedmoe_ray.config.wire import Wire
 from hfedmoe_ray.errors import TrainingError
 from hfedmoe_ray.federation.validation import Rejected, accept
 from hfedmoe_ray.types import (

@@ -1,0 +1,39 @@
+"""What strategies add to a round crosses to other processes: a run on Ray ends with the model of a run in this one.
+
+What every strategy does is compared in tests/ray/test_session.py and tests/chaos. Here are those with something of
+their own to send: private routers and signals; merged and quantised experts, probes and profiles taken while the server
+reduces; a top-k, a load balance and learned scales; a pull to the start, rules and an optimizer in the server.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_federation import experiment, run
+
+from hfedmoe_ray.runtime.pool import RayExecutor
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("cluster")]
+
+CASES: dict[str, dict[str, Any]] = {
+    "flex_moe": {"strategy": "flex_moe"},
+    "flux": {"strategy": "flux"},
+    "fft_moe": {"strategy": {"name": "fft_moe", "balance": 0.1}},
+    "flame": {"strategy": "flame"},
+    "fedprox": {
+        "strategy": "fedprox",
+        "server": {"optimizer": "fedadam"},
+        "rules": {"experts": "frequency", "routers": "rows"},
+        "evaluate": {"personalised": True},
+    },
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_run_on_ray_ends_with_the_model_of_a_run_in_this_process(sources: Path, tmp_path: Path, case: str) -> None:
+    made = experiment(sources, "mixtral", **CASES[case])
+    _, here, _ = run(made, tmp_path / "here")
+    _, there, _ = run(made, tmp_path / "there", where=RayExecutor)
+    for key in ("model_sha256", "accuracy", "own_accuracy_by_client", "bytes_up", "bytes_down", "clients"):
+        assert there[key] == here[key], key
+    assert here["clients"]["ok"] > 0
