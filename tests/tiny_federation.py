@@ -13,8 +13,9 @@ from hfedmoe_ray.federation.checkpoint import load_checkpoint, run_identity
 from hfedmoe_ray.federation.executor import Executor
 from hfedmoe_ray.federation.rounds import run_experiment
 from hfedmoe_ray.prepare import prepare_run
+from hfedmoe_ray.records import RoundReport
 from hfedmoe_ray.runtime.local import LocalExecutor
-from hfedmoe_ray.types import RoundReport, Weights
+from hfedmoe_ray.types import Weights
 
 HFEDMOE = {"name": "hfedmoe", "tau": 0.5}
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from hfedmoe_ray.config.schema import Experiment
 from hfedmoe_ray.errors import HFedMoEError
-from hfedmoe_ray.types import RoundReport
+from hfedmoe_ray.records import RoundReport
 
 Tell = Callable[..., None]
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hfedmoe_ray.comparison.statistics import Better
+from hfedmoe_ray.records import RoundReport
 from hfedmoe_ray.tracking.record import RunRecord, read_run
-from hfedmoe_ray.types import RoundReport
 
 Unit = Literal["share", "share²", "number", "bytes"]
 

@@ -15,14 +15,13 @@ from hfedmoe_ray.context import RunContext
 from hfedmoe_ray.federation.evaluation import Evaluation, mean_accuracy, variance, worst_tenth
 from hfedmoe_ray.federation.state import FederationState, model_sha256
 from hfedmoe_ray.moe import derived
+from hfedmoe_ray.records import ClientRecord, RoundReport
 from hfedmoe_ray.types import (
     ClientInfo,
-    ClientRecord,
     ClientTask,
     ClientUpdate,
     ExpertKey,
     FloatArray,
-    RoundReport,
     RoutingProfile,
     TaskResult,
     Weights,

@@ -26,6 +26,7 @@ from hfedmoe_ray.federation.quorum import below_quorum, raise_common_failure
 from hfedmoe_ray.federation.state import FederationState
 from hfedmoe_ray.federation.validation import Rejected, accept
 from hfedmoe_ray.moe.prepare import head_parameters, initial_weights, router_layers
+from hfedmoe_ray.records import ClientRecord
 from hfedmoe_ray.strategies import build_strategy
 from hfedmoe_ray.strategies.aggregation import ClassMeans, MeanOutputs, Reducer
 from hfedmoe_ray.strategies.scores import uniform_plan
@@ -33,7 +34,6 @@ from hfedmoe_ray.strategies.server import ServerOptimizer
 from hfedmoe_ray.tracking.tracker import Tracker
 from hfedmoe_ray.types import (
     ClientInfo,
-    ClientRecord,
     ClientTask,
     ClientUpdate,
     ExpertPlan,

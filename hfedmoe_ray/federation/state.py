@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from hfedmoe_ray.federation.evaluation import Evaluation
-from hfedmoe_ray.types import Array, ClientRecord, Fetch, RoutingProfile, Weights
+from hfedmoe_ray.records import ClientRecord
+from hfedmoe_ray.types import Array, Fetch, RoutingProfile, Weights
 from hfedmoe_ray.wire import checksum, expert_name
 
 

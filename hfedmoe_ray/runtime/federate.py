@@ -7,10 +7,10 @@ from typing import Any
 from hfedmoe_ray.config.schema import Experiment
 from hfedmoe_ray.context import RunContext
 from hfedmoe_ray.federation.executor import Executor
+from hfedmoe_ray.records import RoundReport
 from hfedmoe_ray.tracking.files import FileTracker
 from hfedmoe_ray.tracking.tracker import Trackers
 from hfedmoe_ray.tracking.wandb import WandbTracker
-from hfedmoe_ray.types import RoundReport
 
 Render = Callable[[str, Any], None]
 """Shows what happens: "start" {"config", "facts"}, "round" `RoundReport`, "finish" summary, else an event's fields."""

@@ -15,11 +15,11 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from hfedmoe_ray.records import ClientRecord, RoundReport
 from hfedmoe_ray.tracking.formatting import MISSING, decimal, duration, percent, plural, points, short, size
 from hfedmoe_ray.tracking.progress import Progress, tier_colour
 from hfedmoe_ray.tracking.record import round_report
 from hfedmoe_ray.tracking.tiers import by_tier, mean
-from hfedmoe_ray.types import ClientRecord, RoundReport
 
 _PLAIN_LETTERS = str.maketrans({"·": "-", "–": "-", "−": "-", "×": "x", "→": ">", "━": "="})
 

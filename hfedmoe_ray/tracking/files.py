@@ -16,9 +16,9 @@ from typing import Any
 
 from hfedmoe_ray.config.load import dump_experiment
 from hfedmoe_ray.config.schema import Experiment
+from hfedmoe_ray.records import RoundReport
 from hfedmoe_ray.tracking.jsonl import append_line, dumps, plain, read_lines, write_atomic
 from hfedmoe_ray.tracking.versions import software_versions
-from hfedmoe_ray.types import RoundReport
 
 CONFIG, FACTS, METRICS, EVENTS, SUMMARY = "config.yaml", "facts.json", "metrics.jsonl", "events.jsonl", "summary.json"
 

@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 import yaml
 
 from hfedmoe_ray.errors import CheckpointError
+from hfedmoe_ray.records import ClientRecord, RoundReport
 from hfedmoe_ray.tracking.files import CONFIG, EVENTS, FACTS, METRICS, SUMMARY
 from hfedmoe_ray.tracking.jsonl import read_lines
-from hfedmoe_ray.types import ClientRecord, RoundReport
 
 Built = TypeVar("Built", "ClientFacts", ClientRecord, RoundReport)
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from hfedmoe_ray.records import ClientRecord, RoundReport
 from hfedmoe_ray.tracking import charts
 from hfedmoe_ray.tracking.charts import Bullet, Series
 from hfedmoe_ray.tracking.fairness import fairness
@@ -13,7 +14,7 @@ from hfedmoe_ray.tracking.formatting import MISSING, decimal, duration, percent,
 from hfedmoe_ray.tracking.markup import figure, key, section, table
 from hfedmoe_ray.tracking.record import ClientFacts, RunRecord
 from hfedmoe_ray.tracking.tiers import TierStatistics, by_tier, mean
-from hfedmoe_ray.types import ClientRecord, ExpertKey, RoundReport
+from hfedmoe_ray.types import ExpertKey
 
 _MOST_CLIENTS = 200
 """Clients drawn in the partition; more would not be told apart."""

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from hfedmoe_ray.types import ClientRecord
+from hfedmoe_ray.records import ClientRecord
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from hfedmoe_ray.types import RoundReport
+from hfedmoe_ray.records import RoundReport
 
 
 class Tracker(Protocol):

@@ -15,13 +15,13 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from hfedmoe_ray.config.running import Wandb
+from hfedmoe_ray.records import RoundReport
 from hfedmoe_ray.tracking.charts import scale
 from hfedmoe_ray.tracking.formatting import plural
 from hfedmoe_ray.tracking.jsonl import plain
 from hfedmoe_ray.tracking.sections import selection_map
 from hfedmoe_ray.tracking.tiers import by_tier
 from hfedmoe_ray.tracking.versions import software_versions
-from hfedmoe_ray.types import RoundReport
 
 INIT_TIMEOUT_S = 30.0
 FINISH_TIMEOUT_S = 60.0

@@ -20,8 +20,9 @@ import click
 from output import Row, json_option, publish
 
 from hfedmoe_ray.config.load import load_experiment
+from hfedmoe_ray.records import RoundReport
 from hfedmoe_ray.runtime import session
-from hfedmoe_ray.types import ModelShape, RoundReport
+from hfedmoe_ray.types import ModelShape
 
 CONFIG = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 FIXED = (

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from hfedmoe_ray.config.schema import Experiment
+from hfedmoe_ray.records import ClientRecord, RoundReport
 from hfedmoe_ray.seeds import generator
 from hfedmoe_ray.tracking.files import FileTracker
 from hfedmoe_ray.tracking.tracker import Tracker
-from hfedmoe_ray.types import ClientRecord, RoundReport
 
 LAYERS, EXPERTS, ROUNDS = 3, 16, 8
 TIERS = ["phone"] * 5 + ["laptop"] * 3 + ["server"] * 2

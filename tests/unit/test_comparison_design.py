@@ -74,8 +74,9 @@ def test_the_command_line_replaces_the_file(tmp_path: Path):
     assert made.directory == Path("runs/compared")
 
 
-def test_the_repositorys_own_comparison_stands_in_its_file():
-    made = read_design(CONFIG.parent / "compare_20news.yaml", ())
+@pytest.mark.parametrize("name", ["compare_20news", "compare_placements"])
+def test_the_repositorys_own_comparisons_stand_in_their_files(name):
+    made = read_design(CONFIG.parent / f"{name}.yaml", ())
     assert len(made.strategies) >= 8 and len(made.seeds) >= 3
     assert all(run.experiment.backend == "local" and run.experiment.evaluate.personalised for run in made.runs)
 

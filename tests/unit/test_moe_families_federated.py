@@ -13,9 +13,9 @@ from hfedmoe_ray.config.schema import Experiment
 from hfedmoe_ray.federation.checkpoint import load_checkpoint, run_identity
 from hfedmoe_ray.moe.prepare import initial_weights, save_full
 from hfedmoe_ray.prepare import prepare_run
+from hfedmoe_ray.records import RoundReport
 from hfedmoe_ray.runtime.federate import federate
 from hfedmoe_ray.runtime.local import LocalExecutor
-from hfedmoe_ray.types import RoundReport
 
 
 @pytest.fixture(scope="module")

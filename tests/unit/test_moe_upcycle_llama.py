@@ -31,9 +31,10 @@ from hfedmoe_ray.moe.subset import SparseModel
 from hfedmoe_ray.moe.upcycle.assemble import upcycle
 from hfedmoe_ray.moe.upcycle.calibrate import LayerReport
 from hfedmoe_ray.moe.upcycle.target import upcycled_config
+from hfedmoe_ray.records import RoundReport
 from hfedmoe_ray.runtime.federate import federate
 from hfedmoe_ray.runtime.local import LocalExecutor
-from hfedmoe_ray.types import ExpertKey, RoundReport, Weights
+from hfedmoe_ray.types import ExpertKey, Weights
 
 SIZES: dict[str, Any] = {
     "vocab_size": len(WORDS),

@@ -23,11 +23,11 @@ from recorded_run import (
 )
 
 from hfedmoe_ray.errors import CheckpointError
+from hfedmoe_ray.records import RoundReport
 from hfedmoe_ray.tracking import charts
 from hfedmoe_ray.tracking.files import FileTracker
 from hfedmoe_ray.tracking.report import write_report
 from hfedmoe_ray.tracking.svg import CATEGORIES, STEPS, every, step, ticks
-from hfedmoe_ray.types import RoundReport
 
 
 def recorded(

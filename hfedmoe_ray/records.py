@@ -1,0 +1,61 @@
+"""What is told of a round: a line per client, a line per round. Torch-free."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from hfedmoe_ray.types import Status
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientRecord:
+    """One line of `events.jsonl`: what one client did in one round."""
+
+    round: int
+    client: int
+    tier: str
+    status: Status
+    reason: str = ""
+    attempts: int = 1
+    samples: int = 0
+    loss: float | None = None
+    resident: int = 0
+    """Experts held, merged ones among them."""
+    trained: int = 0
+    """Experts that took at least one optimizer step."""
+    bytes_up: int = 0
+    bytes_down: int = 0
+    seconds: float = 0.0
+    step_seconds: float = 0.0
+    peak_mib: float = 0.0
+    over_mib: float = 0.0
+    """What the peak has more than the tier's `memory_gib`; 0 within it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundReport:
+    """One round as it is tracked: a line of `metrics.jsonl`, a step in W&B, a row on the screen."""
+
+    round: int
+    loss: float | None
+    """Mean training loss of the round's clients."""
+    accuracy: float | None
+    """Accuracy of the global model on the global test split (None where not evaluated)."""
+    test_loss: float | None
+    own_accuracy: float | None
+    """Mean over clients of the accuracy on their own test split, holding only their resident experts."""
+    clients: tuple[ClientRecord, ...]
+    selected: tuple[tuple[int, ...], ...]
+    """How many clients trained each expert, [L][E]."""
+    usage: tuple[tuple[float, ...], ...]
+    """Mean gate value of each expert over the cohort's tokens, [L][E]."""
+    bytes_up: int
+    bytes_down: int
+    seconds: float
+    phases: Mapping[str, float]
+    """Seconds spent in plan, publish, train, reduce, evaluate, checkpoint."""
+    agreement: float | None = None
+    """Mean Jensen-Shannon divergence of the clients' usage to their mean (nats; 0 = all route alike)."""
+    participation: float | None = None
+    """Mean over clients of |S_c| / |S_global| (eq. 18); logged, never used."""
+    personalised_accuracy: float | None = None
+    """`own_accuracy` after each client has trained for one more round by itself (last round only)."""
