@@ -270,6 +270,7 @@ class Federation:
             if update.profile is not None and cohort is not None:
                 state.profiles[client] = strategy.blend(update.profile, plans[client], cohort)
         strategy.observe(state.round + 1, updates, plans)
+        state.strategy = strategy.state  # which it may have filled or put another in place of
         everyone = len(reducer.participants)
         return records, updates, sum(taken) / (everyone * len(taken)) if everyone else None
 

@@ -24,7 +24,9 @@ class Learner(FedAvg):
         for client, update in updates.items():
             assert not update.experts
             for name, value in update.signals.items():
-                self.state[name] = self.state.get(name, np.zeros(self.shape)) + value * (client + 1) * round
+                before = self.state.get(name, np.zeros(self.shape))
+                # In place of the old state, not into it: both must reach the checkpoint.
+                self.state = self.state | {name: before + value * (client + 1) * round}
 
 
 @pytest.fixture
