@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -202,9 +202,11 @@ def _messages(children: _Children, job: dict[str, Any], log: Path) -> Iterator[d
         if process is None:
             raise ChildProcessError("the comparison was interrupted before this run began")
         assert process.stdin is not None and process.stdout is not None
-        with process.stdin, process.stdout:
-            process.stdin.write(json.dumps(job) + "\n")
-            process.stdin.flush()
+        # One that has ended before it took the job says why by its code.
+        with process.stdout, suppress(BrokenPipeError), process.stdin:
+            with suppress(BrokenPipeError):
+                process.stdin.write(json.dumps(job) + "\n")
+                process.stdin.flush()
             for line in process.stdout:
                 yield json.loads(line)
             code = process.wait()
