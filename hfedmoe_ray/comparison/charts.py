@@ -6,9 +6,13 @@ from dataclasses import dataclass
 from html import escape
 
 from hfedmoe_ray.tracking.charts import Write
+from hfedmoe_ray.tracking.markup import key
 from hfedmoe_ray.tracking.svg import LETTER, circle, colour, every, image, line, polyline, text, ticks
 
 _WIDE, _HIGH = 440.0, 300.0
+_PANEL = (250.0, 165.0)
+TOGETHER = 6
+"""Lines that one chart holds so that each can be followed; of more, each has a panel of its own."""
 DASHES = 4
 """Line styles; with the colours they tell 32 strategies apart."""
 
@@ -62,7 +66,9 @@ def curves(
     dots: bool = True,
     whole: bool = False,
 ) -> str:
-    """Lines over any quantity, with bands. Those that end at the right edge end in their last value.
+    """Lines over any quantity, with bands: one chart of them all, or where they are many a panel for each.
+
+    In a panel all others are drawn behind in grey, so that panels can be compared.
 
     Args:
         drawn: The lines.
@@ -73,12 +79,42 @@ def curves(
         dots: Whether each point is marked.
         whole: Whether x counts something, so that only whole numbers are marked.
     """
-    left, top, bottom = 46.0, 12.0, _HIGH - 36.0
+    options = _Options(across_is=across_is, write_x=write_x, write_y=write_y, dots=dots, whole=whole)
+    if len(drawn) <= TOGETHER:
+        return _chart(drawn, (), label, options, (_WIDE, _HIGH))
+    panels = "".join(
+        f'<div class="panel"><p>{key(one.name, one.number)}</p>'
+        f"{_chart([one], drawn, f'{label}: {one.name}', options, _PANEL)}</div>"
+        for one in drawn
+    )
+    return f'<div class="many">{panels}</div>'
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Options:
+    """See `curves`."""
+
+    across_is: str
+    write_x: Write
+    write_y: Write
+    dots: bool
+    whole: bool
+
+
+def _chart(
+    drawn: Sequence[Curve], behind: Sequence[Curve], label: str, options: _Options, size: tuple[float, float]
+) -> str:
+    """Lines in front of others that are there for comparison, over axes that fit them all."""
+    across_is, write_x, write_y = options.across_is, options.write_x, options.write_y
+    everything = [*drawn, *behind]
+    wide, tall = size
+    left, top, bottom = 46.0, 12.0, tall - 36.0
     ending = [one for one in drawn if one.points[-1][0] == max(x for other in drawn for x, _ in other.points)]
     ending = ending if len(ending) == len(drawn) else []
-    right = _WIDE - 14 - max((1.2 * LETTER * len(write_y(one.points[-1][1])) for one in ending), default=0.0)
-    xs = [x for one in drawn for x, _ in one.points]
-    ys = [y for one in drawn for _, y in one.points] + [y for one in drawn for pair in one.band for y in pair]
+    # Room for the last values of all, so that panels are alike.
+    right = wide - 14 - max((1.2 * LETTER * len(write_y(one.points[-1][1])) for one in everything if ending), default=0)
+    xs = [x for one in everything for x, _ in one.points]
+    ys = [y for one in everything for _, y in one.points] + [y for one in everything for pair in one.band for y in pair]
     low, high = min(ys), max(ys)
     rows = ticks(0.0 if 0 <= low < 0.4 * high else low, high)
     first, last = min(xs), max(xs)
@@ -92,10 +128,12 @@ def curves(
     parts = [line(left, up(mark), right, up(mark), "grid" if index else "axis") for index, mark in enumerate(rows)]
     parts += [text(left - 7, up(mark) + 3.5, write_y(mark), anchor="end") for mark in rows]
     marks = [mark for mark in ticks(first, last, 5) if first <= mark <= last] if last > first else [first]
-    marks = [mark for mark in marks if mark == int(mark) or not whole]
+    marks = [mark for mark in marks if mark == int(mark) or not options.whole]
     stride = every(len(marks), right - left, 10 + LETTER * max((len(write_x(mark)) for mark in marks), default=1))
     parts += [text(across(mark), bottom + 16, write_x(mark)) for mark in marks[::stride]]
-    parts.append(text((left + right) / 2, _HIGH - 3, across_is, "name"))
+    parts.append(text((left + right) / 2, tall - 3, across_is, "name"))
+    for one in behind:
+        parts.append(polyline(((across(x), up(y)) for x, y in one.points), "ghost"))
     for one in drawn:
         if one.band:
             edge = [(across(x), up(y)) for (x, _), (y, _) in zip(one.points, one.band, strict=True)]
@@ -103,8 +141,13 @@ def curves(
             corners = " ".join(f"{x:.1f},{y:.1f}" for x, y in edge)
             parts.append(f'<polygon class="band {colour(one.number)}" points="{corners}"/>')
     for one in drawn:
-        parts.append(polyline(((across(x), up(y)) for x, y in one.points), f"line {style(one.number)}"))
-        for index, (x, y) in enumerate(one.points if dots else ()):
+        parts.append(
+            polyline(
+                ((across(x), up(y)) for x, y in one.points),
+                f"line {colour(one.number) if behind else style(one.number)}",
+            )
+        )
+        for index, (x, y) in enumerate(one.points if options.dots else ()):
             tip = f"{one.name}, {across_is} {write_x(x)}: {write_y(y)}"
             if one.band:
                 tip += f" ({write_y(one.band[index][0])} to {write_y(one.band[index][1])} over seeds)"
@@ -112,7 +155,7 @@ def curves(
     for one, y in zip(ending, _apart([up(one.points[-1][1]) for one in ending], top, bottom), strict=True):
         x, value = one.points[-1]
         parts.append(text(across(x) + 7, y + 4, write_y(value), f"end {colour(one.number)}", "start"))
-    return image(_WIDE, _HIGH, label, *parts)
+    return image(wide, tall, label, *parts)
 
 
 def _apart(heights: Sequence[float], top: float, bottom: float) -> list[float]:

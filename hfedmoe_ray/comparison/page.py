@@ -69,7 +69,7 @@ def _lede(design: Design, tables: Sequence[Table]) -> str:
         best = max(dict.fromkeys(ahead), key=ahead.count)
         cell = next(one.rows[best][metric.key] for one in tables if one.rows[best][metric.key].best)
         where = "" if len(tables) == 1 else f" in {ahead.count(best)} of {len(tables)} settings"
-        value = f" ({_marked(metric, cell)} %)" if len(tables) == 1 else ""
+        value = f" ({escape(write_cell(metric, cell))} %)" if len(tables) == 1 else ""
         found.append(f"for {what} <b>{escape(best)}</b> is ahead{where}{value}")
     return compared + (f" On average, {'; '.join(found)}." if found else "")
 
@@ -121,10 +121,11 @@ def _figures(design: Design, outcomes: Sequence[Outcome]) -> str:
         for number, name in enumerate(design.strategies)
     ]
     present = [row for row in by_strategy if row[2]]
-    pairs = [_by_round(present), _by_bytes(present), _by_client(present), _by_expert(present)]
-    drawn = "".join(pairs)
+    drawn = "".join([_by_round(present), _by_bytes(present), _by_client(present), _by_expert(present)])
     if not drawn:
         return ""
+    if len(present) > charts.TOGETHER:  # where each has a panel of its own, with its name
+        return f"<h3>Figures</h3>{drawn}"
     names = charts.legend([(name, number) for name, number, _ in present])
     return f'<h3>Figures</h3>{names}<div class="pair">{drawn}</div>'
 

@@ -31,7 +31,11 @@ class Rules(Section):
     tau: NonNegativeFloat | None = None
     """sparsity_aware, usage_threshold: least use as a multiple of 1/E. Default: `strategy.tau` of hfedmoe, else 1."""
     lam: UnitInterval | None = None
-    """alpha, alpha_literal: lambda of eq. 5. Default: `strategy.lam` of hfedmoe, else 0.5."""
+    """alpha, alpha_literal: lambda of eq. 5. Default: `strategy.lam` of hfedmoe, else 0.9."""
+    anchor: UnitInterval | None = None
+    """Share of the cohort that must take part in an expert for its mean to be taken whole. Where fewer do, the
+    published value takes the places of those who are missing, so that what one client made of an expert does not
+    replace it. Default: `strategy.anchor` of hfedmoe, else 0, as in the papers (ours)."""
     temperature: NonNegativeFloat | None = None
     """frequency: t, the power of an expert's activation frequency. Default: `strategy.temperature` of flame, else 1."""
 

@@ -41,8 +41,9 @@ class HFedMoE(Placement):
     """HFedMoE (arXiv 2601.00583): information-bottleneck selection and sparsity-aware aggregation."""
 
     name: Literal["hfedmoe"] = "hfedmoe"
-    lam: UnitInterval = 0.5
-    """Weight of cumulative against specific importance (eq. 5)."""
+    lam: UnitInterval = 0.9
+    """Weight of cumulative against specific importance (eq. 5). The default is ours: the paper gives none, and at 0.5
+    the largest gate value, near 1 for most experts of a batch of some hundred tokens, decides nearly alone."""
     beta: NonNegativeFloat = 0.1
     """Price of information in the score (eq. 14); 0 is plain importance."""
     tau: NonNegativeFloat | None = None
@@ -60,23 +61,24 @@ class HFedMoE(Placement):
     decay: UnitInterval = 0.5
     """How far the profile of an expert a client does not hold moves to the cohort's mean each round (ours)."""
     coverage: UnitInterval = 0.0
-    """Share of the clients' places that is dealt evenly over all experts, round by round, so that unpopular ones are
-    trained too: residents are then chosen for the cohort as a whole. 0: every client holds its own best. `explore` is
-    a share of the places that are left (ours)."""
+    """Share of the clients' places that goes to other experts than their best, so that unpopular ones are trained too.
+    Residents are then chosen for the cohort as a whole, that share of them dealt evenly over all experts, round by
+    round; in a batch that share of the budget is drawn from what else was routed to. 0: the best alone. `explore` is a
+    share of the residents that are left (ours)."""
+
+    anchor: UnitInterval | None = None
+    """Share of the cohort that must take part in an expert for its mean to be taken whole (`rules.anchor`). Default: 0,
+    as in the paper; with `coverage` 1, as covered experts have few trainers each (ours)."""
+
+    @property
+    def held_back(self) -> float:
+        """`anchor`, or its default."""
+        return self.anchor if self.anchor is not None else float(self.coverage > 0)
 
     @property
     def threshold(self) -> float:
         """`tau`, or its default."""
         return self.tau if self.tau is not None else float(self.coverage == 0)
-
-    @model_validator(mode="after")
-    def _chooses(self) -> Self:
-        if self.resident == "all" and self.coverage > 0:
-            raise ValueError(
-                f"coverage is {self.coverage:g}, which decides who holds which experts, but with `resident: all` every "
-                "client holds all of them. Write `resident: budget`, or leave coverage out"
-            )
-        return self
 
 
 class FlexMoE(Placement):

@@ -50,9 +50,9 @@ def build_strategy(
     assert issubclass(found, Strategy), f"{config.name} is no strategy: derive it from hfedmoe_ray.strategies.Strategy"
     strategy = found(config, shape, seed)
     if rules is not None:
-        tau, lam = (config.threshold, config.lam) if isinstance(config, configs.HFedMoE) else (1.0, 0.5)
+        ours = config if isinstance(config, configs.HFedMoE) else configs.HFedMoE()
         temperature = config.temperature if isinstance(config, configs.Flame) else 1.0
         strategy.rules = override(
-            strategy.rules, rules, tau=tau, lam=lam, temperature=temperature, experts=shape.experts
+            strategy.rules, rules, tau=ours.threshold, lam=ours.lam, temperature=temperature, experts=shape.experts
         )
     return strategy

@@ -7,6 +7,7 @@ nobody contributes to keep their bytes, and so do router rows where rows are wei
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -120,7 +121,11 @@ class Reducer:
     """By expert (None: shared) and tensor name."""
     _products: dict[tuple[ExpertKey | None, str], ProductMean] = field(default_factory=dict)
     """By expert and name of factor A."""
-    _participants: set[ExpertKey] = field(default_factory=set)
+    _participants: Counter[ExpertKey] = field(default_factory=Counter)
+    """How many clients took part in each expert."""
+    _weights: dict[ExpertKey, float] = field(default_factory=dict)
+    """Their weights, summed."""
+    _clients: int = 0
 
     @property
     def participants(self) -> frozenset[ExpertKey]:
@@ -134,6 +139,7 @@ class Reducer:
             weight = self.rules.experts(update, plan, key)
             if weight > 0.0:
                 mine.add(key)
+                self._weights[key] = self._weights.get(key, 0.0) + weight
                 # An expert that takes part without having moved was not sent: its value is the published one.
                 self._fold(key, update.experts.get(key, self.old.experts[key]), weight)
         router = self.rules.routers(update, plan, self.layers)
@@ -143,11 +149,13 @@ class Reducer:
                 self._fold(None, {name: value}, router[layer_of[name]])
         plain = {name: value for name, value in update.shared.items() if name not in layer_of}
         self._fold(None, plain, self.rules.shared(update))
-        self._participants |= mine
+        self._participants.update(mine)
+        self._clients += 1
         return frozenset(mine)
 
     def result(self) -> Weights:
-        """The next version of the weights; arrays that did not change are the same objects as before."""
+        """The next version of the weights; arrays that did not change are the same objects as before. Call it once."""
+        self._hold_back()
         experts = {key: self._averaged(key, tensors) for key, tensors in self.old.experts.items()}
         shared = self._averaged(None, self.old.shared)
         return replace(self.old, version=self.old.version + 1, shared=shared, experts=experts)
@@ -156,6 +164,13 @@ class Reducer:
     def rows(self) -> dict[str, Array]:
         """Rows averaged so far, bool [rows], of the router parameters that are weighed row by row."""
         return {name: mean.weight > 0.0 for (_, name), mean in self._means.items() if mean.weight.ndim}
+
+    def _hold_back(self) -> None:
+        """Lets the published value take part in experts that few clients did, in the place of those who are missing."""
+        wanted = self.rules.anchor * self._clients
+        for key, count in self._participants.items():
+            if count < wanted:
+                self._fold(key, self.old.experts[key], self._weights[key] * (wanted - count) / count)
 
     def _fold(self, owner: ExpertKey | None, tensors: Mapping[str, Array], weight: float | FloatArray) -> None:
         """Adds tensors that belong together with one weight."""

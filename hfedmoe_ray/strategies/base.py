@@ -59,6 +59,8 @@ class Strategy(Configurable, ABC, Generic[Config]):
     """Sum router weights as printed in the paper instead of normalising them."""
     private_router = False
     """Whether every client keeps the routers it trained and never takes the averaged ones."""
+    anchor = 0.0
+    """Share of a cohort that must take part in an expert for its mean to be taken whole: see `rules.RuleSet.anchor`."""
     proximal = 0.0
     """mu of FedProx: how strongly local steps are pulled towards the weights they started from."""
     signals: frozenset[Signal] = frozenset()
@@ -90,12 +92,14 @@ class Strategy(Configurable, ABC, Generic[Config]):
             shared=self.shared_rule,
             literal_router=self.literal_router,
             private_router=self.private_router,
+            anchor=self.anchor,
         )
 
     @rules.setter
     def rules(self, rules: RuleSet) -> None:
         self.expert_rule, self.router_rule, self.shared_rule = rules.experts, rules.routers, rules.shared
         self.literal_router, self.private_router = rules.literal_router, rules.private_router
+        self.anchor = rules.anchor
 
     def study(self, weights: Weights) -> None:
         """Looks at the published weights, before `plan` and `deploy` are asked about them. Default: does not.

@@ -44,6 +44,7 @@ class HFedMoE(Strategy[configs.HFedMoE]):
         )
         self.router_rule = GateWeights(experts=self.expert_rule, lam=config.lam)
         self.literal_router = config.gate_weights == "literal"
+        self.anchor = config.held_back
 
     def score(self, profile: RoutingProfile) -> FloatArray:
         """I(e) of eq. 14, or the importance of eq. 5, [L, E]."""
@@ -72,11 +73,16 @@ class HFedMoE(Strategy[configs.HFedMoE]):
         }
 
     def select(self, batch: RoutingProfile, plan: ExpertPlan, rng: np.random.Generator) -> frozenset[ExpertKey]:
-        """Eq. 15 on one batch: the K_c best of the routed experts that the client may train."""
-        del rng
+        """Eq. 15 on one batch: the K_c best of the routed experts that the client may train.
+
+        With coverage that share of them is drawn from all else that was routed to, in any layer (ours).
+        """
         allowed = mask(self.shape, plan.trainable) & (batch.routed > 0)
-        budget = plan.batch_budget if plan.batch_budget is not None else allowed.size
-        return top_experts(self.score(batch), allowed, budget, self.config.scope)
+        budget = min(int(allowed.sum()), plan.batch_budget if plan.batch_budget is not None else allowed.size)
+        drawn = int(self.config.coverage * budget + rng.random()) if self.config.coverage > 0 else 0
+        best = top_experts(self.score(batch), allowed, budget - drawn, self.config.scope)
+        left = np.argwhere(allowed & ~mask(self.shape, best))
+        return best.union(ExpertKey(*map(int, key)) for key in rng.choice(left, size=drawn, replace=False))
 
     def deploy(self, round: int, clients: Sequence[ClientInfo], profiles: Profiles) -> dict[int, ExpertPlan]:
         """The best residents by score, without exploration."""

@@ -189,6 +189,8 @@ class RuleSet:
     """Divide a router by |S_global| as eq. 20 is printed, instead of normalising its weights."""
     private_router: bool = False
     """Every client keeps the routers it trained."""
+    anchor: float = 0.0
+    """Share of the cohort below which an expert's participants are joined by its published value (ours)."""
 
 
 def override(own: RuleSet, rules: Rules, *, tau: float, lam: float, temperature: float, experts: int) -> RuleSet:
@@ -233,6 +235,7 @@ def override(own: RuleSet, rules: Rules, *, tau: float, lam: float, temperature:
         shared=own.shared if rules.shared is None else shared_rules[rules.shared],
         literal_router=own.literal_router if kept else rules.routers == "alpha_literal",
         private_router=own.private_router if kept else rules.routers == "private",
+        anchor=own.anchor if rules.anchor is None else rules.anchor,
     )
 
 

@@ -2,15 +2,18 @@
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
+from ray.job_submission import JobSubmissionClient
 from ray.runtime_env import RuntimeEnv
 from small_run import CONFIG, OVERRIDES, REPOSITORY
 
@@ -109,6 +112,26 @@ def test_a_failed_job_has_its_exit_code_and_its_paragraph(head: str, tmp_path: P
     assert submit(CONFIG, overrides, head, python=sys.executable, show=log.append) == 3
     assert "/nowhere/missing.jsonl" in "".join(log)
     assert not (tmp_path / "runs" / "broken").exists()
+
+
+@pytest.mark.usefixtures("token")
+def test_a_comparison_is_a_job_too(head: str, home: Path):
+    client = JobSubmissionClient(head)
+    overrides = [*OVERRIDES, "rounds=1", "name=two", "data.test_examples=20"]
+    command = [sys.executable, "-u", "jobs/compare.py", "configs/quickstart.yaml", *overrides]
+    command += ["--strategies", "hfedmoe,random", "--seeds", "0"]
+    environment = yaml.safe_load((REPOSITORY / "jobs" / "runtime_env.yaml").read_text())
+    job = client.submit_job(entrypoint=shlex.join(command), runtime_env=environment | {"working_dir": str(REPOSITORY)})
+    until = time.monotonic() + 200
+    while not client.get_job_status(job).is_terminal() and time.monotonic() < until:
+        time.sleep(0.5)
+    log = client.get_job_logs(job)
+    assert client.get_job_status(job) == "SUCCEEDED", log
+    compared = json.loads((home / "runs" / "two" / "comparison.json").read_text())
+    assert compared["strategies"] == ["hfedmoe", "random"]
+    for run in (home / "runs" / "two" / "runs").iterdir():
+        assert json.loads((run / "summary.json").read_text())["status"] == "finished", log
+        assert yaml.safe_load((run / "config.yaml").read_text())["backend"] == "ray"
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import wandb_file
 import yaml
 from html_page import Page
 from tiny_federation import experiment
@@ -37,7 +38,7 @@ def config(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         strategy="hfedmoe",
         local={"steps": 2, "batch_size": 4, "learning_rate": 1e-2, "profile_examples": 8},
         evaluate={"own": "final", "personalised": True, "target": 0.3},
-        tracking={"wandb": {"mode": "disabled"}},
+        tracking={"wandb": {"mode": "offline", "project": "tests"}},
     )
     values = yaml.safe_load(dump_experiment(made))
     values["compare"] = {
@@ -218,6 +219,12 @@ def test_as_many_run_at_once_as_cores_and_memory_allow(done: Design, monkeypatch
 
 
 # -------------------------------------------------------------------------------------------------- what is written
+
+
+def test_wandb_sees_the_runs_of_a_comparison_as_one_group(done: Design):
+    logged = [wandb_file.run_record(next(run.directory.glob("wandb/**/*.wandb"))) for run in done.runs]
+    assert {record.run_group for record in logged} == {"tiny-comparison"}
+    assert [record.display_name for record in logged] == [run.experiment.name for run in done.runs]
 
 
 def test_the_page_is_self_contained_and_draws_every_figure(done: Design):

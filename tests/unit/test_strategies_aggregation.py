@@ -17,12 +17,12 @@ from hfedmoe_ray.strategies.rules import (
 from hfedmoe_ray.types import ClientUpdate, Prototypes
 
 
-def reduce(updates, rule=None, router=examples_per_layer, old=None, literal=False):
+def reduce(updates, rule=None, router=examples_per_layer, old=None, *, literal=False, anchor=0.0):
     reducer = Reducer(
         old=old or weights(),
         router_layers=ROUTERS,
         layers=LAYERS,
-        rules=RuleSet(experts=rule or TrainedExperts(), routers=router, literal_router=literal),
+        rules=RuleSet(experts=rule or TrainedExperts(), routers=router, literal_router=literal, anchor=anchor),
     )
     for one in updates:
         reducer.add(one, PLAN)
@@ -71,6 +71,23 @@ def test_fedavg_is_the_mean_weighted_by_examples():
         new.experts[key]["w"], 0.25 * one.experts[key]["w"] + 0.75 * two.experts[key]["w"], rtol=1e-6
     )
     np.testing.assert_allclose(new.shared["head"], 0.25 * one.shared["head"] + 0.75 * two.shared["head"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("anchor", [0.0, 0.25, 0.5, 0.75, 1.0])
+@pytest.mark.parametrize("participants", [0, 1, 2, 3, 4])
+def test_an_expert_moves_by_its_mean_or_less_where_few_took_part(anchor, participants):
+    old = weights()
+    updates = [update(client, KEYS[: client < participants], samples=10 * client + 1) for client in range(4)]
+    new = reduce(updates, old=old, anchor=anchor).experts[KEYS[0]]["w"]
+    plain = reduce(updates, old=old).experts[KEYS[0]]["w"]
+    before = old.experts[KEYS[0]]["w"]
+    if participants == 0:
+        assert new is before
+    elif participants >= 4 * anchor:
+        assert (new == plain).all(), "enough took part"
+    else:
+        share = participants / (4 * anchor)
+        np.testing.assert_allclose(new - before, share * (plain - before), rtol=1e-4, atol=1e-6)
 
 
 def test_usage_below_the_threshold_keeps_a_client_out_of_an_expert():

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pydantic import ValidationError
 from tiny_federation import experiment, run
 
 from hfedmoe_ray.config import strategies as configs
@@ -14,7 +13,7 @@ from hfedmoe_ray.strategies import build_strategy
 from hfedmoe_ray.strategies.coverage import kept_share, phases
 from hfedmoe_ray.strategies.rules import expert_weights
 from hfedmoe_ray.strategies.scores import explore, mask, resident_plan, top_experts
-from hfedmoe_ray.types import ClientInfo, ClientUpdate, ModelShape, RoutingProfile
+from hfedmoe_ray.types import ClientInfo, ClientUpdate, ExpertKey, ModelShape, RoutingProfile
 
 SHAPE = ModelShape(layers=3, experts=16, top_k=2, hidden=4, expert_bytes=1, shared_bytes=1, frozen_bytes=1)
 GRID = (3, 16)
@@ -208,6 +207,25 @@ def test_what_coverage_lets_clients_train_is_averaged_however_little_they_use_it
     assert averaged() == averaged(tau=1.0), "which stands without coverage"
 
 
-def test_coverage_decides_nothing_where_every_client_holds_everything():
-    with pytest.raises(ValidationError, match="every client holds all of them"):
-        configs.HFedMoE(resident="all", coverage=0.5)
+@pytest.mark.parametrize("share", KNOB)
+@pytest.mark.parametrize("scope", ["global", "per_layer"])
+def test_in_a_batch_coverage_gives_that_share_of_the_budget_to_what_else_was_routed_to(share, scope):
+    # In the paper's setting every client holds every expert, and all that is chosen is what a batch trains.
+    strategy = hfedmoe(resident="all", coverage=share, scope=scope)
+    batch = profiles(1)[0]
+    batch.routed[:, 12:] = 0
+    plan = strategy.plan(1, clients(1), {0: batch})[0]
+    best = top_experts(strategy.score(batch), batch.routed > 0, 6, scope)
+    rng = np.random.default_rng(0)
+    chosen = [strategy.select(batch, plan, rng) for _ in range(400)]
+    assert all(len(one) == 6 and all(key.expert < 12 for key in one) for one in chosen)
+    # What is drawn may be one of the best again, where fewer of them were taken.
+    others = np.mean([len(one - best) for one in chosen])
+    assert others == pytest.approx(6 * share * (36 - 6) / (36 - 6 + 6 * share), abs=0.2)
+    assert len(frozenset[ExpertKey]().union(*chosen)) == (36 if share else 6)
+
+
+def test_what_coverage_leaves_to_few_clients_is_held_back_unless_told_otherwise():
+    assert hfedmoe().rules.anchor == 0, "the paper's mean"
+    assert hfedmoe(coverage=0.1).rules.anchor == 1
+    assert hfedmoe(coverage=0.1, anchor=0.3).rules.anchor == hfedmoe(anchor=0.3).rules.anchor == 0.3

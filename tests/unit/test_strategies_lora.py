@@ -155,3 +155,29 @@ def test_averaged_products_are_weighted_like_everything_else():
     expected = folded(sent).result(*OLD)
     assert np.array_equal(new.experts[KEY]["up.lora_A"], expected[0])
     assert np.array_equal(new.shared[ATTENTION[1]], expected[1])
+
+
+def test_a_product_few_took_part_in_is_held_back_towards_the_published_one():
+    """Exactly so while the ranks of the two fit the rank of one: here the client changed one of the two directions."""
+    key, other = ExpertKey(0, 0), ExpertKey(0, 1)
+    a, b = factors(0)
+    moved = b.copy()
+    moved[:, 1] += factors(1)[1][:, 1]
+    old = Weights(version=0, shared={}, experts={key: {"w.lora_A": a, "w.lora_B": b}, other: {}})
+    reducer = Reducer(old=old, router_layers={}, layers=1, rules=RuleSet(anchor=1.0), average="svd")
+    plan = uniform_plan((1, 2), Role.TRAIN)
+    for client, sent in ((0, {key: {"w.lora_A": a, "w.lora_B": moved}}), (1, {})):
+        reducer.add(
+            ClientUpdate(
+                client=client,
+                samples=10,
+                experts=sent,
+                shared={},
+                trained=dict.fromkeys(sent, 1),
+                profile=None,
+                means={},
+            ),
+            plan,
+        )
+    new = reducer.result().experts[key]
+    np.testing.assert_allclose(new["w.lora_B"] @ new["w.lora_A"], (b + moved) / 2 @ a, atol=1e-5)

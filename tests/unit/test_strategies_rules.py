@@ -84,7 +84,7 @@ def test_a_row_follows_its_expert_and_rows_nobody_trained_keep_their_bits():
 
 
 def test_a_router_rule_looks_at_the_experts_of_the_rule_beside_it():
-    hfedmoe = build_strategy(configs.HFedMoE(), SHAPE, 0)
+    hfedmoe = build_strategy(configs.HFedMoE(lam=0.5), SHAPE, 0)
     kept = override(hfedmoe.rules, Rules(experts="plain"), tau=1.0, lam=0.5, temperature=1.0, experts=EXPERTS)
     every = UPDATES[0].profile.usage * UPDATES[0].profile.importance(0.5)
     np.testing.assert_allclose(kept.routers(UPDATES[0], PLAN, LAYERS), every.sum(axis=1))
