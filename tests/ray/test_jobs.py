@@ -18,7 +18,7 @@ from ray.runtime_env import RuntimeEnv
 from small_run import CONFIG, OVERRIDES, REPOSITORY
 
 from hfedmoe_ray.errors import ClusterError, ConfigError
-from hfedmoe_ray.runtime.jobs import submit
+from hfedmoe_ray.runtime.jobs import auth_headers, submit
 
 pytestmark = pytest.mark.ray
 TOKEN = "0123456789abcdef" * 4
@@ -116,7 +116,7 @@ def test_a_failed_job_has_its_exit_code_and_its_paragraph(head: str, tmp_path: P
 
 @pytest.mark.usefixtures("token")
 def test_a_comparison_is_a_job_too(head: str, home: Path):
-    client = JobSubmissionClient(head)
+    client = JobSubmissionClient(head, headers=auth_headers())
     overrides = [*OVERRIDES, "rounds=1", "name=two", "data.test_examples=20"]
     command = [sys.executable, "-u", "jobs/compare.py", "configs/quickstart.yaml", *overrides]
     command += ["--strategies", "hfedmoe,random", "--seeds", "0"]
