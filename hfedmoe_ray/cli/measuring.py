@@ -12,6 +12,7 @@ from hfedmoe_ray.errors import ConfigError
 BENCHMARKS = {
     "memory": "a client's private memory at 12.5, 25, 50 and 100 % of the experts, and ten clients on a node",
     "step": "DeepSpeed against bare PyTorch, what absent and masked experts save, selection, the prefix cache",
+    "orchestration": "a round without the clients' work, of 8 and of 300 clients, and clients at work at once",
     "bytes": "what an update weighs against what was trained, in every precision",
 }
 _REPOSITORY = Path(__file__).parents[2]
@@ -20,7 +21,7 @@ _REPOSITORY = Path(__file__).parents[2]
 @click.command(
     short_help="Measure memory, time or bytes on this machine.",
     context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
-    epilog="\b\n" + "\n".join(f"{name:7} {what}" for name, what in BENCHMARKS.items()),
+    epilog="\b\n" + "\n".join(f"{name:13} {what}" for name, what in BENCHMARKS.items()),
 )
 @click.argument("name", type=click.Choice(list(BENCHMARKS)))
 @click.argument("options", nargs=-1, type=click.UNPROCESSED)

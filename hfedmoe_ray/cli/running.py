@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from hfedmoe_ray.cli.app import Interrupted, experiment_arguments
-from hfedmoe_ray.errors import CheckpointError, ConfigError
+from hfedmoe_ray.errors import CheckpointError, ConfigError, TrainingError
 
 if TYPE_CHECKING:
     from hfedmoe_ray.config.schema import Experiment
@@ -92,6 +92,34 @@ def _check_is_run(run_dir: Path) -> None:
         raise CheckpointError(
             f"{run_dir} is not the directory of a run: there is no config.yaml in it.{closest(str(run_dir), siblings)} "
             "Runs are in runs/NAME unless their `output` says otherwise."
+        )
+
+
+@click.command(short_help="Run the last rounds of a run again, and compare.")
+@click.argument("run_dir", metavar="RUN", type=RUN_DIR)
+@click.option("--rounds", type=click.IntRange(min=1), default=2, show_default=True, help="Rounds to run again.")
+@click.option("--backend", type=click.Choice(["local", "ray"]), help="Where. Default: where the run was.")
+def verify(run_dir: Path, rounds: int, backend: str | None) -> None:
+    """Run the last rounds of a run again from its checkpoints, and compare every bit of what they leave.
+
+    Nothing of the run is changed. Fails with 7 where something came out otherwise. Example:
+    hfedmoe verify runs/quickstart --backend local
+    """
+    from hfedmoe_ray.tracking.console import ConsoleRenderer
+    from hfedmoe_ray.verify import verify_run
+
+    _check_is_run(run_dir)
+    with ConsoleRenderer(run_dir) as render:
+        verified = verify_run(run_dir, rounds=rounds, backend=backend, render=render)
+    for one in verified:
+        verdict = "the same to the last bit" if not one.different else f"{len(one.different)} differ"
+        click.echo(f"round {one.round}: {one.tensors} tensors, {verdict}")
+    different = [one for one in verified if one.different]
+    if different:
+        few = ", ".join(different[0].different[:3])
+        raise TrainingError(
+            f"Round {different[0].round} of {run_dir} came out otherwise when it was run again; first in: {few}. "
+            "Either library versions differ from those in its config.yaml, or threads or devices do, or it is a bug."
         )
 
 

@@ -93,6 +93,13 @@ EFFORT = (
         better="low",
         meaning="first round evaluated in which the global model reached the target accuracy",
     ),
+    Metric(
+        key="rounds_to_own_target",
+        title="Rounds to target, own",
+        unit="number",
+        better="low",
+        meaning="the same for the mean of clients on their own test data, where `evaluate.own: always` measures it",
+    ),
     Metric(key="bytes_up", title="Up (MiB)", unit="bytes", better="low", meaning="sent by all clients, whole run"),
     Metric(key="bytes_down", title="Down (MiB)", unit="bytes", better="low", meaning="sent to all clients"),
     Metric(
@@ -159,6 +166,7 @@ def read_outcome(run_dir: Path, *, strategy: str, setting: str, seed: int) -> Ou
     training = [report for report in run.rounds if any(map(any, report.selected))]
     trained = [sum(count > 0 for row in report.selected for count in row) for report in training]
     figures: dict[str, Any] = {metric.key: run.summary.get(metric.key) for metric in METRICS}
+    figures["rounds_to_own_target"] = _rounds_to_own_target(run)
     figures["load_cv"] = coefficient_of_variation([count for row in load for count in row])
     figures["experts_a_round"] = sum(trained) / len(trained) if trained else None
     return Outcome(
@@ -184,6 +192,15 @@ def coefficient_of_variation(counts: Sequence[float]) -> float | None:
         return None
     mean = total / len(counts)
     return float((sum((count - mean) ** 2 for count in counts) / len(counts)) ** 0.5 / mean)
+
+
+def _rounds_to_own_target(run: RunRecord) -> int | None:
+    """None where it was not reached, there is no target, or only the last round was measured."""
+    target = run.summary.get("target")
+    own = [(report.round, report.own_accuracy) for report in run.rounds if report.own_accuracy is not None]
+    if target is None or len(own) < 2:
+        return None
+    return next((round for round, accuracy in own if accuracy >= target), None)
 
 
 def _load(rounds: Sequence[RoundReport]) -> tuple[tuple[int, ...], ...]:

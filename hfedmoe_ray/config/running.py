@@ -22,7 +22,8 @@ class Runtime(Section):
     """Times a task is tried again, on another slot, after its process died."""
     round_attempts: PositiveInt = 2
     """Times a round below quorum is tried before the run stops."""
-    keep_checkpoints: PositiveInt = 2
+    keep_checkpoints: PositiveInt = 3
+    """Newest rounds whose checkpoints are kept: 3, so that `hfedmoe verify` can run two rounds again."""
 
 
 class Wandb(Section):

@@ -21,6 +21,12 @@ because clients failed is made up for later.
 To hold an expert is not yet to be averaged into it: with its usage threshold tau / E, HFedMoE leaves out of the mean
 what clients trained of experts they use little - the very ones that are covered (of the quickstart's 32 experts, all
 trained at c = 0.5, tau = 1 averages 12). So the threshold is 0 with coverage, unless `tau` is given.
+
+Nor is it good to be averaged whole. A covered expert has one or two trainers in a round; their mean is what these few
+clients made of it, from few tokens, while AdamW's steps are as long as for any other. Taken as it is, that undoes in a
+round what the expert was: in a first comparison the global model ended five points below the untrained one. So with
+coverage an expert moves in proportion to the share of the cohort that trained it (`rules.RuleSet.anchor` = 1, unless
+`anchor` is given): the published value stands in for clients that did not.
 """
 
 from collections.abc import Mapping

@@ -37,7 +37,7 @@ def config(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         name="tiny-comparison",
         strategy="hfedmoe",
         local={"steps": 2, "batch_size": 4, "learning_rate": 1e-2, "profile_examples": 8},
-        evaluate={"own": "final", "personalised": True, "target": 0.3},
+        evaluate={"own": "always", "personalised": True, "target": 0.3},
         tracking={"wandb": {"mode": "offline", "project": "tests"}},
     )
     values = yaml.safe_load(dump_experiment(made))
@@ -221,6 +221,20 @@ def test_as_many_run_at_once_as_cores_and_memory_allow(done: Design, monkeypatch
 # -------------------------------------------------------------------------------------------------- what is written
 
 
+@pytest.mark.parametrize(
+    ("own", "reached"),
+    [([None, 0.2, 0.4], 2), ([0.3, 0.1, 0.4], 0), ([None, None, 0.4], None), ([0.1, 0.1, 0.2], None)],
+)
+def test_the_round_in_which_clients_reached_the_target_on_their_own_data(done: Design, tmp_path: Path, own, reached):
+    run = tmp_path / "run"
+    shutil.copytree(done.runs[0].directory, run, ignore=shutil.ignore_patterns("wandb", "checkpoints"))
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    changed = [line | {"own_accuracy": accuracy} for line, accuracy in zip(lines[:3], own, strict=True)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in changed))
+    outcome = read_outcome(run, strategy="hfedmoe", setting="", seed=0)
+    assert outcome.figures["rounds_to_own_target"] == reached, "the target is 0.3"
+
+
 def test_wandb_sees_the_runs_of_a_comparison_as_one_group(done: Design):
     logged = [wandb_file.run_record(next(run.directory.glob("wandb/**/*.wandb"))) for run in done.runs]
     assert {record.run_group for record in logged} == {"tiny-comparison"}
@@ -290,7 +304,7 @@ def test_names_from_outside_break_no_table_and_no_page(done: Design):
     for line in markdown(design, tables, [EVIL]).splitlines():
         if line.startswith("|"):
             cells = re.split(r"(?<!\\)\|", line)
-            assert len(cells) in (4 + 4, 5 + 4), line
+            assert len(cells) in (4 + 4, 6 + 4), line
     tex = latex(design, tables)
     assert balanced(tex)
     for row in tex.splitlines():
