@@ -82,12 +82,41 @@ class Tier(Section):
         return self
 
 
+class Availability(Section):
+    """Which clients can be asked in a round."""
+
+    how: Literal["always", "diurnal", "file"] = "always"
+    """always; diurnal: each for a part of its day, which begins at a time of its own; file: in the rounds that a file
+    names."""
+    share: Share | None = None
+    """diurnal: part of the day in which a client can be asked. Default: 0.5."""
+    period: PositiveInt | None = None
+    """diurnal: rounds of a day. Default: 24."""
+    path: str | None = None
+    """file: CSV with the columns client, first, last: a row for each span of rounds, both ends included."""
+
+    @model_validator(mode="after")
+    def _read_by_something(self) -> Self:
+        readers = {"share": "diurnal", "period": "diurnal", "path": "file"}
+        for option, how in readers.items():
+            if getattr(self, option) is not None and self.how != how:
+                raise ValueError(f"{option} belongs to `how: {how}`: write that, or leave {option} out")
+        if self.how == "file" and self.path is None:
+            raise ValueError("`how: file` needs `path`, the CSV file with the columns client, first, last")
+        return self
+
+
 class Clients(Section):
     """Who takes part."""
 
     count: PositiveInt = 10
     per_round: PositiveInt | None = None
     """Clients drawn for each round. Default: all."""
+    sampling: Literal["uniform", "weighted"] = "uniform"
+    """How a round's clients are drawn: all with the same chance, or in proportion to their examples. As averages weigh
+    examples too, a weighted draw goes with rules that do not (`rules.shared: uniform`)."""
+    availability: Availability = Availability()
+    """Who can be drawn in a round."""
     failure_rate: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """For studies: chance that a client drops out of a round after it has trained, so that its update is lost (status
     `dropped`). Drawn by (seed, round, client); such losses do not count against `runtime.quorum`."""
@@ -321,5 +350,10 @@ class Experiment(Section):
     @model_validator(mode="after")
     def _fit_together(self) -> Self:
         zero = any(tier.zero_stage for tier in self.clients.tiers)
+        if self.clients.sampling == "weighted" and self.data.partition.how == "files":
+            raise ValueError(
+                "`clients.sampling: weighted` draws clients by how many examples they have, which the server does not "
+                "know where they read their own files: write `sampling: uniform`"
+            )
         check_combinations(self.strategy, self.model.lora, self.wire, self.rules, self.server, zero=zero)
         return self

@@ -1,12 +1,41 @@
 """Who takes part in a round."""
 
+from collections.abc import Sequence
+
+import numpy as np
+
 from hfedmoe_ray.config.schema import Clients
+from hfedmoe_ray.errors import TrainingError
+from hfedmoe_ray.federation.availability import available
 from hfedmoe_ray.seeds import generator
 
 
-def select_cohort(clients: Clients, seed: int, round: int) -> tuple[int, ...]:
-    """Returns the clients of a round in ascending order: a uniform draw without replacement."""
-    if clients.cohort == clients.count:
-        return tuple(range(clients.count))
-    draw = generator(seed, "cohort", round).choice(clients.count, size=clients.cohort, replace=False)
+def select_cohort(clients: Clients, seed: int, round: int, examples: Sequence[int]) -> tuple[int, ...]:
+    """Returns the clients of a round in ascending order: a draw without replacement from those that are available.
+
+    Where fewer are available than a round should have, all of them take part.
+
+    Args:
+        clients: How many there are, how many a round has, and how they are drawn.
+        seed: Of the run.
+        round: Of the cohort.
+        examples: |D_c| of every client, the chances of a weighted draw.
+
+    Raises:
+        TrainingError: Nobody is available.
+        DataError: The file that says who is cannot be read.
+    """
+    there = available(clients, seed, round)
+    if not len(there):
+        raise TrainingError(
+            f"no client is available in round {round} (clients.availability). The last checkpoint is complete: let "
+            "more of them be there, and `hfedmoe resume`."
+        )
+    if len(there) <= clients.cohort:
+        return tuple(int(client) for client in there)
+    chances = None
+    if clients.sampling == "weighted":
+        weights = np.array([examples[client] for client in there], dtype=np.float64)
+        chances = weights / weights.sum()
+    draw = generator(seed, "cohort", round).choice(there, size=clients.cohort, replace=False, p=chances)
     return tuple(sorted(int(client) for client in draw))

@@ -122,19 +122,18 @@ class Federation:
 
     def profile_round(self) -> None:
         """Round 0: routing profiles of the first cohort, and the accuracy before any training."""
-        started = self._begin(0)
+        # Where the head starts at class means everyone is asked, once: every class should have one.
+        everyone = self.experiment.model.head == "prototypes"
+        cohort = range(self.experiment.clients.count) if everyone else self.cohort(1)
+        started = self._begin(0, cohort)
         with self._phase("profile"):
-            if self.experiment.model.head == "prototypes":
-                # Every class should have a mean, so everyone is asked, once.
-                records = self.profile(0, range(self.experiment.clients.count))
-            else:
-                records = self.profile(0, select_cohort(self.experiment.clients, self.experiment.seed, 1))
+            records = self.profile(0, cohort)
         self._end(0, started, records, {}, None)
 
     def train_round(self, round: int) -> None:
         """One round of federated training."""
-        started = self._begin(round)
-        cohort = select_cohort(self.experiment.clients, self.experiment.seed, round)
+        cohort = self.cohort(round)
+        started = self._begin(round, cohort)
         with self._phase("profile"):
             unprofiled = [r for r in self.profile(round, cohort) if r.status != "ok"]
         clients = [self.client_info(c) for c in cohort if c not in {record.client for record in unprofiled}]
@@ -190,7 +189,7 @@ class Federation:
         records: list[ClientRecord] = []
         wanted = self.strategy.profiles_ahead and round <= self.experiment.rounds
         plan = uniform_plan(self.strategy.shape, Role.FROZEN, frozen_as=self.strategy.profiles_as)
-        cohort = select_cohort(self.experiment.clients, self.experiment.seed, round) if wanted else ()
+        cohort = self.cohort(round) if wanted else ()
         tasks = [self.task("profile", round, client, plan) for client in cohort]
         with meanwhile(self.executor, tasks, self.tracker.event) as results:
             yield records
@@ -292,6 +291,11 @@ class Federation:
 
     # --------------------------------------------------------------------------------------------------- details
 
+    def cohort(self, round: int) -> tuple[int, ...]:
+        """Who takes part in a round."""
+        examples = [sum(counts) for counts in self.context.data.counts]
+        return select_cohort(self.experiment.clients, self.experiment.seed, round, examples)
+
     def client_info(self, client: int) -> ClientInfo:
         """What the strategy may know of a client."""
         tier = self.tiers[client]
@@ -362,9 +366,9 @@ class Federation:
         answers = list(arrived)
         return sum(answers) >= self.experiment.runtime.quorum * len(answers)
 
-    def _begin(self, round: int) -> float:
+    def _begin(self, round: int, cohort: Sequence[int]) -> float:
         self._phase = Phases()
-        self.tracker.event("round_started", {"round": round, "cohort": self.experiment.clients.cohort})
+        self.tracker.event("round_started", {"round": round, "cohort": len(cohort)})
         return time.perf_counter()
 
     def _end(

@@ -127,7 +127,6 @@ def _points(changes: list[float]) -> str:
 
 def watch(run: RunRecord) -> Watched:
     """One more round of a run, each client evaluated before training, after it, and after averaging."""
-    from hfedmoe_ray.federation.cohort import select_cohort
     from hfedmoe_ray.federation.evaluation import own_tasks, summarise
     from hfedmoe_ray.federation.validation import accept
     from hfedmoe_ray.types import ExpertPlan, PersonalWeights, Weights
@@ -141,7 +140,7 @@ def watch(run: RunRecord) -> Watched:
             return summarise(federation.executor.run(tasks, federation.tracker.event)).own
 
         number = state.round + 1
-        cohort = select_cohort(experiment.clients, experiment.seed, number)
+        cohort = federation.cohort(number)
         federation.profile(number, cohort)
         clients = [federation.client_info(client) for client in cohort]
         plans: dict[int, ExpertPlan] = strategy.plan(number, clients, state.profiles)
