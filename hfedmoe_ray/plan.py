@@ -83,7 +83,7 @@ def plan_experiment(experiment: Experiment, shape: ModelShape, nodes: Sequence[N
     """
     forecasts = forecast(experiment, shape, gpus_available=any(node.gpus for node in nodes))
     check_memory(experiment, shape, forecasts)
-    share = experiment.clients.cohort / experiment.clients.count
+    share = experiment.clients.asked / experiment.clients.count
     return Plan(
         tiers=forecasts,
         nodes=tuple(nodes),

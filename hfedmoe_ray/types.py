@@ -219,7 +219,7 @@ class ClientTask:
     personal: int | None = None
     """Client whose private weights are laid over the global ones, if the strategy keeps any."""
     weight: float = 1.0
-    """Predicted relative cost, for placing the longest first."""
+    """Predicted relative cost (`federation.durations`), for placing the longest first."""
     state: Fetch | None = None
     """The client's own state as its last accepted task left it. It travels with the task here, so that any process can
     serve the client; on a real device it would never leave it, and it is not counted as traffic."""

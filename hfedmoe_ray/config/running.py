@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from hfedmoe_ray.config.section import Section, Share
+from hfedmoe_ray.config.section import NonNegativeFloat, Section, Share
 
 
 class Runtime(Section):
@@ -14,6 +14,9 @@ class Runtime(Section):
     """Ray cluster to join ("auto" or host:port). Default: a private one on this machine."""
     slots: PositiveInt | Literal["auto"] = "auto"
     """pooled: client actors alive at once. auto: as many as fit and have a core to run on."""
+    scale_up_s: NonNegativeFloat = 0.0
+    """On a cluster with an autoscaler: seconds to wait for nodes, which it is asked for once, until the clients fit.
+    Say `num_gpus` and `num_cpus` in the tiers where no GPU node is there at the start. 0: what is there must do."""
     deadline_s: PositiveFloat = 600.0
     """Seconds a client may take for one task before it counts as late."""
     quorum: Share = 0.5

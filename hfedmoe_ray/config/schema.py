@@ -4,6 +4,7 @@ Models are frozen and refuse unknown keys, so that a typing mistake can never be
 imports torch, ray or deepspeed.
 """
 
+from math import ceil
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
@@ -112,6 +113,9 @@ class Clients(Section):
     count: PositiveInt = 10
     per_round: PositiveInt | None = None
     """Clients drawn for each round. Default: all."""
+    over_select: Annotated[float, Field(ge=1.0)] = 1.0
+    """How many times as many clients as `per_round` are asked, so that a round need not wait for the slowest: it ends
+    when `per_round` updates are in, and who is still at work is dropped. Then results depend on who was quick."""
     sampling: Literal["uniform", "weighted"] = "uniform"
     """How a round's clients are drawn: all with the same chance, or in proportion to their examples. As averages weigh
     examples too, a weighted draw goes with rules that do not (`rules.shared: uniform`)."""
@@ -132,12 +136,22 @@ class Clients(Section):
             raise ValueError(f"two tiers have the same name: {', '.join(names)}")
         if self.per_round is not None and self.per_round > self.count:
             raise ValueError(f"per_round is {self.per_round}, but there are only {self.count} clients (count)")
+        if self.over_select > 1 and self.cohort == self.count:
+            raise ValueError(
+                f"over_select is {self.over_select:g}, but every round has all {self.count} clients already: write "
+                "`per_round`, fewer than `count`"
+            )
         return self
 
     @property
     def cohort(self) -> int:
-        """Clients in each round."""
+        """Updates in each round."""
         return self.per_round or self.count
+
+    @property
+    def asked(self) -> int:
+        """Clients that are asked for them."""
+        return min(self.count, ceil(self.cohort * self.over_select - 1e-9))
 
 
 # ---------------------------------------------------------------------------------------------- model and data

@@ -25,18 +25,17 @@ def available(clients: Clients, seed: int, round: int) -> Array:
     Raises:
         DataError: the file that says so cannot be read.
     """
-    everyone = np.arange(clients.count)
     match clients.availability.how:
         case "always":
-            return everyone
+            return np.arange(clients.count)
         case "diurnal":
-            return everyone[_awake(clients.availability, seed, round, clients.count)]
+            return np.flatnonzero(_awake(clients.availability, seed, round, clients.count))
         case "file":
             path = clients.availability.path
             assert path is not None, "the schema wants it"
             spans = read_trace(Path(path), clients.count)
             there = [any(first <= round <= last for first, last in spans.get(c, ())) for c in range(clients.count)]
-            return everyone[np.array(there, dtype=bool)]
+            return np.flatnonzero(there)
 
 
 def _awake(availability: Availability, seed: int, round: int, count: int) -> Array:

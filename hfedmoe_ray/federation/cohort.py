@@ -16,7 +16,7 @@ def select_cohort(clients: Clients, seed: int, round: int, examples: Sequence[in
     Where fewer are available than a round should have, all of them take part.
 
     Args:
-        clients: How many there are, how many a round has, and how they are drawn.
+        clients: How many there are, how many a round asks, and how they are drawn.
         seed: Of the run.
         round: Of the cohort.
         examples: |D_c| of every client, the chances of a weighted draw.
@@ -31,11 +31,11 @@ def select_cohort(clients: Clients, seed: int, round: int, examples: Sequence[in
             f"no client is available in round {round} (clients.availability). The last checkpoint is complete: let "
             "more of them be there, and `hfedmoe resume`."
         )
-    if len(there) <= clients.cohort:
+    if len(there) <= clients.asked:
         return tuple(int(client) for client in there)
     chances = None
     if clients.sampling == "weighted":
         weights = np.array([examples[client] for client in there], dtype=np.float64)
         chances = weights / weights.sum()
-    draw = generator(seed, "cohort", round).choice(there, size=clients.cohort, replace=False, p=chances)
+    draw = generator(seed, "cohort", round).choice(there, size=clients.asked, replace=False, p=chances)
     return tuple(sorted(int(client) for client in draw))

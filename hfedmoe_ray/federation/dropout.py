@@ -1,10 +1,11 @@
-"""Clients that drop out of a round after training, at a rate that a study sets (`clients.failure_rate`; ours)."""
+"""Clients that drop out of a round: by chance, at a rate that a study sets, or because a round has enough (ours)."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
 from hfedmoe_ray.seeds import generator
-from hfedmoe_ray.types import TaskResult
+from hfedmoe_ray.types import ClientTask, TaskResult
 
+_ENOUGH = "the round had its {count} updates; more clients were asked than it needs (clients.over_select)"
 _REASON = "dropped out after training: clients.failure_rate is {rate:g}"
 
 
@@ -35,4 +36,18 @@ def without_dropouts(results: Iterable[TaskResult], rate: float) -> list[TaskRes
             attempts=result.attempts,
         )
         for result in results
+    ]
+
+
+def with_dropped(tasks: Sequence[ClientTask], results: Mapping[int, TaskResult]) -> list[TaskResult]:
+    """Returns a result per task, in client order; whoever was still at work when the round had enough is dropped.
+
+    Args:
+        tasks: Of the round.
+        results: By client, of those that have ended.
+    """
+    reason = _ENOUGH.format(count=sum(result.status == "ok" for result in results.values()))
+    return [
+        results.get(task.client) or TaskResult(task=task, status="dropped", reason=reason)
+        for task in sorted(tasks, key=lambda task: task.client)
     ]

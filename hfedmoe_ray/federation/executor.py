@@ -1,6 +1,6 @@
 """What the round loop asks of whoever runs the clients: one process, or a cluster."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, Protocol
 
 from hfedmoe_ray.types import ClientTask, TaskResult, Weights
@@ -18,7 +18,7 @@ class Executor(Protocol):
     def publish(self, weights: Weights) -> None:
         """Makes a version of the weights available to all later tasks (arrays may be shared, never written)."""
 
-    def run(self, tasks: Sequence[ClientTask], notify: Notify) -> Iterator[TaskResult]:
+    def run(self, tasks: Sequence[ClientTask], notify: Notify) -> Generator[TaskResult, None, None]:
         """Runs the tasks, yielding each result once as it completes, in any order; every task yields exactly one.
 
         A task whose process dies is tried again elsewhere; one that outlasts the deadline is "late"; an exception in

@@ -6,7 +6,7 @@ they hold the strategy's, and who is told the tracker's.
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
@@ -18,7 +18,8 @@ from hfedmoe_ray.federation import reporting
 from hfedmoe_ray.federation.ahead import meanwhile
 from hfedmoe_ray.federation.checkpoint import load_checkpoint, run_identity, save_checkpoint
 from hfedmoe_ray.federation.cohort import select_cohort
-from hfedmoe_ray.federation.dropout import without_dropouts
+from hfedmoe_ray.federation.dropout import with_dropped, without_dropouts
+from hfedmoe_ray.federation.durations import Durations
 from hfedmoe_ray.federation.evaluation import Evaluation, evaluation_tasks, own_tasks, summarise
 from hfedmoe_ray.federation.executor import Executor
 from hfedmoe_ray.federation.phases import Phases
@@ -96,6 +97,7 @@ class Federation:
         self.checkpoints = context.run_dir / "checkpoints"
         self.identity = run_identity(context)
         self._phase = Phases()
+        self._durations = Durations()
         if resume:
             self.state = load_checkpoint(self.checkpoints, self.identity)
         else:
@@ -141,7 +143,8 @@ class Federation:
             self.strategy.study(self.state.weights)
             plans = self.strategy.plan(round, clients, self.state.profiles)
         with self._phase("train"):
-            results = self.collect([self.task("train", round, client, plan) for client, plan in plans.items()])
+            tasks = [self.task("train", round, client, plan) for client, plan in plans.items()]
+            results = self.collect(tasks, wanted=self.experiment.clients.cohort)
             results = without_dropouts(results, self.experiment.clients.failure_rate)
         with self._profiled_ahead(round + 1) as ahead:
             with self._phase("reduce"):
@@ -199,8 +202,12 @@ class Federation:
             assert update.profile is not None
             self.state.profiles[update.client] = update.profile
 
-    def collect(self, tasks: Sequence[ClientTask]) -> list[TaskResult]:
+    def collect(self, tasks: Sequence[ClientTask], wanted: int | None = None) -> list[TaskResult]:
         """Runs tasks until a quorum of them is in; returns one result per task, in client order.
+
+        Args:
+            tasks: One a client.
+            wanted: Updates that are enough: once so many are in, who is still at work is dropped.
 
         Raises:
             TrainingError: Below quorum after the configured attempts, or the same error on several clients.
@@ -215,8 +222,14 @@ class Federation:
 
         for _ in range(self.experiment.runtime.round_attempts):
             missing = [task for task in tasks if task.client not in results or results[task.client].status != "ok"]
-            for result in self.executor.run(missing, notify):
-                results[result.task.client] = result
+            with closing(self.executor.run(missing, notify)) as running:
+                for result in running:
+                    results[result.task.client] = result
+                    if result.metrics is not None:
+                        tier = self.tiers[result.task.client].name
+                        self._durations.add(result.task, tier, result.metrics.seconds)
+                    if wanted is not None and sum(one.status == "ok" for one in results.values()) >= wanted:
+                        return with_dropped(tasks, results)
             raise_common_failure(results.values(), tracebacks)
             if self._quorum(result.status == "ok" for result in results.values()):
                 return [results[client] for client in sorted(results)]
@@ -310,6 +323,9 @@ class Federation:
 
     def task(self, kind: TaskKind, round: int, client: int, plan: ExpertPlan) -> ClientTask:
         """One client's task of a round."""
+        weight = self._durations.predict(kind, client, self.tiers[client].name, len(plan.present))
+        if kind == "train" and self.experiment.clients.over_select > 1:
+            weight = -weight  # the quickest first: with their updates the round ends
         return ClientTask(
             kind=kind,
             round=round,
@@ -318,7 +334,7 @@ class Federation:
             plan=plan,
             version=self.state.weights.version,
             personal=client if client in (self.state.weights.personal or {}) else None,
-            weight=float(len(plan.present)),
+            weight=weight,
             state=self.state.clients.get(client) if kind == "train" else None,
         )
 

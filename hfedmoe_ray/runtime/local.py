@@ -5,7 +5,7 @@ Results are those of the Ray executor, bit for bit: both run the same worker, wh
 
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 
 from hfedmoe_ray.context import RunContext
 from hfedmoe_ray.federation.executor import Notify
@@ -36,7 +36,7 @@ class LocalExecutor:
         for version in sorted(self._versions)[:-VERSIONS_KEPT]:
             del self._versions[version]
 
-    def run(self, tasks: Sequence[ClientTask], notify: Notify) -> Iterator[TaskResult]:
+    def run(self, tasks: Sequence[ClientTask], notify: Notify) -> Generator[TaskResult, None, None]:
         """See `Executor.run`. A model that cannot be loaded raises here; that is nobody's client failing."""
         if self._worker is None:
             self._worker = self._worker_factory(self._context)

@@ -7,20 +7,20 @@ clients take turns. Both are the same loop over slots; they differ in which task
 import re
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import ray
 from ray.exceptions import RayError, RayTaskError, TaskCancelledError
 
-from hfedmoe_ray.budget import plan_actors, tier_of
+from hfedmoe_ray.budget import tier_of
 from hfedmoe_ray.context import RunContext
 from hfedmoe_ray.errors import ClusterError, HFedMoEError, TrainingError
 from hfedmoe_ray.federation.executor import Notify
-from hfedmoe_ray.packing import NodeCapacity, Packing
 from hfedmoe_ray.runtime import cluster, timeouts
 from hfedmoe_ray.runtime.client import Loading
 from hfedmoe_ray.runtime.holder import alive, start_holder
+from hfedmoe_ray.runtime.scaling import free_room, further_slots, plan_when_there, release
 from hfedmoe_ray.runtime.slot import ActorRecipe, Attempt, Slot, State
 from hfedmoe_ray.runtime.transfer import Directory, directory_hash
 from hfedmoe_ray.runtime.weights import WeightStore, keep_state
@@ -48,9 +48,10 @@ class RayExecutor:
         self._context = context
         self._runtime = context.experiment.runtime
         self._store = WeightStore()
-        nodes = cluster.capacity()
-        specs = plan_actors(context.experiment, nodes)
-        recipe = ActorRecipe(
+        specs = plan_when_there(context.experiment)
+        self._nodes = {node.node for node in cluster.capacity()}
+        """Those there were when they were last looked at."""
+        self._recipe = ActorRecipe(
             context=context,
             worker_factory=worker_factory,
             namespace=f"{context.experiment.name}-{uuid.uuid4().hex[:8]}",
@@ -61,7 +62,7 @@ class RayExecutor:
         self._holders: dict[tuple[str, str], Any] = {}
         """Holder of the frozen tensors by (node, GPU), where clients share a GPU."""
         self._last_loss = ""
-        self.slots = tuple(Slot(number, spec, recipe) for number, spec in enumerate(specs))
+        self.slots = tuple(Slot(number, spec, self._recipe) for number, spec in enumerate(specs))
         for slot in self.slots:
             slot.start(self._offer(slot))
 
@@ -69,7 +70,7 @@ class RayExecutor:
         """See `Executor.publish`."""
         self._store.publish(weights)
 
-    def run(self, tasks: Sequence[ClientTask], notify: Notify) -> Iterator[TaskResult]:
+    def run(self, tasks: Sequence[ClientTask], notify: Notify) -> Generator[TaskResult, None, None]:
         """See `Executor.run`.
 
         Raises:
@@ -79,6 +80,7 @@ class RayExecutor:
         ready = sorted((Attempt(task) for task in tasks), key=lambda one: (-one.task.weight, one.task.client))
         left = len(ready)
         try:
+            self._follow_cluster(notify)
             # An attempt is not to be wasted on an actor that died since the last round.
             for slot in self.slots:
                 if slot.state is State.IDLE and slot.dead:
@@ -103,6 +105,8 @@ class RayExecutor:
             ray.kill(holder)
         self._holders.clear()
         self._store.clear()
+        if self._runtime.scale_up_s:
+            release()
 
     # ------------------------------------------------------------------------------------------------- the loop
 
@@ -136,6 +140,10 @@ class RayExecutor:
         waiting = {slot.watched: slot for slot in alive if slot.watched is not None}
         patience = max(0.0, min(slot.deadline for slot in waiting.values()) - time.monotonic())
         answered, silent = ray.wait(list(waiting), num_returns=1, timeout=patience)
+        if answered and silent:
+            # Whoever else has answered by now: with many short tasks that saves most turns of the loop.
+            further, silent = ray.wait(silent, num_returns=len(silent), timeout=0)
+            answered += further
         now = time.monotonic()
         expired = [waiting[ref] for ref in silent if waiting[ref].deadline <= now]
         return [(waiting[ref], True) for ref in answered] + [(slot, False) for slot in expired]
@@ -255,11 +263,31 @@ class RayExecutor:
         slot.kill()
         nodes = cluster.capacity()
         if slot.spec.node not in {node.node for node in nodes}:
-            place = _free_room(slot, self.slots, nodes)
+            place = free_room(slot, self.slots, nodes)
             if place is None:
                 self._give_up(slot, "its node is lost, and no other has room for it", notify)
                 return
             slot.move(place)
+        slot.start(self._offer(slot))
+
+    def _follow_cluster(self, notify: Notify) -> None:
+        """Where nodes have joined: brings back slots that were given up, and adds those the larger cluster holds."""
+        nodes = cluster.capacity()
+        joined = {node.node for node in nodes} - self._nodes
+        self._nodes = {node.node for node in nodes}
+        if not joined:
+            return
+        for slot in self.slots:
+            if slot.state is State.GONE and (place := free_room(slot, self.slots, nodes)) is not None:
+                slot.move(place)
+                slot.failed_starts = 0
+                self._add(slot, notify)
+        for spec in further_slots(self._context.experiment, self.slots, nodes, joined):
+            self.slots = (*self.slots, Slot(len(self.slots), spec, self._recipe))
+            self._add(self.slots[-1], notify)
+
+    def _add(self, slot: Slot, notify: Notify) -> None:
+        notify("slot_added", {"slot": slot.number, "tiers": list(slot.spec.tiers), "node": slot.spec.node})
         slot.start(self._offer(slot))
 
     def _give_up(self, slot: Slot, reason: str, notify: Notify) -> None:
@@ -304,17 +332,6 @@ class _Payload:
             raise RuntimeError("this payload has been fetched before")
         data: bytes = ray.get(ref, timeout=timeouts.FETCH).tobytes()
         return data
-
-
-def _free_room(slot: Slot, slots: Sequence[Slot], nodes: Sequence[NodeCapacity]) -> str | None:
-    """A node that has room for this slot beside all others."""
-    packing = Packing(nodes)
-    alive = {node.node for node in nodes}
-    for other in slots:
-        if other is not slot and other.state is not State.GONE and other.spec.node in alive:
-            packing.hold(other.spec.resources, other.spec.node)
-    place = packing.place(slot.spec.resources)
-    return place.node if place else None
 
 
 def _about(task: ClientTask) -> dict[str, Any]:

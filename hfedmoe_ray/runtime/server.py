@@ -16,13 +16,12 @@ from typing import Any
 import ray
 
 from hfedmoe_ray import errors
-from hfedmoe_ray.budget import plan_actors
 from hfedmoe_ray.config.schema import Experiment
 from hfedmoe_ray.errors import HFedMoEError
 from hfedmoe_ray.runtime import timeouts
-from hfedmoe_ray.runtime.cluster import capacity
 from hfedmoe_ray.runtime.federate import federate
 from hfedmoe_ray.runtime.pool import RayExecutor
+from hfedmoe_ray.runtime.scaling import plan_when_there
 
 FORWARDED = ("HFEDMOE_", "WANDB_", "HF_", "TRANSFORMERS_")
 """Environment variables of the driver that hold for the server too: its cache, and its accounts."""
@@ -108,7 +107,7 @@ class ServerActor:
         """Runs the experiment to its end, whatever that is."""
         try:
             # Refused here if the clients do not fit, before minutes of preparation.
-            plan_actors(self._experiment, capacity())
+            plan_when_there(self._experiment)
             summary = federate(
                 self._experiment,
                 self._run_dir,

@@ -68,6 +68,8 @@ class Slot:
         self.state = State.GONE
         self.attempt: Attempt | None = None
         self.failed_starts = 0
+        self.fresh = True
+        """Whether the actor has not had a task yet."""
         self.deadline = 0.0
         self.since = 0.0
         self.watched: Any = None
@@ -106,6 +108,7 @@ class Slot:
             scheduling_strategy=NodeAffinitySchedulingStrategy(self.spec.node, soft=False),
             runtime_env={"env_vars": ENVIRONMENT},
         ).remote(self._recipe.context, self._recipe.worker_factory, asked.num_gpus)
+        self.fresh = True
         self._lifeline = self._actor.live.remote()
         self._enter(State.STARTING, timeouts.CLIENT_START)
         self.load(directories)
@@ -133,7 +136,8 @@ class Slot:
         # the client's node later loses no finished work.
         self.watched, *rest = self._actor.execute.remote(replace(attempt.task, state=None), refs)
         self._answer = (rest[0], rest[1])
-        self._enter(State.BUSY, limit)
+        self._enter(State.BUSY, limit + timeouts.FIRST_CALL_GRACE * self.fresh)
+        self.fresh = False
 
     @property
     def dead(self) -> bool:

@@ -9,6 +9,10 @@ JOB_AGENT = 60.0
 """From a cluster's start until it takes jobs: its dashboard answers before the agent that starts them is there."""
 CLIENT_START = 300.0
 """From creating a client actor until it has imported its libraries and loaded the model, files transferred included."""
+FIRST_CALL_GRACE = 60.0
+"""What an actor's first task may take beyond the deadline: it imports what loading did not, and fills caches."""
+CLUSTER_POLL = 1.0
+"""Between two looks at a cluster that is to grow (how long it may take is `runtime.scale_up_s`)."""
 STOP_GRACE = 10.0
 """From asking a late client to stop until its process is killed."""
 FETCH = 120.0

@@ -1,5 +1,6 @@
 """A node that is lost takes its actors and unfinished work; both go on elsewhere, with the same results."""
 
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +9,7 @@ import pytest
 from ray.cluster_utils import Cluster
 from tiny_worker import TIERS, Log, TinyWorker, context, outcome, task, weights
 
-from hfedmoe_ray.errors import ClusterError
+from hfedmoe_ray.errors import CapacityError, ClusterError
 from hfedmoe_ray.runtime.cluster import capacity, connected
 from hfedmoe_ray.runtime.local import LocalExecutor
 from hfedmoe_ray.runtime.pool import RayExecutor
@@ -69,6 +70,47 @@ def test_work_of_a_lost_node_moves_to_another(cluster: Cluster, tmp_path: Path):
         assert {slot.spec.node for slot in executor.slots} == {slot.spec.node for slot in executor.slots[1:]}
     finally:
         executor.close()
+
+
+def add(cluster: Cluster, ray_directory: str, site: str) -> str:
+    size = {"num_cpus": 1, "object_store_memory": 2**27, "memory": 2**30}
+    return str(cluster.add_node(**size, labels={"site": site}, temp_dir=ray_directory).node_id)
+
+
+def test_a_node_that_joins_is_used_from_the_next_round_on(cluster: Cluster, ray_directory: str, tmp_path: Path):
+    executor = RayExecutor(context(tmp_path), worker_factory=TinyWorker)
+    executor.publish(weights())
+    log = Log()
+    try:
+        before = outcome(list(executor.run(TASKS, log)))
+        first = len(executor.slots)
+        joined = add(cluster, ray_directory, "late")
+        for _ in range(ROUNDS_UNTIL_NOTICED):
+            assert outcome(list(executor.run(TASKS, log))) == before
+            if [one for one in log.named("slot_ready") if one["node"] == joined]:
+                break
+        assert [slot.spec.node for slot in executor.slots[first:]] == [joined]
+        assert [fields["node"] for fields in log.named("slot_added")] == [joined]
+    finally:
+        executor.close()
+
+
+def test_a_run_waits_for_a_node_that_the_cluster_is_to_get(cluster: Cluster, ray_directory: str, tmp_path: Path):
+    tiers = [TIERS[0] | {"labels": {"site": "coming"}}, TIERS[1]]
+    keys = {"clients": {"count": 6, "tiers": tiers}}
+    with pytest.raises(
+        CapacityError, match=r"(?s)After 0.1 s \(runtime.scale_up_s\) still: .*has no label site=coming"
+    ):
+        RayExecutor(context(tmp_path / "short", **keys, runtime={"scale_up_s": 0.1}), worker_factory=TinyWorker)
+    timer = threading.Timer(1.5, add, (cluster, ray_directory, "coming"))
+    timer.start()
+    executor = RayExecutor(context(tmp_path / "long", **keys, runtime={"scale_up_s": 60}), worker_factory=TinyWorker)
+    executor.publish(weights())
+    try:
+        assert len(list(executor.run(TASKS, Log()))) == 6
+    finally:
+        executor.close()
+        timer.join()
 
 
 def test_clients_bound_to_a_lost_node_end_the_run_with_the_reason(cluster: Cluster, tmp_path: Path):

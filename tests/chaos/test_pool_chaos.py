@@ -37,6 +37,12 @@ def executor(tmp_path: Path, request: pytest.FixtureRequest):
     made.close()
 
 
+@pytest.fixture(autouse=True)
+def no_grace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A deadline holds for an actor's first task too."""
+    monkeypatch.setattr("hfedmoe_ray.runtime.timeouts.FIRST_CALL_GRACE", 0.0)
+
+
 SLOTS = {"runtime": {"slots": 2, "deadline_s": 60}}
 SHORT = {"runtime": {"slots": 2, "deadline_s": 1.0}}
 
@@ -104,6 +110,19 @@ def test_a_client_deaf_to_the_deadline_is_killed(
     while not log.named("slot_lost") and time.monotonic() < noticed_by:
         list(executor.run([task(4)], log))  # the slot is replaced when the loop turns after its grace has ended
     assert [fields["reason"] for fields in log.named("slot_lost")] == ["did not stop within 0.5 s"]
+
+
+@pytest.mark.parametrize("executor", [{"runtime": {"slots": 1, "deadline_s": 1.0}}], indirect=True)
+def test_the_first_task_of_an_actor_may_take_longer(
+    executor: RayExecutor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("hfedmoe_ray.runtime.timeouts.FIRST_CALL_GRACE", 2.0)
+    (tmp_path / "run" / "slow-4").touch()
+    log = Log()
+    for seconds in (3.0, 1.0):
+        (late,) = executor.run([task(4)], log)
+        assert late.status == "late"
+        assert seconds <= log.named("task_finished")[-1]["seconds"] < seconds + 0.9
 
 
 @pytest.mark.parametrize("executor", [SHORT], indirect=True)

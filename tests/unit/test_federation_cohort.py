@@ -11,6 +11,7 @@ from hfedmoe_ray.config.schema import Availability, Clients
 from hfedmoe_ray.errors import DataError, TrainingError
 from hfedmoe_ray.federation.availability import available
 from hfedmoe_ray.federation.cohort import select_cohort
+from hfedmoe_ray.runtime.local import LocalExecutor
 from hfedmoe_ray.seeds import generator
 
 TIERS = ({"name": "any", "share": 1.0, "experts": 0.5},)
@@ -84,6 +85,37 @@ def test_a_run_waits_for_nobody_who_is_not_there(sources: Path, tmp_path: Path):
     assert summary["status"] == "finished"
     started = [fields["cohort"] for name, fields in recorder.events if name == "round_started"]
     assert started[1:] == [1, 2]
+
+
+def test_over_selection_asks_more_and_drops_whoever_is_still_at_work(sources: Path, tmp_path: Path):
+    made = experiment(sources)
+    asking = made.clients.model_copy(update={"per_round": 2, "over_select": 1.5})
+    assert asking.asked == 3
+    ended: list[list[int]] = []
+
+    class Watched(LocalExecutor):
+        def run(self, tasks, notify):
+            try:
+                yield from super().run(tasks, notify)
+            finally:
+                ended.append([one.client for one in tasks])
+
+    changed = made.model_copy(update={"clients": asking})
+    _, summary, recorder = run(changed, tmp_path / "run", where=Watched)
+    for report in recorder.rounds[1:]:
+        statuses = {record.client: record.status for record in report.clients}
+        assert sorted(statuses.values()) == ["dropped", "ok", "ok"]
+        (dropped,) = [record for record in report.clients if record.status == "dropped"]
+        assert "the round had its 2 updates" in dropped.reason
+        assert list(statuses) in ended, "the executor was not closed"
+    assert summary["clients"]["dropped"] == 2
+
+
+def test_over_selection_where_all_are_asked_already_is_refused():
+    with pytest.raises(ValidationError, match="every round has all 20 clients already"):
+        clients(per_round=None, over_select=1.3)
+    assert clients(over_select=1.3).asked == 7
+    assert clients(over_select=9).asked == 20
 
 
 @pytest.mark.parametrize(
