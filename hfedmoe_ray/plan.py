@@ -73,6 +73,8 @@ class Plan:
     """Bytes fetched by an average cohort in a round."""
     round_up: float
     """Bytes it sends back, at most."""
+    waves: int
+    """Turns of the busiest client actor in such a round, were all tasks equally long."""
 
 
 def plan_experiment(experiment: Experiment, shape: ModelShape, nodes: Sequence[NodeCapacity]) -> Plan:
@@ -84,13 +86,27 @@ def plan_experiment(experiment: Experiment, shape: ModelShape, nodes: Sequence[N
     forecasts = forecast(experiment, shape, gpus_available=any(node.gpus for node in nodes))
     check_memory(experiment, shape, forecasts)
     share = experiment.clients.asked / experiment.clients.count
+    slots = budget.plan_actors(experiment, nodes) if experiment.backend == "ray" else ()
     return Plan(
         tiers=forecasts,
         nodes=tuple(nodes),
-        slots=budget.plan_actors(experiment, nodes) if experiment.backend == "ray" else (),
+        slots=slots,
+        waves=_waves(experiment, slots) if slots else experiment.clients.asked,
         round_down=share * sum(one.bytes_down * len(one.clients) for one in forecasts),
         round_up=share * sum(one.bytes_up * len(one.clients) for one in forecasts),
     )
+
+
+def _waves(experiment: Experiment, slots: Sequence[budget.SlotSpec]) -> int:
+    """Turns of the busiest slot, where each client of an average cohort goes to the idlest slot that serves it."""
+    turns = [0] * len(slots)
+    average = budget.tier_of(experiment.clients.model_copy(update={"count": experiment.clients.asked}))
+    if experiment.actors == "dedicated":
+        return 1
+    for tier in average:
+        serving = [number for number, slot in enumerate(slots) if tier.name in slot.tiers]
+        turns[min(serving, key=lambda number: turns[number])] += 1
+    return max(turns)
 
 
 def forecast(experiment: Experiment, shape: ModelShape, *, gpus_available: bool) -> tuple[Forecast, ...]:

@@ -115,7 +115,8 @@ def _plan_lines(plan: "Plan", rounds: int, cohort: int) -> list[str]:
         "",
         offered,
         f"it fits: {plural(len(plan.slots), 'client actor')} at once: {actors}" if plan.slots else f"it fits: {actors}",
-        f"a round of {plural(cohort, 'client')}: {size(plan.round_down)} down, {size(plan.round_up)} up; "
+        f"a round of {plural(cohort, 'client')}: {plural(plan.waves, 'wave')}, {size(plan.round_down)} down, "
+        f"{size(plan.round_up)} up; "
         f"{plural(rounds, 'round')}: {size(rounds * total)}",
     ]
 

@@ -44,9 +44,39 @@ def save_checkpoint(directory: Path, state: FederationState, identity: str, keep
         state: What to save.
         identity: Hash of everything that must not change between saving and resuming.
         keep: Checkpoints to keep.
+
+    Raises:
+        CheckpointError: It cannot be written; the one before is as it was.
     """
     name = f"round-{state.round:04d}"
     partial = directory / f".{name}.{os.getpid()}"
+    final = directory / name
+    try:
+        _write(partial, state, identity)
+        # A round is saved again only when a run was resumed from an older checkpoint; the older copy gives way.
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        _flush(directory)
+        latest = directory / f".LATEST.{os.getpid()}"
+        latest.write_text(name + "\n")
+        _flush(latest)
+        latest.replace(directory / "LATEST")
+        _flush(directory)
+    except TimeoutError:
+        raise  # an OSError too, but of a client's state that does not arrive: nothing is wrong with the disk
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise CheckpointError(
+            f"the checkpoint of round {state.round} cannot be written to {directory}: {error}. The one before is "
+            "complete: make room there (or have it writable again), and `hfedmoe resume`."
+        ) from error
+    for old in sorted(directory.glob("round-*"))[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def _write(partial: Path, state: FederationState, identity: str) -> None:
+    """Writes a checkpoint under another name than its own, down to the disk."""
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     save_file(_tensors(state), partial / "state.safetensors")
@@ -67,19 +97,6 @@ def save_checkpoint(directory: Path, state: FederationState, identity: str, keep
     (partial / "state.json").write_text(json.dumps(fields, indent=1))
     for file in partial.iterdir():
         _flush(file)
-    final = directory / name
-    # A round is saved again only when a run was resumed from an older checkpoint; the older copy gives way.
-    shutil.rmtree(final, ignore_errors=True)
-    partial.rename(final)
-    _flush(directory)
-    latest = directory / f".LATEST.{os.getpid()}"
-    latest.write_text(name + "\n")
-    _flush(latest)
-    latest.replace(directory / "LATEST")
-    _flush(directory)
-    for old in sorted(directory.glob("round-*"))[:-keep]:
-        shutil.rmtree(old)
-    return final
 
 
 def load_checkpoint(directory: Path, identity: str) -> FederationState:

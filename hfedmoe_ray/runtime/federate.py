@@ -1,17 +1,21 @@
 """A whole run in one process, given where its clients run: prepare, train, record. Free of Ray."""
 
+import errno
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from hfedmoe_ray.config.schema import Experiment
 from hfedmoe_ray.context import RunContext
+from hfedmoe_ray.errors import CheckpointError
 from hfedmoe_ray.federation.executor import Executor
 from hfedmoe_ray.records import RoundReport
 from hfedmoe_ray.tracking.files import FileTracker
 from hfedmoe_ray.tracking.tracker import Trackers
 from hfedmoe_ray.tracking.wandb import WandbTracker
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What writing to a full disk, or beyond a quota or limit, ends with."""
 Render = Callable[[str, Any], None]
 """Shows what happens: "start" {"config", "facts"}, "round" `RoundReport`, "finish" summary, else an event's fields."""
 
@@ -44,6 +48,13 @@ def federate(
     executor = make_executor(context)
     try:
         return run_experiment(context, executor, trackers, resume=resume, should_stop=should_stop)
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        raise CheckpointError(
+            f"{context.run_dir} cannot be written to: {error}. The last checkpoint there is complete: make room, and "
+            "`hfedmoe resume`."
+        ) from error
     finally:
         executor.close()
 

@@ -5,9 +5,11 @@ Their uploads are top-k with error feedback: then clients have a state, which mu
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import pytest
 from small_run import CONFIG, OVERRIDES, REPOSITORY, small_experiment
 
 from hfedmoe_ray.config.load import load_experiment
+from hfedmoe_ray.errors import ClusterError
 from hfedmoe_ray.runtime import session
 
 pytestmark = [pytest.mark.ray, pytest.mark.chaos]
@@ -94,4 +97,68 @@ def test_ctrl_c_stops_after_a_checkpoint_and_another_backend_can_resume(tmp_path
     assert stopped["status"] == "stopped"
     experiment = load_experiment(tmp_path / "quickstart" / "config.yaml", ["backend=local"])
     summary = session.run(experiment, tmp_path / "quickstart", resume=True, render=lambda _name, _fields: None)
+    assert summary["model_sha256"] == undisturbed
+
+
+def test_a_server_killed_while_it_saves_loses_nothing(tmp_path: Path, undisturbed: str):
+    killed: list[int] = []
+    over = threading.Event()
+
+    def kill_when_saving() -> None:
+        """Between the reduction of round 2 and the renaming of its checkpoint."""
+        while not over.is_set() and not killed:
+            if any((tmp_path / "checkpoints").glob(".round-0002.*")):
+                family = psutil.Process().children(recursive=True)
+                (server,) = [p.pid for p in family if p.name().startswith("ray::ServerActor")]
+                os.kill(server, signal.SIGKILL)
+                killed.append(server)
+
+    watcher = threading.Thread(target=kill_when_saving)
+    watcher.start()
+    try:
+        with pytest.raises(ClusterError, match=r"server process of the run died.*hfedmoe resume"):
+            session.run(small_experiment(LOSSY), tmp_path, resume=False, render=lambda *_: None)
+    finally:
+        over.set()
+        watcher.join()
+    assert killed
+    assert (tmp_path / "checkpoints" / "LATEST").read_text().strip() in ("round-0001", "round-0002")
+    summary = session.run(small_experiment(LOSSY), tmp_path, resume=True, render=lambda *_: None)
+    assert summary["model_sha256"] == undisturbed
+
+
+CONTINUE = """
+import sys
+from pathlib import Path
+from small_run import small_experiment
+from hfedmoe_ray.errors import HFedMoEError
+from hfedmoe_ray.runtime import session
+try:
+    session.run(small_experiment(sys.argv[2:]), Path(sys.argv[1]), resume=True, render=lambda *_: None)
+except HFedMoEError as error:
+    print(error)
+    sys.exit(error.exit_code)
+"""
+
+
+def test_a_full_disk_ends_the_run_with_the_checkpoint_before_and_it_can_go_on(tmp_path: Path, undisturbed: str):
+    """No file may grow beyond a few hundred kilobytes, as on a disk with so much left."""
+    local = ["backend=local", *LOSSY]
+    session.run(small_experiment([*local, "rounds=1"]), tmp_path, resume=False, render=lambda *_: None)
+    room = 300_000
+    done = subprocess.run(
+        [sys.executable, "-c", CONTINUE, str(tmp_path), *local],
+        check=False,
+        capture_output=True,
+        text=True,
+        cwd=REPOSITORY,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY / "tests")},
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (room, room)),
+    )
+    assert done.returncode == 8, done.stderr
+    assert "make room" in done.stdout
+    assert "hfedmoe resume" in done.stdout
+    assert sorted(one.name for one in (tmp_path / "checkpoints").iterdir()) == ["LATEST", "round-0000", "round-0001"]
+    assert (tmp_path / "checkpoints" / "LATEST").read_text() == "round-0001\n"
+    summary = session.run(small_experiment(local), tmp_path, resume=True, render=lambda *_: None)
     assert summary["model_sha256"] == undisturbed

@@ -91,6 +91,14 @@ def test_a_round_counts_the_average_cohort(quickstart: Path):
     assert whole.round_up == sum(one.bytes_up * len(one.clients) for one in whole.tiers)
 
 
+def test_more_clients_than_actors_take_turns(quickstart: Path):
+    assert planned(quickstart, "runtime.slots=2").waves == 5
+    assert planned(quickstart, "runtime.slots=2", "clients.per_round=5").waves == 3
+    assert planned(quickstart, "runtime.slots=2", "clients.per_round=5", "clients.over_select=1.5").waves == 4
+    assert planned(quickstart, "actors=dedicated").waves == 1
+    assert planned(quickstart, "backend=local").waves == 10
+
+
 def test_the_same_actors_are_planned_as_a_run_would_make(quickstart: Path):
     experiment = load_experiment(quickstart)
     assert planned(quickstart).slots == budget.plan_slots(
