@@ -13,6 +13,7 @@ BENCHMARKS = {
     "memory": "a client's private memory at 12.5, 25, 50 and 100 % of the experts, and ten clients on a node",
     "step": "DeepSpeed against bare PyTorch, what absent and masked experts save, selection, the prefix cache",
     "orchestration": "a round without the clients' work, of 8 and of 300 clients, and clients at work at once",
+    "efficiency": "the share of a round's time that is training, against bare PyTorch",
     "scale": "500 clients on this machine: memory of all processes, seconds of a round against one of 50 clients",
     "bytes": "what an update weighs against what was trained, in every precision",
 }

@@ -1,0 +1,47 @@
+"""Fifty rounds occupy what ten do: nothing of a round is left behind in any process or in the object store."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import ray
+from ray._private.internal_api import get_memory_info_reply, get_state_from_address
+from small_run import small_experiment
+
+from hfedmoe_ray.runtime import session
+
+pytestmark = pytest.mark.ray
+EARLY, LATE = 15, 50
+ALLOWED = {"driver": 16.0, "ServerActor": 24.0, "ClientActor": 48.0, "object store": 4.0}
+"""MiB by which each may differ: what allocators keep moves up and down by some."""
+
+
+def occupied() -> Mapping[str, float]:
+    """MiB that each kind of process has to itself, all clients together, and what lies in the object store."""
+    this = psutil.Process()
+    found = {"driver": float(this.memory_full_info().uss), "ServerActor": 0.0, "ClientActor": 0.0}
+    for process in this.children(recursive=True):
+        kind = process.name().removeprefix("ray::").partition(".")[0].partition(" ")[0]
+        if kind in found:
+            found[kind] += process.memory_full_info().uss
+    state = get_state_from_address(ray.get_runtime_context().gcs_address)
+    found["object store"] = float(get_memory_info_reply(state).store_stats.object_store_bytes_used)
+    return {name: size / 2**20 for name, size in found.items()}
+
+
+def test_fifty_rounds_leave_nothing_behind(tmp_path: Path):
+    sizes: dict[int, Mapping[str, float]] = {}
+
+    def render(name: str, fields: Any) -> None:
+        if name == "round" and fields.round in (EARLY, LATE - 1):
+            sizes[fields.round] = occupied()
+
+    keys = [f"rounds={LATE}", "evaluate.every=100", "evaluate.own=never", "runtime.slots=2", "wire.upload=int8"]
+    session.run(small_experiment(keys), tmp_path, resume=False, render=render)
+    early, late = sizes[EARLY], sizes[LATE - 1]
+    assert early["ClientActor"] > 100, f"the clients were not found: {early}"
+    assert early["object store"] > 0
+    grown = {name: late[name] - early[name] for name in early}
+    assert all(grown[name] <= most for name, most in ALLOWED.items()), f"grown by {grown} MiB from {early}"
