@@ -1,7 +1,8 @@
 """A node that is lost takes its actors and unfinished work; both go on elsewhere, with the same results."""
 
-import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -102,15 +103,18 @@ def test_a_run_waits_for_a_node_that_the_cluster_is_to_get(cluster: Cluster, ray
         CapacityError, match=r"(?s)After 0.1 s \(runtime.scale_up_s\) still: .*has no label site=coming"
     ):
         RayExecutor(context(tmp_path / "short", **keys, runtime={"scale_up_s": 0.1}), worker_factory=TinyWorker)
-    timer = threading.Timer(1.5, add, (cluster, ray_directory, "coming"))
-    timer.start()
-    executor = RayExecutor(context(tmp_path / "long", **keys, runtime={"scale_up_s": 60}), worker_factory=TinyWorker)
+    patient = context(tmp_path / "long", **keys, runtime={"scale_up_s": 60})
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(RayExecutor, patient, worker_factory=TinyWorker)
+        time.sleep(1.5)
+        assert not coming.done(), "there was no node for it yet"
+        add(cluster, ray_directory, "coming")
+        executor = coming.result(60)
     executor.publish(weights())
     try:
         assert len(list(executor.run(TASKS, Log()))) == 6
     finally:
         executor.close()
-        timer.join()
 
 
 def test_clients_bound_to_a_lost_node_end_the_run_with_the_reason(cluster: Cluster, tmp_path: Path):
