@@ -38,5 +38,6 @@ class Durations:
         if count:
             return total / count
         measured = [(total, count) for (of, _), (total, count) in self._total.items() if of == kind]
-        mean = sum(total for total, _ in measured) / sum(count for _, count in measured) if measured else 0.0
-        return mean if measured else float(experts)
+        if not measured:
+            return float(experts)
+        return sum(total for total, _ in measured) / sum(count for _, count in measured)
