@@ -22,6 +22,7 @@ from hfedmoe_ray.config.schema import Experiment
 from hfedmoe_ray.context import PreparedData, PreparedModel, RunContext
 from hfedmoe_ray.runtime.cluster import connected
 from hfedmoe_ray.runtime.pool import RayExecutor
+from hfedmoe_ray.runtime.slot import State
 from hfedmoe_ray.strategies.scores import uniform_plan
 from hfedmoe_ray.types import ClientMetrics, ClientTask, ModelShape, Role, TaskWeights, Weights
 from hfedmoe_ray.wire import dump_metrics
@@ -136,8 +137,10 @@ def _executor(worker: type[Idle], clients: int, slots: int | None = None) -> Ite
         )
         executor = RayExecutor(context, worker_factory=worker)
         try:
-            # One round, so that no actor is still starting, and none has its first call before it.
             executor.publish(_weights(0))
+            # Rounds are served by the actors that are ready; what is measured should find all of them so.
+            while any(slot.state is not State.IDLE for slot in executor.slots):
+                _take(executor, clients, version=0)
             _take(executor, clients, version=0)
             yield executor
         finally:
