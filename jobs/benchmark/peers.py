@@ -2,7 +2,7 @@
 
 hfedmoe bench peers [--json FILE] [--rounds 3] [--turns 2]
 
-Both train the quickstart's prepared model on the quickstart's clients: the same examples, batches, steps, AdamW, clipping
+Both train the quickstart's prepared model on its clients: the same examples, batches, steps, AdamW, clipping
 and one thread a client, as many clients at once as there are cores. Flower runs FedAvg over a bare PyTorch loop in
 which every expert trains, in a virtual environment of its own (it pins another Ray), made once below the cache
 directory. Here three runs face it: FedAvg with every expert (`same_work_ratio`), the same without the prefix cache
