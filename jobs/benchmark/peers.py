@@ -112,6 +112,7 @@ def flower_turn(taken: Taken, python: Path, context: Path, rounds: int, cores: i
         taken.peak_mib.append(measured(command, environment, Path(directory) / "log"))
         figures = json.loads(result.read_text())
     taken.seconds += figures["seconds"][1:]
+    _tell("flower", taken)
     versions: dict[str, str] = figures["versions"]
     return versions
 
@@ -125,6 +126,13 @@ def our_turn(taken: Taken, name: str, rounds: int) -> None:
         (metrics,) = Path(directory).glob("*/metrics.jsonl")
         reports = [json.loads(line) for line in metrics.read_text().splitlines()]
     taken.seconds += [one["seconds"] - one["phases"].get("evaluate", 0.0) for one in reports if one["round"] > 1]
+    _tell(name, taken)
+
+
+def _tell(name: str, taken: Taken) -> None:
+    """One line for each run that has ended: all of them take minutes."""
+    rounds = ", ".join(f"{seconds:.1f}" for seconds in taken.seconds)
+    click.echo(f"{name}: rounds of {rounds} s, {taken.peak_mib[-1]:.0f} MiB at most", err=True)
 
 
 @click.command()
