@@ -8,7 +8,9 @@ which every expert trains, in a virtual environment of its own (it pins another 
 directory. Here three runs face it: FedAvg with every expert (`same_work_ratio`), the same without the prefix cache
 (`same_work_ratio_without_prefix_cache`: then both compute the very same layers), and HFedMoE with the quickstart's
 budgets (`budgeted_ratio`), which is less work for each client, not the same. Runs take turns; a figure is the median
-over the rounds after the first of all turns. A round here includes writing its checkpoint; Flower writes none.
+over the rounds after the first of all turns. What that leaves out of ours: round 0, which profiles clients and fills
+the prefix cache and which Flower does not have, and checkpoints, written after a round's time is taken and which Flower
+does not write.
 
 Memory is the peak over a run of the proportional set sizes of its process and all below it; of turns, the median.
 `peak_memory_ratio` is that of HFedMoE with budgets over Flower's full model.
