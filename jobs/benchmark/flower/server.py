@@ -20,7 +20,7 @@ from hfedmoe_ray.moe.prepare import initial_weights
 
 
 class TimedFedAvg(FedAvg):  # type: ignore[misc]
-    """Flower's FedAvg with a clock: a round lasts from its configuration to its average, as ours from plan to report."""
+    """Flower's FedAvg with a clock: a round lasts from its configuration to its average, ours from plan to report."""
 
     def __init__(self, clients: int) -> None:
         """Takes every client in every round, and evaluates none."""
