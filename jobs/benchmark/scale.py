@@ -7,16 +7,13 @@ round with ten times as many registered clients has as much to do, so it should 
 """
 
 import tempfile
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import click
-import psutil
 from output import Row, json_option, publish
+from processes import peak_of_tree
 
 from hfedmoe_ray.config.load import load_experiment
 from hfedmoe_ray.records import ClientRecord, RoundReport
@@ -34,7 +31,6 @@ FIXED = (
 )
 MEMORY_MIB, GROWTH, REBIND_MS = 8192, 1.2, 200
 """The bars: all processes, a round of 500 over one of 50, and what a slot needs beside the steps to change clients."""
-SAMPLE_S = 1.0
 
 
 class Rounds:
@@ -59,38 +55,6 @@ def run(clients: int, rounds: int) -> tuple[Rounds, float]:
     with tempfile.TemporaryDirectory() as directory, peak_of_tree() as peak:
         session.run(experiment, Path(directory), resume=False, render=followed)
     return followed, peak[0]
-
-
-@contextmanager
-def peak_of_tree() -> Iterator[list[float]]:
-    """Yields a list whose one entry is the most memory this process and all below it had at once, in MiB.
-
-    Proportional set sizes: a page that several processes share counts once.
-    """
-    peak, done = [0.0], threading.Event()
-
-    def watch() -> None:
-        while not done.wait(SAMPLE_S):
-            peak[0] = max(peak[0], tree_mib())
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield peak
-    finally:
-        done.set()
-        thread.join()
-
-
-def tree_mib() -> float:
-    """Memory of this process and all below it in MiB."""
-    this, total = psutil.Process(), 0
-    for process in (this, *this.children(recursive=True)):
-        try:
-            total += process.memory_full_info().pss
-        except psutil.NoSuchProcess:
-            continue  # it has ended since it was listed
-    return total / 2**20
 
 
 @click.command()
