@@ -43,7 +43,7 @@ class HFedMoE(Placement):
     name: Literal["hfedmoe"] = "hfedmoe"
     lam: UnitInterval = 0.9
     """Weight of cumulative against specific importance (eq. 5). The default is ours: the paper gives none, and at 0.5
-    the largest gate value, near 1 for most experts of a batch of some hundred tokens, decides nearly alone."""
+    the largest gate value, which differs twice as much between experts as the mean, outweighs it."""
     beta: NonNegativeFloat = 0.1
     """Price of information in the score (eq. 14); 0 is plain importance."""
     tau: NonNegativeFloat | None = None

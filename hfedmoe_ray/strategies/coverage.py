@@ -24,7 +24,7 @@ trained at c = 0.5, tau = 1 averages 12). So the threshold is 0 with coverage, u
 
 Nor is it good to be averaged whole. A covered expert has one or two trainers in a round; their mean is what these few
 clients made of it, from few tokens, while AdamW's steps are as long as for any other. Taken as it is, that undoes in a
-round what the expert was: in a first comparison the global model ended five points below the untrained one. So with
+round what the expert was: in one run at c = 0.5 the global model ended five points below the untrained one. So with
 coverage an expert moves in proportion to the share of the cohort that trained it (`rules.RuleSet.anchor` = 1, unless
 `anchor` is given): the published value stands in for clients that did not.
 """

@@ -99,6 +99,7 @@ def test_over_selection_asks_more_and_drops_whoever_is_still_at_work(sources: Pa
                 yield from super().run(tasks, notify)
             finally:
                 ended.append([one.client for one in tasks])
+                assert all((one.weight < 0) == (one.kind == "train") for one in tasks), "the quickest first"
 
     changed = made.model_copy(update={"clients": asking})
     _, summary, recorder = run(changed, tmp_path / "run", where=Watched)

@@ -32,7 +32,7 @@ Named = dict[str, NumpyArray]
 
 
 def run_context() -> RunContext:
-    """The run that both frameworks carry out."""
+    """The run that both frameworks carry out, from a file that this benchmark has written itself."""
     context: RunContext = pickle.loads(Path(os.environ[CONTEXT]).read_bytes())
     return context
 
