@@ -5,8 +5,8 @@ they hold the strategy's, and who is told the tracker's.
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
@@ -18,14 +18,13 @@ from hfedmoe_ray.federation import reporting
 from hfedmoe_ray.federation.ahead import meanwhile
 from hfedmoe_ray.federation.checkpoint import load_checkpoint, run_identity, save_checkpoint
 from hfedmoe_ray.federation.cohort import select_cohort
-from hfedmoe_ray.federation.dropout import with_dropped, without_dropouts
-from hfedmoe_ray.federation.durations import Durations
+from hfedmoe_ray.federation.collecting import Collector
+from hfedmoe_ray.federation.dropout import without_dropouts
 from hfedmoe_ray.federation.evaluation import Evaluation, evaluation_tasks, own_tasks, summarise
 from hfedmoe_ray.federation.executor import Executor
 from hfedmoe_ray.federation.phases import Phases
-from hfedmoe_ray.federation.quorum import below_quorum, raise_common_failure
+from hfedmoe_ray.federation.quorum import below_quorum
 from hfedmoe_ray.federation.state import FederationState
-from hfedmoe_ray.federation.validation import Rejected, accept
 from hfedmoe_ray.moe.prepare import head_parameters, initial_weights, router_layers
 from hfedmoe_ray.records import ClientRecord
 from hfedmoe_ray.strategies import build_strategy
@@ -97,7 +96,7 @@ class Federation:
         self.checkpoints = context.run_dir / "checkpoints"
         self.identity = run_identity(context)
         self._phase = Phases()
-        self._durations = Durations()
+        self.collector = Collector(self.experiment, executor, self.strategy, self.tiers, tracker.event)
         if resume:
             self.state = load_checkpoint(self.checkpoints, self.identity)
         else:
@@ -144,7 +143,7 @@ class Federation:
             plans = self.strategy.plan(round, clients, self.state.profiles)
         with self._phase("train"):
             tasks = [self.task("train", round, client, plan) for client, plan in plans.items()]
-            results = self.collect(tasks, wanted=self.experiment.clients.cohort)
+            results = self.collector.collect(tasks, wanted=self.experiment.clients.cohort)
             results = without_dropouts(results, self.experiment.clients.failure_rate)
         with self._profiled_ahead(round + 1) as ahead:
             with self._phase("reduce"):
@@ -164,10 +163,10 @@ class Federation:
         form = "exact" if starts_head else self.strategy.profiles_as
         plan = uniform_plan(self.strategy.shape, Role.FROZEN, frozen_as=form)
         newcomers = [client for client in cohort if client not in self.state.profiles]
-        results = self.collect([self.task("profile", round, client, plan) for client in newcomers])
+        results = self.collector.collect([self.task("profile", round, client, plan) for client in newcomers])
         records: list[ClientRecord] = []
         means, classes = MeanOutputs(), ClassMeans()
-        for update in self._accepted(results, dict.fromkeys(newcomers, plan), records):
+        for update in self.collector.accepted(results, dict.fromkeys(newcomers, plan), records, self.state):
             assert update.profile is not None
             self.state.profiles[update.client] = update.profile
             self.state.samples[update.client] = update.samples
@@ -198,43 +197,9 @@ class Federation:
             yield records
             waited = time.perf_counter()
         self._phase.seconds["profile"] += time.perf_counter() - waited
-        for update in self._accepted(results, dict.fromkeys(cohort, plan), records):
+        for update in self.collector.accepted(results, dict.fromkeys(cohort, plan), records, self.state):
             assert update.profile is not None
             self.state.profiles[update.client] = update.profile
-
-    def collect(self, tasks: Sequence[ClientTask], wanted: int | None = None) -> list[TaskResult]:
-        """Runs tasks until a quorum of them is in; returns one result per task, in client order.
-
-        Args:
-            tasks: One a client.
-            wanted: Updates that are enough: once so many are in, who is still at work is dropped.
-
-        Raises:
-            TrainingError: Below quorum after the configured attempts, or the same error on several clients.
-        """
-        results: dict[int, TaskResult] = {}
-        tracebacks: dict[int, str] = {}
-
-        def notify(name: str, fields: Mapping[str, Any]) -> None:
-            if "traceback" in fields:
-                tracebacks[fields["client"]] = fields["traceback"]
-            self.tracker.event(name, fields)
-
-        for _ in range(self.experiment.runtime.round_attempts):
-            missing = [task for task in tasks if task.client not in results or results[task.client].status != "ok"]
-            with closing(self.executor.run(missing, notify)) as running:
-                for result in running:
-                    results[result.task.client] = result
-                    if result.metrics is not None:
-                        tier = self.tiers[result.task.client].name
-                        self._durations.add(result.task, tier, result.metrics.seconds)
-                    if wanted is not None and sum(one.status == "ok" for one in results.values()) >= wanted:
-                        return with_dropped(tasks, results)
-            raise_common_failure(results.values(), tracebacks)
-            if self._quorum(result.status == "ok" for result in results.values()):
-                return [results[client] for client in sorted(results)]
-            self.tracker.event("below_quorum", {"round": tasks[0].round})
-        raise TrainingError(below_quorum([(c, r.status, r.reason) for c, r in sorted(results.items())]))
 
     def reduce(
         self, results: Sequence[TaskResult], plans: Mapping[int, ExpertPlan]
@@ -258,7 +223,7 @@ class Federation:
         records: list[ClientRecord] = []
         updates: dict[int, ClientUpdate] = {}
         taken: list[int] = []
-        for update in self._accepted(results, plans, records):
+        for update in self.collector.accepted(results, plans, records, state):
             client = update.client
             if strategy.federated:
                 taken.append(len(reducer.add(update, plans[client])))
@@ -273,7 +238,7 @@ class Federation:
             # The tensors are folded; keeping them would make memory grow with the cohort.
             updates[client] = replace(update, experts={}, shared={}, means={})
         # Dropping out is the experiment's doing, not a fault that should stop it.
-        if not self._quorum(record.status == "ok" for record in records if record.status != "dropped"):
+        if not self.collector.quorum(record.status == "ok" for record in records if record.status != "dropped"):
             raise TrainingError(below_quorum([(r.client, r.status, r.reason) for r in records]))
         weights = self.optimizer.step(state.weights, reducer.result(), reducer.rows)
         state.weights = replace(weights, means=means.result(weights.means), personal=private or None)
@@ -323,7 +288,7 @@ class Federation:
 
     def task(self, kind: TaskKind, round: int, client: int, plan: ExpertPlan) -> ClientTask:
         """One client's task of a round."""
-        weight = self._durations.predict(kind, client, self.tiers[client].name, len(plan.present))
+        weight = self.collector.predict(kind, client, len(plan.present))
         if kind == "train" and self.experiment.clients.over_select > 1:
             weight = -weight  # the quickest first: with their updates the round ends
         return ClientTask(
@@ -346,41 +311,6 @@ class Federation:
     def summary(self, status: str) -> dict[str, Any]:
         """The keys of summary.json."""
         return reporting.run_summary(self.context, self.state, status)
-
-    def _accepted(
-        self, results: Iterable[TaskResult], plans: Mapping[int, ExpertPlan], records: list[ClientRecord]
-    ) -> Iterator[ClientUpdate]:
-        """Yields the updates that may be used, one payload in memory at a time, and records how each client fared.
-
-        The state a client returned is kept with its update, or discarded with it: what an update that was late, failed
-        or rejected says was sent has not arrived.
-        """
-        for delivered in results:
-            client = delivered.task.client
-            result, update = self._accept(delivered, plans[client])
-            record = reporting.client_record(result, self.tiers[client], update, self.state.weights)
-            if self.experiment.backend == "local":
-                record = replace(record, over_mib=0.0)  # the one process is everybody's, and the server's
-            if record.over_mib:
-                self.tracker.event("over_memory", reporting.over_memory(record, self.tiers[client]))
-            records.append(record)
-            if update is not None:
-                if delivered.state is not None:
-                    self.state.clients[client] = delivered.state
-                yield update
-
-    def _accept(self, result: TaskResult, plan: ExpertPlan) -> tuple[TaskResult, ClientUpdate | None]:
-        if result.status != "ok":
-            return result, None
-        try:
-            start = self.state.weights.seen_by(result.task.personal)
-            return result, accept(result, plan, start, self.experiment.wire, self.strategy.signals)
-        except Rejected as rejection:
-            return replace(result, status="rejected", reason=str(rejection)), None
-
-    def _quorum(self, arrived: Iterable[bool]) -> bool:
-        answers = list(arrived)
-        return sum(answers) >= self.experiment.runtime.quorum * len(answers)
 
     def _begin(self, round: int, cohort: Sequence[int]) -> float:
         self._phase = Phases()

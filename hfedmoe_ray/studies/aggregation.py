@@ -145,7 +145,7 @@ def watch(run: RunRecord) -> Watched:
         clients = [federation.client_info(client) for client in cohort]
         plans: dict[int, ExpertPlan] = strategy.plan(number, clients, state.profiles)
         received = accuracies(state.weights)
-        results = federation.collect([federation.task("train", number, c, plan) for c, plan in plans.items()])
+        results = federation.collector.collect([federation.task("train", number, c, plan) for c, plan in plans.items()])
         private = dict(state.weights.personal or {})
         for result in results:
             client = result.task.client

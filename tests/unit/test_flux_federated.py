@@ -209,7 +209,7 @@ def test_the_profile_of_a_round_is_that_of_the_weights_the_round_before_started_
     ]
     results = list(executor.run(tasks, lambda *_: None))
     executor.close()
-    for update in federation._accepted(results, dict.fromkeys(range(4), eight), []):
+    for update in federation.collector.accepted(results, dict.fromkeys(range(4), eight), [], federation.state):
         np.testing.assert_array_equal(stale[update.client].routed, update.profile.routed)
         np.testing.assert_array_equal(stale[update.client].usage, update.profile.usage)
 

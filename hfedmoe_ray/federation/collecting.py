@@ -1,0 +1,133 @@
+"""A round's tasks and what came back: who answered, whether enough did, and which updates may be used."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import replace
+from typing import Any
+
+from hfedmoe_ray.config.schema import Experiment, Tier
+from hfedmoe_ray.errors import TrainingError
+from hfedmoe_ray.federation import reporting
+from hfedmoe_ray.federation.dropout import with_dropped
+from hfedmoe_ray.federation.durations import Durations
+from hfedmoe_ray.federation.executor import Executor, Notify
+from hfedmoe_ray.federation.quorum import below_quorum, raise_common_failure
+from hfedmoe_ray.federation.state import FederationState
+from hfedmoe_ray.federation.validation import Rejected, accept
+from hfedmoe_ray.records import ClientRecord
+from hfedmoe_ray.strategies import AnyStrategy
+from hfedmoe_ray.types import ClientTask, ClientUpdate, ExpertPlan, TaskKind, TaskResult
+
+
+class Collector:
+    """Runs a round's tasks to a quorum of results, and turns those into validated updates."""
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        executor: Executor,
+        strategy: AnyStrategy,
+        tiers: Sequence[Tier],
+        notify: Notify,
+    ) -> None:
+        """Takes note of the run.
+
+        Args:
+            experiment: The run's quorum, attempts and codecs.
+            executor: Runs the tasks.
+            strategy: Says what updates must contain.
+            tiers: Tier of every client.
+            notify: Is told what happens.
+        """
+        self._experiment = experiment
+        self._executor = executor
+        self._strategy = strategy
+        self._tiers = tiers
+        self._notify = notify
+        self._durations = Durations()
+
+    def predict(self, kind: TaskKind, client: int, experts: int) -> float:
+        """What the next task of a client will take, to order tasks by (see `Durations.predict`)."""
+        return self._durations.predict(kind, client, self._tiers[client].name, experts)
+
+    def collect(self, tasks: Sequence[ClientTask], wanted: int | None = None) -> list[TaskResult]:
+        """Runs tasks until a quorum of them is in; returns one result per task, in client order.
+
+        Args:
+            tasks: One a client.
+            wanted: Updates that are enough: once so many are in, who is still at work is dropped.
+
+        Raises:
+            TrainingError: Below quorum after the configured attempts, or the same error on several clients.
+        """
+        results: dict[int, TaskResult] = {}
+        tracebacks: dict[int, str] = {}
+
+        def notify(name: str, fields: Mapping[str, Any]) -> None:
+            if "traceback" in fields:
+                tracebacks[fields["client"]] = fields["traceback"]
+            self._notify(name, fields)
+
+        for _ in range(self._experiment.runtime.round_attempts):
+            missing = [task for task in tasks if task.client not in results or results[task.client].status != "ok"]
+            with closing(self._executor.run(missing, notify)) as running:
+                for result in running:
+                    results[result.task.client] = result
+                    if result.metrics is not None:
+                        tier = self._tiers[result.task.client].name
+                        self._durations.add(result.task, tier, result.metrics.seconds)
+                    if wanted is not None and sum(one.status == "ok" for one in results.values()) >= wanted:
+                        return with_dropped(tasks, results)
+            raise_common_failure(results.values(), tracebacks)
+            if self.quorum(result.status == "ok" for result in results.values()):
+                return [results[client] for client in sorted(results)]
+            self._notify("below_quorum", {"round": tasks[0].round})
+        raise TrainingError(below_quorum([(c, r.status, r.reason) for c, r in sorted(results.items())]))
+
+    def accepted(
+        self,
+        results: Iterable[TaskResult],
+        plans: Mapping[int, ExpertPlan],
+        records: list[ClientRecord],
+        state: FederationState,
+    ) -> Iterator[ClientUpdate]:
+        """Yields the updates that may be used, one payload in memory at a time, and records how each client fared.
+
+        The state a client returned is kept with its update, or discarded with it: what an update that was late, failed
+        or rejected says was sent has not arrived.
+
+        Args:
+            results: How the tasks ended.
+            plans: What each client was to do.
+            records: Is given a record per result.
+            state: Has the weights the tasks started from, and keeps the clients' states.
+        """
+        for delivered in results:
+            client = delivered.task.client
+            result, update = self._accept(delivered, plans[client], state)
+            record = reporting.client_record(result, self._tiers[client], update, state.weights)
+            if self._experiment.backend == "local":
+                record = replace(record, over_mib=0.0)  # the one process is everybody's, and the server's
+            if record.over_mib:
+                self._notify("over_memory", reporting.over_memory(record, self._tiers[client]))
+            records.append(record)
+            if update is not None:
+                if delivered.state is not None:
+                    state.clients[client] = delivered.state
+                yield update
+
+    def _accept(
+        self, result: TaskResult, plan: ExpertPlan, state: FederationState
+    ) -> tuple[TaskResult, ClientUpdate | None]:
+        if result.status != "ok":
+            return result, None
+        try:
+            start = state.weights.seen_by(result.task.personal)
+            return result, accept(result, plan, start, self._experiment.wire, self._strategy.signals)
+        except Rejected as rejection:
+            return replace(result, status="rejected", reason=str(rejection)), None
+
+    def quorum(self, arrived: Iterable[bool]) -> bool:
+        """Whether enough of those asked have delivered."""
+        answers = list(arrived)
+        return sum(answers) >= self._experiment.runtime.quorum * len(answers)
