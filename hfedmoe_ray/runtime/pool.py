@@ -23,7 +23,7 @@ from hfedmoe_ray.runtime.holder import alive, start_holder
 from hfedmoe_ray.runtime.scaling import free_room, further_slots, plan_when_there, release
 from hfedmoe_ray.runtime.slot import ActorRecipe, Attempt, Slot, State
 from hfedmoe_ray.runtime.transfer import Directory, directory_hash
-from hfedmoe_ray.runtime.weights import WeightStore, keep_state
+from hfedmoe_ray.runtime.weights import WeightStore
 from hfedmoe_ray.runtime.worker import WorkerFactory, client_worker, last_line, late_reason
 from hfedmoe_ray.types import ClientMetrics, ClientTask, Fetch, Status, TaskResult, Weights
 from hfedmoe_ray.wire import parse_metrics
@@ -51,13 +51,14 @@ class RayExecutor:
         specs = plan_when_there(context.experiment)
         self._nodes = {node.node for node in cluster.capacity()}
         """Those there were when they were last looked at."""
+        self._home = ray.get_runtime_context().get_node_id()
         self._recipe = ActorRecipe(
             context=context,
             worker_factory=worker_factory,
             namespace=f"{context.experiment.name}-{uuid.uuid4().hex[:8]}",
+            home=self._home,
             tiers=tuple(tier.name for tier in tier_of(context.experiment.clients)),
         )
-        self._home = ray.get_runtime_context().get_node_id()
         self._directories: dict[str, Directory] = {}
         self._holders: dict[tuple[str, str], Any] = {}
         """Holder of the frozen tensors by (node, GPU), where clients share a GPU."""
@@ -116,6 +117,8 @@ class RayExecutor:
             (slot for slot in self.slots if slot.state is State.IDLE), key=lambda slot: slot.spec.resources.size
         )
         for attempt in list(ready):
+            if not idle:
+                return
             slot = next((slot for slot in idle if slot.serves(attempt.task)), None)
             if slot is None:
                 continue
@@ -131,7 +134,7 @@ class RayExecutor:
             ClusterError: a task is left that no slot will ever serve.
         """
         alive = [slot for slot in self.slots if slot.state is not State.GONE]
-        for attempt in ready:
+        for attempt in ready if len(alive) < len(self.slots) else ():
             if not any(slot.serves(attempt.task) for slot in alive):
                 raise ClusterError(
                     f"No actor is left that could serve client {attempt.task.client}; the last was lost because: "
@@ -208,7 +211,6 @@ class RayExecutor:
         attempt, seconds = slot.attempt, time.monotonic() - slot.since
         try:
             payload, state, (status, body, reason) = slot.answer()
-            kept = keep_state(state, put_again=slot.spec.node != self._home)
         except RayError as error:
             return self._lose(slot, attempt, _told(error), ready, notify)
         slot.rest()
@@ -222,7 +224,7 @@ class RayExecutor:
             notify("task_error", _about(attempt.task) | {"traceback": body.decode()})
         if metrics is None:
             return _result(attempt, "failed", reason, seconds, notify)
-        return _result(attempt, "ok", "", seconds, notify, metrics=metrics, payload=_Payload(payload), state=kept)
+        return _result(attempt, "ok", "", seconds, notify, metrics=metrics, payload=_Payload(payload), state=state)
 
     def _leave_behind(self, slot: Slot, notify: Notify) -> TaskResult:
         """BUSY → STOPPING: the round goes on without this client."""

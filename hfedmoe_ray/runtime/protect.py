@@ -18,6 +18,7 @@ import os
 import sys
 import weakref
 from collections.abc import Mapping
+from functools import cache
 
 import numpy as np
 
@@ -79,6 +80,7 @@ def _error(call: str) -> OSError:
     return OSError(code, f"{call} of published weights: {os.strerror(code)}")
 
 
+@cache
 def _libc() -> ctypes.CDLL:
     libc = ctypes.CDLL(None, use_errno=True)
     libc.mremap.restype = ctypes.c_void_p

@@ -22,7 +22,7 @@ from hfedmoe_ray.context import RunContext
 from hfedmoe_ray.runtime import timeouts
 from hfedmoe_ray.runtime.client import Answer, Loading, RemoteClient
 from hfedmoe_ray.runtime.transfer import Directory
-from hfedmoe_ray.runtime.weights import TaskRefs
+from hfedmoe_ray.runtime.weights import StoredState, TaskRefs, keep_state
 from hfedmoe_ray.runtime.worker import WorkerFactory
 from hfedmoe_ray.train.environment import ENVIRONMENT
 from hfedmoe_ray.types import ClientTask
@@ -55,6 +55,8 @@ class ActorRecipe:
     context: RunContext
     worker_factory: WorkerFactory
     namespace: str
+    home: str
+    """The server's node."""
     tiers: tuple[str, ...]
     """Tier of every client."""
 
@@ -152,12 +154,13 @@ class Slot:
             return error
         raise AssertionError("the lifeline never ends otherwise")
 
-    def answer(self) -> tuple[Any, Any, Answer]:
-        """(references to payload and state, answer) of the finished task. Raises what `ray.get` raises."""
+    def answer(self) -> tuple[Any, StoredState | None, Answer]:
+        """(reference to the payload, new state, answer) of the finished task. Raises what `ray.get` raises."""
         assert self._answer is not None
-        state, reply = self._answer
-        _, _, answer = ray.get([self.watched, state, reply], timeout=timeouts.FETCH)
-        return self.watched, state, answer
+        ref, reply = self._answer
+        # Reading the payload tells whether it is still there; where it lies in shared memory that copies nothing.
+        _, state, answer = ray.get([self.watched, ref, reply], timeout=timeouts.FETCH)
+        return self.watched, keep_state(ref, state, put_again=self.spec.node != self._recipe.home), answer
 
     def move(self, node: str) -> None:
         """Has the next actor start on another node."""

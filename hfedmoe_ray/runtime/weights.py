@@ -2,7 +2,8 @@
 
 Objects are put once per version, whatever the number of clients; an expert that did not change since the version
 before keeps its object. A task carries references, so a client fetches only the experts its plan names, and clients
-of one node read the same memory, through pages that cannot be written (see `protect`).
+of one node read the same memory, through pages that cannot be written (see `protect`). What is so small that its
+numbers weigh no more than the care for a reference travels in the task itself.
 
 What is derived from published experts (merged ones, and those in few bits) is made when a task first asks for it, put
 beside its version and given to every task that asks for the same.
@@ -10,7 +11,7 @@ beside its version and given to every task that asks for the same.
 The state of a client is an object too, from one of its tasks to the next.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,12 +26,15 @@ from hfedmoe_ray.types import Array, Bits, ClientTask, ExpertKey, Fetch, MergedE
 
 Arrays = Mapping[str, Array]
 Ref = Any
-"""A ray.ObjectRef; Ray's own type is not generic over what it holds."""
+"""A ray.ObjectRef (Ray's own type is not generic over what it holds), or a small object itself."""
 
 _Derived = MergedExpert | tuple[ExpertKey, Bits]
 """What an object can be made to hold: a merged expert, or one in few bits."""
 
 MEANS = "means"
+INLINE_BYTES = 4096
+"""Arrays of no more bytes together are no object of their own (Ray's own limit for arguments is 100 KiB, for a call
+with a few of them; a task may name hundreds)."""
 VERSIONS_KEPT = 2
 """The current version, and the one before it for tasks that started from it."""
 
@@ -56,7 +60,7 @@ class TaskRefs:
         """
         keys = list(self.experts)
         optional = [ref for ref in (self.means, self.state) if ref is not None]
-        values = ray.get([*self.shared, *self.experts.values(), *self.merged, *optional], timeout=timeouts.FETCH)
+        values = _get([*self.shared, *self.experts.values(), *self.merged, *optional])
         shared: dict[str, Array] = {}
         for part in values[: len(self.shared)]:
             shared.update(protected(part))
@@ -163,14 +167,14 @@ class StoredState:
         return state
 
 
-def keep_state(ref: Ref, *, put_again: bool) -> StoredState | None:
+def keep_state(ref: Ref, state: Array, *, put_again: bool) -> StoredState | None:
     """Keeps the state that a task returned; None for an empty one.
 
     Args:
         ref: The object, which has arrived on this node.
+        state: What it holds.
         put_again: Whether its first copy is on another node; with that node the client's past would be lost.
     """
-    state = ray.get(ref, timeout=timeouts.FETCH)
     if not state.size:
         return None
     return StoredState(ray.put(state) if put_again else ref)
@@ -196,7 +200,7 @@ def _derived(version: _Version, experts: Mapping[ExpertKey, _Entry], what: _Deri
         else:
             key, bits = what
             arrays = quantised_expert(experts[key].source, bits)
-        version.derived[what, owner] = ray.put(arrays)
+        version.derived[what, owner] = _object(arrays)
     return version.derived[what, owner]
 
 
@@ -208,7 +212,19 @@ def _put(arrays: Arrays, last: _Entry | None) -> _Entry:
     """The entry for these arrays: the last one where they are the same, byte for byte, else a new object."""
     if last is not None and _same(arrays, last.source):
         return last
-    return _Entry(ray.put(dict(arrays)), arrays)
+    return _Entry(_object(dict(arrays)), arrays)
+
+
+def _object(arrays: dict[str, Array]) -> Ref:
+    """Arrays as a task names them."""
+    return arrays if sum(array.nbytes for array in arrays.values()) <= INLINE_BYTES else ray.put(arrays)
+
+
+def _get(refs: Sequence[Ref]) -> list[Any]:
+    """What is named, in order."""
+    stored = [ref for ref in refs if isinstance(ref, ray.ObjectRef)]
+    fetched = iter(ray.get(stored, timeout=timeouts.FETCH) if stored else ())
+    return [next(fetched) if isinstance(ref, ray.ObjectRef) else ref for ref in refs]
 
 
 def _same(one: Arrays, other: Arrays) -> bool:

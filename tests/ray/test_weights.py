@@ -4,13 +4,21 @@ import os
 
 import numpy as np
 import pytest
+import ray
 from mapped import mapping
 from tiny_worker import SHAPE, task, weights
 
+from hfedmoe_ray.runtime import weights as stored
 from hfedmoe_ray.runtime.weights import WeightStore
 from hfedmoe_ray.types import ExpertKey, PersonalWeights, Weights
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("cluster")]
+
+
+@pytest.fixture(autouse=True)
+def _small_objects_too(monkeypatch: pytest.MonkeyPatch):
+    """The weights of these tests are small, and yet are to be objects."""
+    monkeypatch.setattr(stored, "INLINE_BYTES", 0)
 
 
 def single(version: int, value: np.ndarray) -> Weights:
@@ -83,3 +91,21 @@ def test_private_weights_replace_objects_and_keep_theirs_while_unchanged():
     assert private.shared[-1] == store.refs(task(5, 0, personal=5)).shared[-1]
     assert set(private.fetch().shared) == {"router", "head"}
     assert store.refs(task(4, 1, personal=4)) == store.refs(task(4, 1)), "a client without private weights"
+
+
+def test_what_is_small_travels_in_the_task_and_refuses_writes_too(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(stored, "INLINE_BYTES", 64)
+    small, large = np.arange(8.0), np.arange(9.0)
+    store = WeightStore()
+    store.publish(
+        Weights(version=0, shared={"head": large}, experts={key: {"up": small} for key in list(SHAPE.keys())})
+    )
+    refs = store.refs(task(0, 0, present=1))
+    assert not any(isinstance(ref, ray.ObjectRef) for ref in refs.experts.values())
+    assert all(isinstance(ref, ray.ObjectRef) for ref in refs.shared)
+    fetched = refs.fetch()
+    assert np.array_equal(fetched.shared["head"], large)
+    for expert in fetched.experts.values():
+        assert np.array_equal(expert["up"], small)
+        with pytest.raises(ValueError, match="read-only"):
+            expert["up"][0] = 1
