@@ -4,7 +4,8 @@ hfedmoe bench registered [--json FILE] [--repeats 5] [--rounds 6]
 
 The same data are dealt to 100 and to 10 000 clients, 4 a round, and runs of the two take turns in this process
 (`backend: local`, so that no start of Ray hides anything) with a model so small that little else takes time. The data
-are prepared before: a start is what comes between the command and the first task.
+are prepared before: a start is what comes between the command and the first task. Told are the quickest start and
+report, and the median round.
 """
 
 import io
@@ -124,9 +125,10 @@ def main(json_file: Path | None, repeats: int, rounds: int) -> None:
             runs[clients].append(run(one))
     figures: dict[str, float] = {}
     for clients, watched in runs.items():
-        figures[f"start_s_{clients}"] = median(watch.start_s for watch, _ in watched)
+        # The quickest: a run has one start, and whatever else the machine does only adds to it.
+        figures[f"start_s_{clients}"] = min(watch.start_s for watch, _ in watched)
         figures[f"round_s_{clients}"] = median(seconds for watch, _ in watched for seconds in watch.rounds_s)
-        figures[f"report_s_{clients}"] = median(seconds for _, seconds in watched)
+        figures[f"report_s_{clients}"] = min(seconds for _, seconds in watched)
     rows = [
         _row(figures, "start", "until the first task", GROWTH),
         _row(figures, "round", f"a round of {COHORT}", GROWTH),
