@@ -6,6 +6,7 @@ Everything here is arithmetic on the configuration and on the capacity of nodes;
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from math import floor
 from typing import Literal
 
@@ -47,14 +48,21 @@ def tier_of(clients: Clients) -> tuple[Tier, ...]:
     time to the one that is furthest behind its count, so that any run of consecutive clients holds the tiers in
     proportion: a partition that orders clients, such as shards, then does not give one tier all of some class.
     """
-    counts = _largest_remainder([tier.share for tier in clients.tiers], clients.count)
+    shares = tuple(tier.share for tier in clients.tiers)
+    return tuple(clients.tiers[number] for number in _dealt(shares, clients.count))
+
+
+@lru_cache(maxsize=8)
+def _dealt(shares: tuple[float, ...], clients: int) -> tuple[int, ...]:
+    """Which tier every client has, by number (see `tier_of`; kept, since many ask and clients may be very many)."""
+    counts = _largest_remainder(shares, clients)
     dealt = [0] * len(counts)
-    order: list[Tier] = []
-    for position in range(1, clients.count + 1):
-        lag = [count * position / clients.count - given for count, given in zip(counts, dealt, strict=True)]
+    order: list[int] = []
+    for position in range(1, clients + 1):
+        lag = [count * position / clients - given for count, given in zip(counts, dealt, strict=True)]
         behind = max((i for i, count in enumerate(counts) if dealt[i] < count), key=lambda i: (lag[i], -i))
         dealt[behind] += 1
-        order.append(clients.tiers[behind])
+        order.append(behind)
     return tuple(order)
 
 

@@ -79,10 +79,11 @@ def run(
     resume: bool = False,
     stop_after: int | None = None,
     where: Callable[[RunContext], Executor] = LocalExecutor,
+    recorder: Recorder | None = None,
 ) -> tuple[RunContext, dict[str, Any], Recorder]:
     """Runs an experiment, here or elsewhere, to its end or until after a round; returns its summary and its record."""
     context = prepare_run(made, run_dir)
-    executor, recorder = where(context), Recorder()
+    executor, recorder = where(context), recorder or Recorder()
 
     def should_stop() -> bool:
         return stop_after is not None and bool(recorder.rounds) and recorder.rounds[-1].round >= stop_after

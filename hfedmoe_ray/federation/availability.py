@@ -34,8 +34,8 @@ def available(clients: Clients, seed: int, round: int) -> Array:
             path = clients.availability.path
             assert path is not None, "the schema wants it"
             spans = read_trace(Path(path), clients.count)
-            there = [any(first <= round <= last for first, last in spans.get(c, ())) for c in range(clients.count)]
-            return np.flatnonzero(there)
+            there = [client for client, named in spans.items() if any(first <= round <= last for first, last in named)]
+            return np.array(sorted(there), dtype=np.int64)
 
 
 def _awake(availability: Availability, seed: int, round: int, count: int) -> Array:

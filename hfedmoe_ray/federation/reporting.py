@@ -17,7 +17,6 @@ from hfedmoe_ray.federation.state import FederationState, model_sha256
 from hfedmoe_ray.moe import derived
 from hfedmoe_ray.records import ClientRecord, RoundReport
 from hfedmoe_ray.types import (
-    ClientInfo,
     ClientTask,
     ClientUpdate,
     ExpertKey,
@@ -158,16 +157,27 @@ def round_report(
 
 
 def run_facts(
-    context: RunContext, tiers: Sequence[Tier], clients: Sequence[ClientInfo], resumed_from: int | None
+    context: RunContext, tiers: Sequence[Tier], samples: Sequence[int], resumed_from: int | None
 ) -> dict[str, Any]:
-    """Returns what is known before the first round: who takes part with what, the partition, the model's shape."""
-    rows = []
-    for tier, client in zip(tiers, clients, strict=True):
+    """Returns what is known before the first round: who takes part with what, the partition, the model's shape.
+
+    Args:
+        context: The prepared run.
+        tiers: Tier of every client.
+        samples: Training examples of every client.
+        resumed_from: The last round of the checkpoint, if the run goes on with one.
+    """
+    of_tier = {}
+    for name, tier in {tier.name: tier for tier in tiers}.items():
+        resident, batch = budget.expert_counts(tier, context.model.shape)
         spec = budget.resources(tier, gpus_available=False)
         asked = {"num_cpus": spec.num_cpus, "num_gpus": spec.num_gpus, "memory_gib": tier.memory_gib}
-        rows.append({**asdict(client), "resources": asked})
+        of_tier[name] = {"tier": name, "resident_experts": resident, "batch_experts": batch, "resources": asked}
     return {
-        "clients": rows,
+        "clients": [
+            {"client": client, "samples": count, **of_tier[tier.name]}
+            for client, (tier, count) in enumerate(zip(tiers, samples, strict=True))
+        ],
         "partition": context.data.counts,
         "labels": context.data.label_names,
         "shape": asdict(context.model.shape),

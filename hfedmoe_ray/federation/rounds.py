@@ -92,7 +92,12 @@ class Federation:
             self.experiment.strategy, context.model.shape, self.experiment.seed, self.experiment.rules
         )
         self.router_layers = router_layers(context.model)
+        # Once: a run may have very many clients, and a round asks few of them.
         self.tiers = budget.tier_of(self.experiment.clients)
+        self.budgets = {
+            tier.name: budget.expert_counts(tier, context.model.shape) for tier in self.experiment.clients.tiers
+        }
+        self.examples = tuple(map(sum, context.data.counts))
         self.checkpoints = context.run_dir / "checkpoints"
         self.identity = run_identity(context)
         self._phase = Phases()
@@ -271,20 +276,14 @@ class Federation:
 
     def cohort(self, round: int) -> tuple[int, ...]:
         """Who takes part in a round."""
-        examples = [sum(counts) for counts in self.context.data.counts]
-        return select_cohort(self.experiment.clients, self.experiment.seed, round, examples)
+        return select_cohort(self.experiment.clients, self.experiment.seed, round, self.examples)
 
     def client_info(self, client: int) -> ClientInfo:
         """What the strategy may know of a client."""
-        tier = self.tiers[client]
-        resident, batch = budget.expert_counts(tier, self.context.model.shape)
-        return ClientInfo(
-            client=client,
-            tier=tier.name,
-            resident_experts=resident,
-            batch_experts=batch,
-            samples=self.state.samples.get(client, sum(self.context.data.counts[client])),
-        )
+        tier = self.tiers[client].name
+        resident, batch = self.budgets[tier]
+        samples = self.state.samples.get(client, self.examples[client])
+        return ClientInfo(client=client, tier=tier, resident_experts=resident, batch_experts=batch, samples=samples)
 
     def task(self, kind: TaskKind, round: int, client: int, plan: ExpertPlan) -> ClientTask:
         """One client's task of a round."""
@@ -305,8 +304,8 @@ class Federation:
 
     def facts(self) -> dict[str, Any]:
         """What is known before the first round."""
-        clients = [self.client_info(client) for client in range(self.experiment.clients.count)]
-        return reporting.run_facts(self.context, self.tiers, clients, self.resumed_from)
+        samples = [self.state.samples.get(client, count) for client, count in enumerate(self.examples)]
+        return reporting.run_facts(self.context, self.tiers, samples, self.resumed_from)
 
     def summary(self, status: str) -> dict[str, Any]:
         """The keys of summary.json."""

@@ -5,7 +5,8 @@
 told to - and those stop the run: experts that silently never train are this field's commonest bug.
 """
 
-from collections.abc import Collection, Mapping
+import math
+from collections.abc import Collection, Iterable, Mapping
 
 import numpy as np
 
@@ -13,6 +14,10 @@ from hfedmoe_ray.config.wire import Wire
 from hfedmoe_ray.errors import TrainingError
 from hfedmoe_ray.types import Array, ClientMetrics, ClientUpdate, ExpertPlan, Signal, TaskResult, Weights
 from hfedmoe_ray.wire import PROFILE_FIELDS, checksum, expert_key, expert_name, read_upload
+
+_ABSURD = 100.0
+"""So many times the norm of what it started from no update reaches by training (ours). Training scales weights by a
+few percent; this is to catch what is finite and would still be all that is left of an average."""
 
 
 class Rejected(Exception):
@@ -78,6 +83,7 @@ def check_update(update: ClientUpdate, plan: ExpertPlan, weights: Weights, *, tr
     for key, tensors in update.experts.items():
         _check_tensors(tensors, weights.experts[key], f"expert {expert_name(key)}")
     _check_tensors(update.shared, weights.shared if trains else {}, "shared parameters")
+    _check_norm(update, weights)
     _check_statistics(update, plan, weights)
 
 
@@ -123,6 +129,25 @@ def _check_tensors(sent: Mapping[str, Array], expected: Mapping[str, Array], wha
             )
         if not np.isfinite(value).all():
             raise Rejected(f"{what}: {name} holds NaN or infinity")
+
+
+def _check_norm(update: ClientUpdate, weights: Weights) -> None:
+    """Checks that all that is sent together is not larger than training can make it.
+
+    Together, since single tensors may start at zero, as half of all low-rank factors do.
+    """
+    sent = _norm([update.shared, *update.experts.values()])
+    started = _norm(
+        [{name: weights.shared[name] for name in update.shared}, *(weights.experts[key] for key in update.experts)]
+    )
+    if not sent <= _ABSURD * max(started, 1.0):
+        raise Rejected(f"its weights have the norm {sent:.3g}, more than {_ABSURD:g} times the {started:.3g} before")
+
+
+def _norm(parts: Iterable[Mapping[str, Array]]) -> float:
+    """The Euclidean norm of all tensors as one vector; infinity where fp32 cannot hold its square."""
+    with np.errstate(over="ignore"):
+        return math.hypot(*(float(np.linalg.norm(value)) for tensors in parts for value in tensors.values()))
 
 
 def check_canary(

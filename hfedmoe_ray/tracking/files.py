@@ -52,7 +52,7 @@ class FileTracker:
             self.rewind(resumed_from)
             self.event("resumed", {"resumed_from": resumed_from, "versions": versions})
         write_atomic(self._dir / CONFIG, _config_text(config, versions))
-        write_atomic(self._dir / FACTS, dumps({**facts, "versions": versions}, indent=1) + "\n")
+        write_atomic(self._dir / FACTS, _facts_text({**facts, "versions": versions}))
 
     def rewind(self, last: int) -> None:
         """Takes back every line about a round after `last`, and a line torn by a crash.
@@ -97,6 +97,11 @@ class FileTracker:
         path = self._dir / name
         if path.exists():
             write_atomic(path, "".join(dumps(line) + "\n" for line in read_lines(path) if keep(line)))
+
+
+def _facts_text(facts: Mapping[str, Any]) -> str:
+    """JSON with a line for each fact: there may be very many clients."""
+    return "{\n" + ",\n".join(f" {dumps(name)}: {dumps(value)}" for name, value in facts.items()) + "\n}\n"
 
 
 def _now() -> str:

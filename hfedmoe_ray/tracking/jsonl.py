@@ -42,7 +42,10 @@ def plain(value: object) -> Any:
 
 def dumps(value: object, *, indent: int | None = None) -> str:
     """Returns strictly valid JSON, in ASCII so that no encoding can spoil it."""
-    return json.dumps(plain(value), indent=indent, allow_nan=False)
+    try:
+        return json.dumps(value, indent=indent, allow_nan=False, default=plain)
+    except (TypeError, ValueError):  # numbers that are not finite, or keys that are no text
+        return json.dumps(plain(value), indent=indent, allow_nan=False)
 
 
 def append_line(path: Path, value: object) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -66,7 +67,7 @@ class RunRecord:
         configured = self.config.get("strategy")
         return str(configured.get("name", "") if isinstance(configured, Mapping) else configured or "")
 
-    @property
+    @cached_property
     def tiers(self) -> tuple[str, ...]:
         """Tier names in the order of the configuration, then those only results name."""
         configured = (self.config.get("clients") or {}).get("tiers") or ()

@@ -17,7 +17,7 @@ from hfedmoe_ray.tracking.tiers import TierStatistics, by_tier, mean
 from hfedmoe_ray.types import ExpertKey
 
 _MOST_CLIENTS = 200
-"""Clients drawn in the partition; more would not be told apart."""
+"""Clients drawn in the partition, and rows in their table; more would not be told apart, or read."""
 _ALONE = ["*After a local round"]
 """Heading of the clients' accuracy after they trained by themselves, where it was measured."""
 _PHASES = ("plan", "profile", "publish", "train", "reduce", "evaluate", "checkpoint")
@@ -252,8 +252,12 @@ def clients(run: RunRecord) -> str:
     for result in _training(run):
         results.setdefault(result.client, []).append(result)
     own, personalised = _own_accuracy(run), _own_accuracy(run, "personalised")
+    shown = run.clients
+    if len(shown) > _MOST_CLIENTS:
+        asked = [client for client in run.clients if client.client in results]
+        shown = tuple((asked or run.clients)[:_MOST_CLIENTS])
     cells = []
-    for client in run.clients:
+    for client in shown:
         known = results.get(client.client, [])
         row = next(iter(by_tier(known).values()), None)
         cells.append(
@@ -274,6 +278,11 @@ def clients(run: RunRecord) -> str:
         )
     headings = ["*Client", "Tier", "Resources", "*Examples", "*Budget", "*Held", "*Trained", "*Sent", "*Time"]
     intro = "Budget, held and trained are experts; all but the budget are means over the client's rounds."
+    if len(shown) < len(run.clients):
+        intro += (
+            f" Of {plural(len(run.clients), 'client')}, {len(results)} were asked; the first {len(shown)} of "
+            f"{'them' if results else 'all'} are listed, and events.jsonl has what each did."
+        )
     intro += fairness(run.summary)
     headings += ["*Own accuracy", *_ALONE[: bool(personalised)], "Results"]
     return section("Clients", intro, table(headings, cells))

@@ -23,8 +23,10 @@ from hfedmoe_ray.tracking.sections import selection_map
 from hfedmoe_ray.tracking.tiers import by_tier
 from hfedmoe_ray.tracking.versions import software_versions
 
-INIT_TIMEOUT_S = 30.0
+INIT_TIMEOUT_S = 15.0
+"""How long a server that does not answer may hold up the start of a run, which is then logged offline."""
 FINISH_TIMEOUT_S = 60.0
+"""How long the end of a run may wait for what is not sent yet."""
 _MIB = 2.0**20
 _CREDENTIALS = ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")
 
@@ -45,7 +47,7 @@ class WandbTracker:
         self._budgets: dict[int, Mapping[str, Any]] = {}
 
     def start(self, config: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
-        """Opens the W&B run; a resumed run continues the one it had."""
+        """Opens the W&B run, offline if that cannot be done online; a resumed run continues the one it had."""
         self._attempt("start", lambda: self._start(config, facts))
 
     def event(self, name: str, fields: Mapping[str, Any]) -> None:
@@ -62,9 +64,9 @@ class WandbTracker:
     def _attempt(self, what: str, action: Callable[[], None]) -> None:
         """Does something with W&B, or, if that fails, says so once and is silent from then on.
 
-        Any exception is caught, as nowhere else in this package: they come from a network, a service process and a
-        library of many versions, none can be named in advance, and none is worth a training run whose record is
-        complete without W&B.
+        Any exception is caught, here and in `_start`, as nowhere else in this package: they come from a network, a
+        service process and a library of many versions, none can be named in advance, and none is worth a training run
+        whose record is complete without W&B.
         """
         if self._silent:
             return
@@ -72,10 +74,10 @@ class WandbTracker:
             action()
         except Exception as error:
             self._silent = True
-            reason = str(error).strip().partition("\n")[0]
+            later = f". What it has of the run can be sent later: {self._sync()}" if self._run is not None else ""
             self._warn(
-                f"Weights & Biases could not {what} ({type(error).__name__}: {reason}); the run goes on without it, "
-                "and metrics.jsonl has everything"
+                f"Weights & Biases could not {what} ({_told(error)}); the run goes on without it, and metrics.jsonl "
+                f"has everything{later}"
             )
 
     def _start(self, config: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
@@ -83,16 +85,34 @@ class WandbTracker:
 
         self._order = tuple(tier["name"] for tier in config["clients"]["tiers"])
         self._budgets = {client["client"]: client for client in facts.get("clients") or ()}
+        self._dir.mkdir(parents=True, exist_ok=True)
+        identity = _run_id(self._dir, resumed=facts.get("resumed_from") is not None)
+        try:
+            self._open(config, facts, identity)
+        except Exception as error:
+            if self._mode != "online":
+                raise
+            # Ends W&B's own process, which still holds the run's id.
+            wandb.teardown()
+            self._mode = "offline"
+            self._open(config, facts, identity)
+            self._warn(
+                f"Weights & Biases cannot be reached ({_told(error)}); the run goes on and is logged offline. Send it "
+                f"when it has ended: {self._sync()}"
+            )
+
+    def _open(self, config: Mapping[str, Any], facts: Mapping[str, Any], identity: str) -> None:
+        import wandb
+
         options: dict[str, Any] = {"silent": True, "console": "off", "disable_git": True, "save_code": False}
         options["init_timeout"] = INIT_TIMEOUT_S
         if "finish_timeout" in wandb.Settings.model_fields:  # Older versions wait for the network for ever.
             options["finish_timeout"] = FINISH_TIMEOUT_S
         versions = software_versions() | dict(facts.get("versions") or {})
-        self._dir.mkdir(parents=True, exist_ok=True)
         self._run = wandb.init(
             dir=str(self._dir),
             mode=self._mode,
-            id=_run_id(self._dir, resumed=facts.get("resumed_from") is not None),
+            id=identity,
             resume="allow",
             reinit="create_new",
             project=self._settings.project,
@@ -175,6 +195,15 @@ class WandbTracker:
         # `finish` may return before W&B's own process has written the last of an offline file, and the process of a
         # server is killed as soon as its run is over. This waits for that process to end.
         wandb.teardown()
+
+    def _sync(self) -> str:
+        """The command that sends what was written here."""
+        return f"`wandb sync {Path(self._run.dir).parent}`"
+
+
+def _told(error: Exception) -> str:
+    """An error in one line."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 def _page(drawing: str) -> str:

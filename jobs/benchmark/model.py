@@ -6,6 +6,7 @@ and occupies does not depend on the values, so nothing has to be downloaded or t
 
 import json
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def experiment(*overrides: str) -> Experiment:
     Args:
         overrides: `key=value`, as on the command line.
     """
-    source, texts = _source(), _texts()
+    source, texts = random_mixtral(SIZES), random_texts(CLIENTS * EXAMPLES_PER_CLIENT, TEXT_WORDS)
     tiers = [tier(share, 1 / len(SHARES)) for share in SHARES]
     keys = {
         "name": "benchmark",
@@ -69,9 +70,9 @@ def prepared(*overrides: str) -> RunContext:
     return prepare_run(experiment(*overrides), cache_dir() / "benchmark" / "run")
 
 
-def _source() -> Path:
-    """Directory of the model as transformers saves it."""
-    directory = cache_dir() / "benchmark" / f"mixtral-{_digest(SIZES)}"
+def random_mixtral(sizes: Mapping[str, int]) -> Path:
+    """Directory of a Mixtral with random weights, as transformers saves it, with a tokenizer of random words."""
+    directory = cache_dir() / "benchmark" / f"mixtral-{_digest(sizes)}"
     if directory.is_dir():
         return directory
     import torch
@@ -88,22 +89,22 @@ def _source() -> Path:
         PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", pad_token="[PAD]").save_pretrained(complete)
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            config = MixtralConfig(**SIZES, num_labels=CLASSES, pad_token_id=0, bos_token_id=None, eos_token_id=None)
+            config = MixtralConfig(**sizes, num_labels=CLASSES, pad_token_id=0, bos_token_id=None, eos_token_id=None)
             MixtralForSequenceClassification(config).save_pretrained(complete)
         complete.rename(directory)
     return directory
 
 
-def _texts() -> Path:
-    """File of labelled texts of random words."""
-    file = cache_dir() / "benchmark" / f"texts-{CLIENTS}-{EXAMPLES_PER_CLIENT}.jsonl"
+def random_texts(count: int, length: int) -> Path:
+    """File of so many labelled texts of random words, and a quarter more to test on."""
+    file = cache_dir() / "benchmark" / f"texts-{count}-{length}.jsonl"
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
         rng = np.random.default_rng(0)
-        words = list(_vocabulary())[2:]
+        words = np.array(list(_vocabulary())[2:])
         rows = [
-            {"text": " ".join(rng.choice(words, TEXT_WORDS)), "label": f"class {row % CLASSES}"}
-            for row in range(CLIENTS * EXAMPLES_PER_CLIENT * 5 // 4)  # a part becomes the test split
+            {"text": " ".join(rng.choice(words, length)), "label": f"class {row % CLASSES}"}
+            for row in range(count * 5 // 4)  # a part becomes the test split
         ]
         partial = file.with_suffix(".partial")
         partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -116,5 +117,5 @@ def _vocabulary() -> dict[str, int]:
     return {word: number for number, word in enumerate(words)}
 
 
-def _digest(sizes: dict[str, int]) -> str:
+def _digest(sizes: Mapping[str, int]) -> str:
     return "-".join(str(size) for size in sizes.values())

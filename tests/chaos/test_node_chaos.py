@@ -1,6 +1,7 @@
 """A node that is lost takes its actors and unfinished work; both go on elsewhere, with the same results."""
 
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -113,6 +114,31 @@ def test_a_run_waits_for_a_node_that_the_cluster_is_to_get(cluster: Cluster, ray
     executor.publish(weights())
     try:
         assert len(list(executor.run(TASKS, Log()))) == 6
+    finally:
+        executor.close()
+
+
+def test_what_clients_of_a_lost_node_had_sent_is_there(cluster: Cluster, tmp_path: Path):
+    """Neither updates that nobody has read yet nor states are lost with it, nor what it had of the weights."""
+    made = context(tmp_path)
+    local = LocalExecutor(made, worker_factory=TinyWorker)
+    local.publish(weights())
+    first = list(local.run(TASKS, Log()))
+    expected = outcome(list(local.run(continued(first), Log())))
+    executor = RayExecutor(made, worker_factory=TinyWorker)
+    executor.publish(weights())
+    log = Log()
+    try:
+        before = list(executor.run(TASKS, log))
+        served = Counter(int(str(fields["slot"])) for fields in log.named("task_started"))
+        lost = executor.slots[served.most_common(1)[0][0]].spec.node
+        lose(cluster, lost)
+        noticed_by = time.monotonic() + 60
+        while lost in {node.node for node in capacity()} and time.monotonic() < noticed_by:
+            list(executor.run([task(0)], Log()))
+        assert lost not in {node.node for node in capacity()}
+        assert outcome(before) == outcome(first)
+        assert outcome(list(executor.run(continued(before), log))) == expected
     finally:
         executor.close()
 

@@ -7,9 +7,11 @@ import json
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +19,18 @@ import psutil
 import pytest
 from small_run import CONFIG, OVERRIDES, REPOSITORY, small_experiment
 
+from hfedmoe_ray.cli import main
 from hfedmoe_ray.config.load import load_experiment
 from hfedmoe_ray.errors import ClusterError
 from hfedmoe_ray.runtime import session
+from hfedmoe_ray.tracking import wandb as tracking
+from hfedmoe_ray.train.local import ClientWorker
+from hfedmoe_ray.types import ClientTask
 
 pytestmark = [pytest.mark.ray, pytest.mark.chaos]
 GONE_WITHIN = 120
+SLACK = 10
+"""Seconds that other work on the machine may take from what is timed."""
 LOSSY = ("wire.upload=topk", "wire.share=0.05")
 
 
@@ -133,6 +141,9 @@ from pathlib import Path
 from small_run import small_experiment
 from hfedmoe_ray.errors import HFedMoEError
 from hfedmoe_ray.runtime import session
+from hfedmoe_ray.tracking import wandb as tracking
+from hfedmoe_ray.train.local import ClientWorker
+from hfedmoe_ray.types import ClientTask
 try:
     session.run(small_experiment(sys.argv[2:]), Path(sys.argv[1]), resume=True, render=lambda *_: None)
 except HFedMoEError as error:
@@ -162,3 +173,66 @@ def test_a_full_disk_ends_the_run_with_the_checkpoint_before_and_it_can_go_on(tm
     assert (tmp_path / "checkpoints" / "LATEST").read_text() == "round-0001\n"
     summary = session.run(small_experiment(local), tmp_path, resume=True, render=lambda *_: None)
     assert summary["model_sha256"] == undisturbed
+
+
+def test_a_round_below_quorum_is_repeated_and_then_ends_the_run_with_a_table(
+    tmp_path: Path, undisturbed: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    train = ClientWorker._train
+    tried: list[tuple[int, int]] = []
+
+    def without_disks(self: ClientWorker, task: ClientTask, *rest: Any) -> Any:
+        """From round 2 on three of four clients cannot read, each for a reason of its own."""
+        if task.round == 2:
+            tried.append((task.round, task.client))
+            if task.client:
+                raise OSError(f"disk {task.client} is gone")
+        return train(self, task, *rest)
+
+    keys = [*OVERRIDES, *LOSSY, f"output={tmp_path}", "backend=local", "runtime.round_attempts=3"]
+    with monkeypatch.context() as broken:
+        broken.setattr(ClientWorker, "_train", without_disks)
+        assert main(["run", str(CONFIG), *keys]) == 7
+    # Who has delivered is not asked again.
+    assert sorted(tried) == sorted([(2, 0), *[(2, client) for client in (1, 2, 3)] * 3])
+    told = capsys.readouterr().err
+    assert "only 1 of 4 clients delivered" in told
+    assert "client 0: ok\n" in told
+    for client in (1, 2, 3):
+        assert f"client {client}: failed (OSError: disk {client} is gone)\n" in told
+    events = [json.loads(line) for line in (tmp_path / "quickstart" / "events.jsonl").read_text().splitlines()]
+    assert [one["round"] for one in events if one["event"] == "below_quorum"] == [2, 2, 2]
+    assert json.loads((tmp_path / "quickstart" / "summary.json").read_text())["status"] == "failed"
+    assert main(["resume", str(tmp_path / "quickstart")]) == 0
+    assert json.loads((tmp_path / "quickstart" / "summary.json").read_text())["model_sha256"] == undisturbed
+
+
+def test_without_its_wandb_server_a_run_is_held_up_once_and_complete(
+    tmp_path: Path, undisturbed: str, monkeypatch: pytest.MonkeyPatch
+):
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{closed.getsockname()[1]}")
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setattr(tracking, "INIT_TIMEOUT_S", 3.0)
+    told: list[tuple[str, Any, float]] = []
+
+    def render(name: str, fields: Any) -> None:
+        told.append((name, fields, time.monotonic()))
+
+    experiment = small_experiment(["backend=local", *LOSSY, "tracking.wandb.mode=online"])
+    summary = session.run(experiment, tmp_path, resume=False, render=render)
+    ended = time.monotonic()
+    assert summary["model_sha256"] == undisturbed
+    (warning,) = [fields["message"] for name, fields, _ in told if name == "warning"]
+    (logged,) = tmp_path.glob("wandb/offline-run-*")
+    assert "Weights & Biases cannot be reached" in warning
+    assert f"`wandb sync {logged}`" in warning
+    # The server's silence costs its timeout, once and before the first round (beside preparing and loading).
+    began = next(when for name, _, when in told if name == "start")
+    assert began - told[0][2] < tracking.INIT_TIMEOUT_S + SLACK
+    rounds = sum(fields.seconds for name, fields, _ in told if name == "round")
+    assert ended - began < rounds + SLACK
+    for name, lines in (("metrics.jsonl", 4), ("events.jsonl", 4 * 4)):
+        assert len((tmp_path / name).read_text().splitlines()) >= lines
+    assert json.loads((tmp_path / "summary.json").read_text())["model_sha256"] == undisturbed

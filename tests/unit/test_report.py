@@ -239,3 +239,16 @@ def test_end_labels_of_two_lines_that_meet_do_not_overlap() -> None:
     heights = [float(y) for y in re.findall(r'class="end c\d" x="[\d.]+" y="([\d.]+)"', image)]
     assert len(heights) == 2
     assert abs(heights[0] - heights[1]) >= 12
+
+
+def test_of_very_many_clients_those_that_were_asked_are_listed(tmp_path: Path) -> None:
+    rows = [facts()["clients"][0] | {"client": client} for client in range(5000)]
+    counts = [[1] * len(LABELS)] * len(rows)
+    told = facts(clients=rows, partition=counts)
+    reports = [round_report(number) for number in range(ROUNDS + 1)]
+    page = page_of(recorded(tmp_path / "run", reports, told))
+    assert [row["Client"] for row in page.table("Client", "Tier")] == [str(client) for client in range(len(TIERS))]
+    assert f"Of 5000 clients, {len(TIERS)} were asked" in page.text
+    assert "The first 200 of 5000 clients are drawn." in page.text
+    page = page_of(recorded(tmp_path / "none", [], told))
+    assert len(page.table("Client", "Tier")) == 200

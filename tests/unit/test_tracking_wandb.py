@@ -114,6 +114,7 @@ def test_a_failure_is_told_once_and_never_raised(
         tell_run(WandbTracker(tmp_path / "broken", OFFLINE, "broken", warn=warnings.append))
     assert len(warnings) == 1
     assert "(ConnectionError: W&B is on the moon);" in warnings[0]
+    assert ("wandb sync" in warnings[0]) == (broken != "init"), "nothing was written that could be sent"
     assert calls == [broken], "after a failure W&B is left alone"
 
     # What the failed run left open in this process must not swallow the next one.
@@ -123,15 +124,20 @@ def test_a_failure_is_told_once_and_never_raised(
     assert len(warnings) == 1
 
 
-def test_an_unreachable_server_does_not_stop_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_whose_server_cannot_be_reached_is_logged_offline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     monkeypatch.setattr("hfedmoe_ray.tracking.wandb.INIT_TIMEOUT_S", 2.0)
-    monkeypatch.setattr("hfedmoe_ray.tracking.wandb.FINISH_TIMEOUT_S", 2.0)
     warnings: list[str] = []
     tell_run(WandbTracker(tmp_path, Wandb(mode="auto"), "unreachable", warn=warnings.append), last=1)
-    assert len(warnings) == 1
-    assert "could not start" in warnings[0]
+    (path,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    assert [line["round"] for line in wandb_file.history(path)] == [0, 1]
+    (warning,) = warnings
+    assert "cannot be reached (CommError: " in warning
+    assert f"`wandb sync {path.parent}`" in warning
+    assert wandb_file.run_record(path).run_id == (tmp_path / "wandb" / "run-id").read_text().strip()
 
 
 def test_disabled_does_not_even_import_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
