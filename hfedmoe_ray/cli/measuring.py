@@ -15,7 +15,7 @@ BENCHMARKS = {
     "orchestration": "a round without the clients' work, of 8 and of 300 clients, and clients at work at once",
     "efficiency": "the share of a round's time that is training, against bare PyTorch",
     "scale": "500 clients on this machine: memory of all processes, seconds of a round against one of 50 clients",
-    "peers": "seconds of a round and memory of all processes against the newest Flower simulation",
+    "peers": "seconds of a round, memory, and what survives faults, against the newest Flower simulation",
     "bytes": "what an update weighs against what was trained, in every precision",
 }
 _REPOSITORY = Path(__file__).parents[2]

@@ -3,7 +3,8 @@
 Both train a cut-down quickstart (four clients, one layer of four experts, one step a round, every expert, FedAvg, the
 same data, batches and seeds), on as many actors as there are cores. In round 2 client 0 misbehaves, once. Where it
 never answers, each side has its documented guard set to `GUARD_S`: `timeout` of Flower's `strategy.start`, our
-`runtime.deadline_s`. (Their defaults are an hour and ten minutes.) What still runs after three times its undisturbed
+`runtime.deadline_s`. (Their defaults are an hour and ten minutes.) The two sides of a row run at the same time: it is
+about faults, not speed. What still runs after three times its undisturbed
 time, or `LEAST_S` if that is more, is killed with all that it has started, and counts as not ended.
 """
 
@@ -12,26 +13,31 @@ import sys
 import tempfile
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
+import numpy as np
 from faults import CLIENT, ROUND, What
 from orchestration import AT_ONCE, most_at_once
 from processes import Ended, end_family, run_to_end, start, wait
+from safetensors.numpy import load_file
 from sides import BENCHMARK, CONFIG, FLOWER, PATIENCE_S, SOURCES, flower_command, our_command, own_ray
 
 from hfedmoe_ray.config.load import load_experiment
 from hfedmoe_ray.prepare import prepare_run
 from hfedmoe_ray.runtime.cluster import connected
 from hfedmoe_ray.tracking.jsonl import read_lines
+from hfedmoe_ray.types import Array
 
 ROUNDS = 4
-GUARD_S, LEAST_S, CALM_S, START_S, POLL_S = 30.0, 90.0, 300.0, 60.0, 0.1
+GUARD_S, LEAST_S, CALM_S, START_S, POLL_S = 30.0, 75.0, 300.0, 60.0, 0.1
 NAP_S = 3.0
 """How long Flower's clients sleep that are counted."""
 SMALL = (
@@ -57,6 +63,7 @@ FAULTS: Mapping[What, str] = {
     "half": "an update holds some of the experts only",
     "truncated": f"an update is cut off in round {ROUND}",
 }
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,18 +78,27 @@ class Outcome:
     """Updates that were averaged, of four."""
     said: str
     """What the side itself reports of the fault."""
-    model_sha256: str
-    """Of the last average; empty where there is none."""
+    model: Mapping[str, Array]
+    """The last average; empty where there is none."""
     ended_at: list[float]
     """When each round ended, in seconds since the epoch."""
 
     def told(self, calm: "Outcome | None" = None) -> dict[str, Any]:
         """The outcome as JSON, compared with the undisturbed run."""
-        plain = {name: value for name, value in asdict(self).items() if name not in ("ended_at", "model_sha256")}
-        plain["seconds"] = round(self.seconds, 1)
-        if calm is not None:
-            plain["same_model_as_undisturbed"] = self.ended and self.model_sha256 == calm.model_sha256
-        return plain
+        plain = {
+            "ended": self.ended,
+            "exit_code": self.exit_code,
+            "seconds": round(self.seconds, 1),
+            "results_per_round": self.results_per_round,
+            "said": self.said,
+        }
+        return plain if calm is None else plain | {"off_undisturbed": self.off(calm)}
+
+    def off(self, calm: "Outcome") -> float | None:
+        """Largest difference of any weight from the undisturbed run's final model; None where it left no such model."""
+        if self.exit_code != 0 or not self.model:
+            return None
+        return max(float(np.abs(self.model[name] - weights).max()) for name, weights in calm.model.items())
 
 
 class Side(ABC):
@@ -113,8 +129,8 @@ class Side(ABC):
                 run_to_end(self.command(place, what=what), self.environment, place / "log", limit_s), place
             )
 
-    def two_at_once(self, cores: int, limit_s: float) -> dict[str, Any]:
-        """Two runs on one cluster that belongs to neither, started together."""
+    def two_at_once(self, cores: int, limit_s: float, calm: Outcome) -> dict[str, Any]:
+        """Two runs on one cluster that belongs to neither, started together, compared with the undisturbed one."""
         with _place() as place:
             script, file = str(BENCHMARK / "shared_cluster.py"), place / "address"
             command = [str(self.python), script, str(cores), str(place / "ray"), str(file)]
@@ -143,6 +159,7 @@ class Side(ABC):
             "seconds": round(max(first.seconds, second.seconds), 1),
             "results_per_round": [first.results_per_round, second.results_per_round],
             "said": [first.said, second.said],
+            "off_undisturbed": [first.off(calm), second.off(calm)],
             "rounds_beside_each_other": _beside(first.ended_at, second.ended_at),
         }
 
@@ -177,7 +194,7 @@ class FlowerSide(Side):
             seconds=ended.seconds,
             results_per_round=record.get("results_per_round", []),
             said=_last_line(place) if ended.code else (errors or [""])[0],
-            model_sha256=record.get("model_sha256", ""),
+            model=dict(np.load(model)) if (model := file.with_suffix(".npz")).is_file() else {},
             ended_at=record.get("ended_at", []),
         )
 
@@ -212,7 +229,7 @@ class OurSide(Side):
     def outcome(self, ended: Ended, place: Path) -> Outcome:
         """See `Side.outcome`."""
         run_dir = place / "quickstart"
-        events, summary = read_lines(run_dir / "events.jsonl"), run_dir / "summary.json"
+        events, latest = read_lines(run_dir / "events.jsonl"), run_dir / "checkpoints" / "LATEST"
         rounds = [one for one in read_lines(run_dir / "metrics.jsonl") if one["round"] > 0]
         arrived = [one["round"] for one in events if one["event"] == "client" and one["status"] == "ok"]
         reasons = [one["reason"] for one in events if one.get("client") == CLIENT and one.get("reason")]
@@ -222,7 +239,7 @@ class OurSide(Side):
             seconds=ended.seconds,
             results_per_round=[arrived.count(one["round"]) for one in rounds],
             said=_last_line(place) if ended.code else (reasons or [""])[0],
-            model_sha256=json.loads(summary.read_text())["model_sha256"] if summary.is_file() else "",
+            model=_weights(latest.with_name(latest.read_text().strip())) if latest.is_file() else {},
             ended_at=[datetime.fromisoformat(one["time"]).timestamp() for one in rounds],
         )
 
@@ -237,28 +254,35 @@ def chaos(python: Path, cores: int) -> list[dict[str, Any]]:
     with _place() as scratch:
         flower = FlowerSide(python, cores, scratch)
     sides: tuple[Side, Side] = (flower, OurSide())
-    calm = {side.name: side.run(None, CALM_S) for side in sides}
-    rows: list[dict[str, Any]] = [{"fault": "none"} | {name: outcome.told() for name, outcome in calm.items()}]
-    _tell(rows[-1])
+    calm = _on_both(sides, lambda side: side.run(None, CALM_S))
     limits = {name: max(LEAST_S, 3 * outcome.seconds) for name, outcome in calm.items()}
+    rows = [_row("none", {name: outcome.told() for name, outcome in calm.items()})]
     for what, told in FAULTS.items():
-        cells = {side.name: side.run(what, limits[side.name]).told(calm[side.name]) for side in sides}
-        rows.append({"fault": told} | cells)
-        _tell(rows[-1])
-    rows.append({"fault": "two runs at once on one Ray cluster"})
-    rows[-1] |= {side.name: side.two_at_once(cores, limits[side.name]) for side in sides}
-    _tell(rows[-1])
+        disturbed = _on_both(sides, partial(_disturbed, what, limits))
+        rows.append(_row(told, {name: outcome.told(calm[name]) for name, outcome in disturbed.items()}))
+    shared = _on_both(sides, lambda side: side.two_at_once(cores, limits[side.name], calm[side.name]))
+    rows.append(_row("two runs at once on one Ray cluster", shared))
     with connected(None):
         ours = most_at_once()
-    counts = {"flower": flower.most_at_once(), "ours": ours}
-    rows.append({"fault": f"{AT_ONCE} clients at once"} | {name: {"at_work": count} for name, count in counts.items()})
-    _tell(rows[-1])
-    return rows
+    at_work = {"flower": {"at_work": flower.most_at_once()}, "ours": {"at_work": ours}}
+    return [*rows, _row(f"{AT_ONCE} clients at once", at_work)]
 
 
-def _tell(row: Mapping[str, Any]) -> None:
-    """One line for each row: all of them take minutes."""
+def _disturbed(what: What, limits: Mapping[str, float], side: Side) -> Outcome:
+    return side.run(what, limits[side.name])
+
+
+def _on_both(sides: Sequence[Side], do: Callable[[Side], Result]) -> dict[str, Result]:
+    """What a function returns for each side, both at the same time."""
+    with ThreadPoolExecutor(len(sides)) as threads:
+        return dict(zip([side.name for side in sides], threads.map(do, sides), strict=True))
+
+
+def _row(fault: str, cells: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """A row; told at once, since all of them take minutes."""
+    row = {"fault": fault} | dict(cells)
     click.echo(json.dumps(row), err=True)
+    return row
 
 
 @contextmanager
@@ -283,6 +307,12 @@ def _written(file: Path) -> str:
             raise click.ClickException(f"No Ray cluster within {START_S:g} s.")
         time.sleep(POLL_S)
     return file.read_text()
+
+
+def _weights(checkpoint: Path) -> dict[str, Array]:
+    """The model in a checkpoint of ours."""
+    tensors = load_file(checkpoint / "state.safetensors")
+    return {name: value for name, value in tensors.items() if name.startswith("global/")}
 
 
 def _last_line(place: Path) -> str:

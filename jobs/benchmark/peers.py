@@ -176,9 +176,8 @@ def _cell(cell: dict[str, Any]) -> str:
     """A cell in a few words."""
     if "at_work" in cell:
         return f"{cell['at_work']} at work"
-    same = {True: ", same model", False: ", another model", None: ""}[cell.get("same_model_as_undisturbed")]
     how = "ended" if cell["ended"] in (True, [True, True]) else "did not end"
-    return f"{how} ({cell['exit_code']}), {cell['results_per_round']} updates a round{same}, {cell['seconds']} s"
+    return f"{how} ({cell['exit_code']}), {cell['results_per_round']} updates a round, {cell['seconds']} s"
 
 
 if __name__ == "__main__":
