@@ -4,11 +4,13 @@ Both train a cut-down quickstart (four clients, one layer of four experts, one s
 same data, batches and seeds), on as many actors as there are cores. In round 2 client 0 misbehaves, once. Where it
 never answers, each side has its documented guard set to `GUARD_S`: `timeout` of Flower's `strategy.start`, our
 `runtime.deadline_s`. (Their defaults are an hour and ten minutes.) The two sides of a row run at the same time: it is
-about faults, not speed. What still runs after three times its undisturbed
-time, or `LEAST_S` if that is more, is killed with all that it has started, and counts as not ended.
+about faults, not speed. What still runs after three times its undisturbed time, or `LEAST_S` if that is more, is
+killed with all that it has started, and counts as not ended.
 """
 
 import json
+import re
+import secrets
 import sys
 import tempfile
 import time
@@ -131,17 +133,19 @@ class Side(ABC):
 
     def two_at_once(self, cores: int, limit_s: float, calm: Outcome) -> dict[str, Any]:
         """Two runs on one cluster that belongs to neither, started together, compared with the undisturbed one."""
+        # A cluster lets nobody in who does not have its token.
+        environment = {**self.environment, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
         with _place() as place:
             script, file = str(BENCHMARK / "shared_cluster.py"), place / "address"
             command = [str(self.python), script, str(cores), str(place / "ray"), str(file)]
-            cluster = start(command, self.environment, place / "log")
+            cluster = start(command, environment, place / "log")
             try:
                 address = _written(file)
                 places = [place / "first", place / "second"]
                 for one in places:
                     one.mkdir()
                 began = time.monotonic()
-                runs = [start(self.command(one, address), self.environment, one / "log") for one in places]
+                runs = [start(self.command(one, address), environment, one / "log") for one in places]
                 try:
                     ended = []
                     for process in runs:
@@ -193,7 +197,7 @@ class FlowerSide(Side):
             exit_code=ended.code,
             seconds=ended.seconds,
             results_per_round=record.get("results_per_round", []),
-            said=_last_line(place) if ended.code else (errors or [""])[0],
+            said=_last_line(place) if ended.code else (errors or _counted(place))[0],
             model=dict(np.load(model)) if (model := file.with_suffix(".npz")).is_file() else {},
             ended_at=record.get("ended_at", []),
         )
@@ -313,6 +317,12 @@ def _weights(checkpoint: Path) -> dict[str, Array]:
     """The model in a checkpoint of ours."""
     tensors = load_file(checkpoint / "state.safetensors")
     return {name: value for name, value in tensors.items() if name.startswith("global/")}
+
+
+def _counted(place: Path) -> list[str]:
+    """What Flower logs of the replies in the round of the fault; [""] where it did not get that far."""
+    log = (place / "log").read_text(errors="replace")
+    return [*re.findall(r"Received \d+ results and \d+ failures", log)[ROUND - 1 : ROUND], ""]
 
 
 def _last_line(place: Path) -> str:
