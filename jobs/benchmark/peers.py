@@ -4,7 +4,7 @@ hfedmoe bench peers [--json FILE] [--only timing|chaos] [--rounds 3] [--turns 1]
 
 **What each side was given.** Both train the quickstart's prepared model on its clients: the same examples, batches,
 steps, AdamW, clipping and seeds, one thread a client, as many clients at once as there are cores (Flower:
-`client_resources` of one CPU; more are no faster there). Flower runs its FedAvg over a bare PyTorch loop in which
+`client_resources` of one CPU). Flower runs its FedAvg over a bare PyTorch loop in which
 every expert trains, in a virtual environment of its own (it pins another Ray), made once below the cache directory.
 It is started by `run_simulation`: the runtime that `flwr run` starts too, but without the SuperLink's processes, their
 memory, and the packing of an app.
@@ -39,6 +39,7 @@ from hfedmoe_ray.config.load import load_experiment
 from hfedmoe_ray.context import RunContext
 from hfedmoe_ray.prepare import prepare_run
 from hfedmoe_ray.runtime.machine import this_machine
+from hfedmoe_ray.tracking.jsonl import read_lines
 
 FIXED = ("evaluate.every=1000", "evaluate.own=never", "tracking.wandb.mode=disabled")
 OURS = {
@@ -57,6 +58,8 @@ class Taken:
 
     seconds: list[float] = field(default_factory=list)
     """Of each round after the first."""
+    client_seconds: list[float] = field(default_factory=list)
+    """Of these rounds, the sum of what the clients' work took."""
     peak_mib: list[float] = field(default_factory=list)
     """Of each turn."""
 
@@ -70,6 +73,7 @@ def flower_turn(taken: Taken, python: Path, context: RunContext, rounds: int, co
         taken.peak_mib.append(_peak(run_to_end(command, FLOWER, place / "log", LIMIT_S), place / "log"))
         figures = json.loads((place / "result.json").read_text())
     taken.seconds += figures["seconds"][1:]
+    taken.client_seconds += figures["client_seconds"][1:]
     _tell("flower", taken)
     versions: dict[str, str] = figures["versions"]
     return versions
@@ -81,9 +85,12 @@ def our_turn(taken: Taken, name: str, rounds: int) -> None:
         place = Path(directory)
         command = our_command(place, [*FIXED, *OURS[name], f"rounds={rounds}"])
         taken.peak_mib.append(_peak(run_to_end(command, SOURCES, place / "log", LIMIT_S), place / "log"))
-        (metrics,) = place.glob("*/metrics.jsonl")
-        reports = [json.loads(line) for line in metrics.read_text().splitlines()]
-    taken.seconds += [one["seconds"] - one["phases"].get("evaluate", 0.0) for one in reports if one["round"] > 1]
+        run_dir = place / "quickstart"
+        reports = [one for one in read_lines(run_dir / "metrics.jsonl") if one["round"] > 1]
+        clients = [one for one in read_lines(run_dir / "events.jsonl") if one["event"] == "client"]
+    for report in reports:
+        taken.seconds.append(report["seconds"] - report["phases"].get("evaluate", 0.0))
+        taken.client_seconds.append(sum(one["seconds"] for one in clients if one["round"] == report["round"]))
     _tell(name, taken)
 
 
@@ -142,6 +149,7 @@ def timing(python: Path, cores: int, rounds: int, turns: int) -> dict[str, Any]:
         "peak_memory_ratio_same_work": peaks["fedavg"] / peaks["flower"],
         "round_s": seconds,
         "peak_mib": peaks,
+        "clients_s": {name: median(one.client_seconds) for name, one in taken.items()},
         "rounds_s": {name: one.seconds for name, one in taken.items()},
         "peaks_mib": {name: one.peak_mib for name, one in taken.items()},
         "versions": {"flower": versions, "ours": {name: version(name) for name in versions if name != "flwr"}},
@@ -163,7 +171,8 @@ def _timing_rows(figures: dict[str, Any]) -> list[Row]:
         asked = "" if bar is None else f"≤ {bar:g}"
         rows.append(Row(what=what, measured=f"{value:.2f}", bar=asked, ok=bar is None or value <= bar))
     for name, seconds in figures["round_s"].items():
-        rows.append(Row(what=name, measured=f"{seconds:.1f} s, {figures['peak_mib'][name]:.0f} MiB"))
+        work, peak = figures["clients_s"][name], figures["peak_mib"][name]
+        rows.append(Row(what=name, measured=f"{seconds:.1f} s a round, clients' work {work:.1f} s, {peak:.0f} MiB"))
     return rows
 
 

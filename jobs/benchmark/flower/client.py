@@ -5,6 +5,7 @@ One model per process is kept from client to client, as our workers keep theirs.
 """
 
 import pickle
+import time
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -107,7 +108,9 @@ def client_app(path: Path, fault: Fault | None) -> ClientApp:
         due = fault is not None and fault.due(client, round)
         if fault is not None and due:
             fault.strike()
+        started = time.perf_counter()
         sent, metrics = train(path, message, flower)
+        metrics["seconds"] = time.perf_counter() - started
         arrays = {name: Array(array) for name, array in sent.items()}
         if fault is not None and due:
             arrays = _spoilt(arrays, fault)

@@ -60,6 +60,7 @@ class TimedFedAvg(FedAvg):  # type: ignore[misc]
         self._figures: dict[str, Any] = {
             "versions": {name: version(name) for name in ("flwr", "ray", "torch", "transformers")},
             "seconds": [],
+            "client_seconds": [],
             "results_per_round": [],
             "errors": [],
             "ended_at": [],
@@ -82,6 +83,8 @@ class TimedFedAvg(FedAvg):  # type: ignore[misc]
         self._figures["seconds"].append(time.perf_counter() - self._started)
         self._figures["ended_at"].append(time.time())
         self._figures["results_per_round"].append(sum(not answer.has_error() for answer in answers))
+        taken = [answer.content["metrics"]["seconds"] for answer in answers if not answer.has_error()]
+        self._figures["client_seconds"].append(sum(taken))
         reasons = [answer.error.reason for answer in answers if answer.has_error()]
         self._figures["errors"] += [f"round {server_round}: {' '.join(reason.split())[:200]}" for reason in reasons]
         if averaged[0] is not None:
