@@ -101,8 +101,7 @@ def main(json_file: Path | None, repeats: int) -> None:
             seconds["noop_round_s_300"] = _round_seconds(executor, MANY, repeats)
         with _executor(Sender, FEW) as executor:
             seconds["payload_round_s_8x64mb"] = _round_seconds(executor, FEW, repeats)
-        with _executor(Sleeper, AT_ONCE) as executor:
-            at_once = _at_once(executor, AT_ONCE)
+        at_once = most_at_once()
     rows = [
         Row(what=what, measured=f"{seconds[key]:.3f} s", bar=f"≤ {BARS[key]:g}", ok=seconds[key] <= BARS[key])
         for key, what in (
@@ -179,9 +178,10 @@ def _round_seconds(executor: RayExecutor, clients: int, repeats: int) -> float:
     return median(taken)
 
 
-def _at_once(executor: RayExecutor, clients: int) -> int:
-    """The most clients that were at work at the same instant."""
-    spans = [(one.loss, one.loss + one.seconds) for one in _take(executor, clients, version=0)]
+def most_at_once() -> int:
+    """The most clients that were at work at the same instant, of `AT_ONCE`. Ray must be connected."""
+    with _executor(Sleeper, AT_ONCE) as executor:
+        spans = [(one.loss, one.loss + one.seconds) for one in _take(executor, AT_ONCE, version=0)]
     return max(sum(start <= moment < end for start, end in spans) for moment, _ in spans)
 
 

@@ -1,12 +1,86 @@
-"""Memory of a process and all below it, as the operating system counts it."""
+"""Processes that a benchmark starts: what memory they use with all below them, and how all of them are ended."""
 
+import os
+import signal
+import subprocess
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 
 SAMPLE_S = 1.0
+GONE_S = 30.0
+"""How long killed processes may take to be gone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ended:
+    """How a command ended."""
+
+    code: int | None
+    """None: it had not ended in time, and was killed."""
+    seconds: float
+    peak_mib: float
+    """The most memory that it and all below it had at once."""
+
+
+def run_to_end(command: Sequence[str], environment: Mapping[str, str], log: Path, limit_s: float) -> Ended:
+    """Runs a command; whatever becomes of it, nothing that it has started is left.
+
+    Args:
+        command: The program and its arguments.
+        environment: Variables on top of this process's.
+        log: Is given what it prints.
+        limit_s: Seconds after which it is killed.
+    """
+    process = start(command, environment, log)
+    started = time.monotonic()
+    try:
+        with peak_of_tree(process.pid) as peak:
+            code = wait(process, limit_s)
+        return Ended(code=code, seconds=time.monotonic() - started, peak_mib=peak[0])
+    finally:
+        end_family(process)
+
+
+def start(command: Sequence[str], environment: Mapping[str, str], log: Path) -> subprocess.Popen[bytes]:
+    """Starts a command in a session of its own, by which `end_family` finds what it has started."""
+    with log.open("ab") as file:
+        return subprocess.Popen(command, env=os.environ | environment, stdout=file, stderr=file, start_new_session=True)
+
+
+def wait(process: subprocess.Popen[bytes], limit_s: float) -> int | None:
+    """Waits for a process's end; returns its exit code, None where that takes longer."""
+    try:
+        return process.wait(timeout=limit_s)
+    except subprocess.TimeoutExpired:
+        return None
+
+
+def end_family(process: subprocess.Popen[bytes]) -> None:
+    """Kills a process that `start` has started, all below it, and all others in its session."""
+    family = {one.pid: one for one in psutil.process_iter() if _session(one.pid) == process.pid}
+    if process.poll() is None:
+        family |= {one.pid: one for one in psutil.Process(process.pid).children(recursive=True)}
+    for one in family.values():
+        try:
+            one.send_signal(signal.SIGKILL)
+        except psutil.NoSuchProcess:
+            continue  # it has ended since it was listed
+    process.wait(timeout=GONE_S)
+    psutil.wait_procs([one for pid, one in family.items() if pid != process.pid], timeout=GONE_S)
+
+
+def _session(pid: int) -> int | None:
+    """The session of a process; None once it has ended."""
+    try:
+        return os.getsid(pid)
+    except ProcessLookupError:
+        return None
 
 
 @contextmanager
