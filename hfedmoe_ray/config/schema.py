@@ -15,6 +15,7 @@ from hfedmoe_ray.config.lora import Lora
 from hfedmoe_ray.config.running import Runtime, Tracking
 from hfedmoe_ray.config.section import Name, NonNegativeFloat, Precision, Section, Share, UnitInterval
 from hfedmoe_ray.config.server import Rules, RulesConfig, ServerOptimizer
+from hfedmoe_ray.config.simulated import SimulatedDevice
 from hfedmoe_ray.config.strategies import HFedMoE, StrategyConfig
 from hfedmoe_ray.config.wire import Wire
 
@@ -52,6 +53,8 @@ class Tier(Section):
     """Overrides the GPUs asked of Ray."""
     labels: dict[str, str] = Field(default_factory=dict)
     """Ray node labels the client must be placed on, e.g. {site: hospital-a}."""
+    simulated: SimulatedDevice | None = None
+    """The device the tier's clients stand for: gives the run a simulated clock. All tiers have one, or none."""
 
     @model_validator(mode="after")
     def _deepspeed(self) -> Self:
@@ -134,6 +137,12 @@ class Clients(Section):
         names = [tier.name for tier in self.tiers]
         if len(set(names)) != len(names):
             raise ValueError(f"two tiers have the same name: {', '.join(names)}")
+        without = [tier.name for tier in self.tiers if tier.simulated is None]
+        if 0 < len(without) < len(self.tiers):
+            raise ValueError(
+                f"no simulated device is given for {', '.join(without)}, but for other tiers: a round's simulated time "
+                "needs all of its clients. Write `simulated` in every tier, or in none"
+            )
         if self.per_round is not None and self.per_round > self.count:
             raise ValueError(f"per_round is {self.per_round}, but there are only {self.count} clients (count)")
         if self.over_select > 1 and self.cohort == self.count:

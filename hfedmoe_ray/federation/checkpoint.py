@@ -23,7 +23,7 @@ from hfedmoe_ray.federation.state import FederationState
 from hfedmoe_ray.types import Array, ExpertKey, Fetch, PersonalWeights, RoutingProfile, Weights
 from hfedmoe_ray.wire import PROFILE_FIELDS, expert_key, expert_name
 
-_SCALARS = ("round", "bytes_up", "bytes_down", "seconds", "peak_client_mib")
+_PLAIN = ("round", "bytes_up", "bytes_down", "seconds", "peak_client_mib", "simulated")
 
 
 def run_identity(context: RunContext) -> str:
@@ -92,7 +92,7 @@ def _write(partial: Path, state: FederationState, identity: str) -> None:
         "personalised_accuracies": {str(client): value for client, value in state.personalised_accuracies.items()},
         "statuses": dict(state.statuses),
         "clients": sorted(state.clients),
-        **{scalar: getattr(state, scalar) for scalar in _SCALARS},
+        **{scalar: getattr(state, scalar) for scalar in _PLAIN},
     }
     (partial / "state.json").write_text(json.dumps(fields, indent=1))
     for file in partial.iterdir():
@@ -201,7 +201,7 @@ def _state(fields: Mapping[str, Any], tensors: Mapping[str, Array], clients: Map
         server=server,
         own_accuracies={int(client): value for client, value in fields["own_accuracies"].items()},
         personalised_accuracies={int(client): value for client, value in fields["personalised_accuracies"].items()},
-        **{scalar: fields[scalar] for scalar in _SCALARS},
+        **{scalar: fields[scalar] for scalar in _PLAIN},
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from hfedmoe_ray.config.schema import Experiment, Tier
 from hfedmoe_ray.errors import TrainingError
 from hfedmoe_ray.federation import reporting
+from hfedmoe_ray.federation.clock import Clock
 from hfedmoe_ray.federation.dropout import with_dropped
 from hfedmoe_ray.federation.durations import Durations
 from hfedmoe_ray.federation.executor import Executor, Notify
@@ -28,6 +29,8 @@ class Collector:
         executor: Executor,
         strategy: AnyStrategy,
         tiers: Sequence[Tier],
+        *,
+        clock: Clock,
         notify: Notify,
     ) -> None:
         """Takes note of the run.
@@ -37,12 +40,14 @@ class Collector:
             executor: Runs the tasks.
             strategy: Says what updates must contain.
             tiers: Tier of every client.
+            clock: Tells what a task would take on its client's device.
             notify: Is told what happens.
         """
         self._experiment = experiment
         self._executor = executor
         self._strategy = strategy
         self._tiers = tiers
+        self._clock = clock
         self._notify = notify
         self._durations = Durations()
 
@@ -106,6 +111,8 @@ class Collector:
             client = delivered.task.client
             result, update = self._accept(delivered, plans[client], state)
             record = reporting.client_record(result, self._tiers[client], update, state.weights)
+            if record.samples:
+                record = replace(record, simulated_seconds=self._simulated(delivered.task, record))
             if self._experiment.backend == "local":
                 record = replace(record, over_mib=0.0)  # the one process is everybody's, and the server's
             if record.over_mib:
@@ -115,6 +122,10 @@ class Collector:
                 if delivered.state is not None:
                     state.clients[client] = delivered.state
                 yield update
+
+    def _simulated(self, task: ClientTask, record: ClientRecord) -> float | None:
+        sizes = {"samples": record.samples, "bytes_down": record.bytes_down, "bytes_up": record.bytes_up}
+        return self._clock.seconds(task, **sizes)
 
     def _accept(
         self, result: TaskResult, plan: ExpertPlan, state: FederationState

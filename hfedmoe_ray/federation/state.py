@@ -38,11 +38,22 @@ class FederationState:
     bytes_down: int = 0
     seconds: float = 0.0
     peak_client_mib: float = 0.0
+    simulated: list[float] = field(default_factory=list)
+    """The simulated clock at the end of each round, from round 0; empty where the tiers name no device."""
 
-    def record(self, round: int, records: Iterable[ClientRecord], evaluation: Evaluation, seconds: float) -> None:
-        """Closes a round: counts what its clients did and keeps what was measured."""
+    def record(
+        self,
+        round: int,
+        records: Iterable[ClientRecord],
+        evaluation: Evaluation,
+        seconds: float,
+        simulated: float | None = None,
+    ) -> None:
+        """Closes a round: counts what its clients did and keeps what was measured; it took so long, and simulated."""
         self.round = round
         self.seconds += seconds
+        if simulated is not None:
+            self.simulated.append(self.simulated[-1] + simulated if self.simulated else simulated)
         for record in records:
             self.statuses[record.status] += 1
             self.bytes_up += record.bytes_up
