@@ -31,6 +31,8 @@ class ClientRecord:
     """What the peak has more than the tier's `memory_gib`; 0 within it."""
     simulated_seconds: float | None = None
     """What the task would take on the tier's device (`federation.clock`); None where it names none."""
+    staleness: int = 0
+    """tau: averages taken between its start and the one it came to; 0 in runs with rounds."""
 
 
 @dataclass(frozen=True, kw_only=True)

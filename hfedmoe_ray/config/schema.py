@@ -9,7 +9,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from hfedmoe_ray.config.combinations import check_combinations
+from hfedmoe_ray.config.asynchronous import Asynchronous
+from hfedmoe_ray.config.combinations import check_asynchronous, check_combinations
 from hfedmoe_ray.config.comparison import Comparison
 from hfedmoe_ray.config.lora import Lora
 from hfedmoe_ray.config.running import Runtime, Tracking
@@ -358,6 +359,8 @@ class Experiment(Section):
     actors: Literal["pooled", "dedicated"] = "pooled"
     """dedicated: one live actor per client; pooled: slots that clients take turns in."""
     rounds: PositiveInt = 8
+    asynchronous: Asynchronous | None = None
+    """Average updates as they come instead of round by round; `rounds` counts the averages. Default: round by round."""
     output: str = "runs"
     clients: Clients
     model: Model
@@ -378,5 +381,7 @@ class Experiment(Section):
                 "`clients.sampling: weighted` draws clients by how many examples they have, which the server does not "
                 "know where they read their own files: write `sampling: uniform`"
             )
+        if self.asynchronous is not None:
+            check_asynchronous(self.asynchronous, self.clients, self.strategy, self.model.lora, self.rules)
         check_combinations(self.strategy, self.model.lora, self.wire, self.rules, self.server, zero=zero)
         return self

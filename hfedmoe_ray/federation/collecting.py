@@ -17,7 +17,8 @@ from hfedmoe_ray.federation.state import FederationState
 from hfedmoe_ray.federation.validation import Rejected, accept
 from hfedmoe_ray.records import ClientRecord
 from hfedmoe_ray.strategies import AnyStrategy
-from hfedmoe_ray.types import ClientTask, ClientUpdate, ExpertPlan, TaskKind, TaskResult
+from hfedmoe_ray.strategies.staleness import rebased
+from hfedmoe_ray.types import ClientTask, ClientUpdate, ExpertPlan, TaskKind, TaskResult, Weights
 
 
 class Collector:
@@ -105,12 +106,14 @@ class Collector:
             results: How the tasks ended.
             plans: What each client was to do.
             records: Is given a record per result.
-            state: Has the weights the tasks started from, and keeps the clients' states.
+            state: Has the weights the tasks started from, and keeps the clients' states. Where runs are asynchronous,
+                what an update changed of older ones is laid onto the newest.
         """
         for delivered in results:
             client = delivered.task.client
             result, update = self._accept(delivered, plans[client], state)
-            record = reporting.client_record(result, self._tiers[client], update, state.weights)
+            start = state.version(result.task.version)
+            record = reporting.client_record(result, self._tiers[client], update, start)
             if record.samples:
                 record = replace(record, simulated_seconds=self._simulated(delivered.task, record))
             if self._experiment.backend == "local":
@@ -121,7 +124,11 @@ class Collector:
             if update is not None:
                 if delivered.state is not None:
                     state.clients[client] = delivered.state
-                yield update
+                yield self._rebased(update, start, state.weights)
+
+    def _rebased(self, update: ClientUpdate, start: Weights, now: Weights) -> ClientUpdate:
+        options = self._experiment.asynchronous
+        return update if options is None else rebased(update, start, now, options.staleness)
 
     def _simulated(self, task: ClientTask, record: ClientRecord) -> float | None:
         sizes = {"samples": record.samples, "bytes_down": record.bytes_down, "bytes_up": record.bytes_up}
@@ -133,7 +140,7 @@ class Collector:
         if result.status != "ok":
             return result, None
         try:
-            start = state.weights.seen_by(result.task.personal)
+            start = state.version(result.task.version).seen_by(result.task.personal)
             return result, accept(result, plan, start, self._experiment.wire, self._strategy.signals)
         except Rejected as rejection:
             return replace(result, status="rejected", reason=str(rejection)), None

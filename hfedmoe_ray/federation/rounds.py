@@ -68,7 +68,12 @@ def run_experiment(
     Raises:
         HFedMoEError: The run cannot go on; the tracker has been given a summary with status "failed" and the error.
     """
-    federation = Federation(context, executor, tracker, resume=resume)
+    kind: type[Federation] = Federation
+    if context.experiment.asynchronous is not None:
+        from hfedmoe_ray.federation.asynchronous import AsynchronousFederation  # it builds on this module
+
+        kind = AsynchronousFederation
+    federation = kind(context, executor, tracker, resume=resume)
     tracker.start(context.experiment.model_dump(mode="json"), federation.facts())
     try:
         finished = federation.run(should_stop)
@@ -127,10 +132,11 @@ class Federation:
 
     def profile_round(self) -> None:
         """Round 0: routing profiles of the first cohort, and the accuracy before any training."""
-        # Where the head starts at class means everyone is asked, once: every class should have one.
-        everyone = self.experiment.model.head == "prototypes"
+        # Where the head starts at class means everyone is asked, once: every class should have one. Where nothing is
+        # waited for, nobody can be profiled later.
+        everyone = self.experiment.model.head == "prototypes" or self.experiment.asynchronous is not None
         cohort = range(self.experiment.clients.count) if everyone else self.cohort(1)
-        started = self._begin(0, cohort)
+        started = self._begin(0, len(cohort))
         with self._phase("profile"):
             records = self.profile(0, cohort)
         self._end(0, started, records, {}, None, simulated=self.clock.elapsed(records))
@@ -138,7 +144,7 @@ class Federation:
     def train_round(self, round: int) -> None:
         """One round of federated training."""
         cohort = self.cohort(round)
-        started = self._begin(round, cohort)
+        started = self._begin(round, len(cohort))
         with self._phase("profile"):
             profiled = self.profile(round, cohort)
             unprofiled = [record for record in profiled if record.status != "ok"]
@@ -319,9 +325,9 @@ class Federation:
         """The keys of summary.json."""
         return reporting.run_summary(self.context, self.state, status)
 
-    def _begin(self, round: int, cohort: Sequence[int]) -> float:
+    def _begin(self, round: int, clients: int) -> float:
         self._phase = Phases()
-        self.tracker.event("round_started", {"round": round, "cohort": len(cohort)})
+        self.tracker.event("round_started", {"round": round, "cohort": clients})
         return time.perf_counter()
 
     def _end(

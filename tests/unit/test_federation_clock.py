@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_federation import HFEDMOE, Recorder, experiment, run
+from tiny_federation import HFEDMOE, PHONE, Recorder, experiment, on_devices, run
 
-from hfedmoe_ray.config.schema import Experiment
 from hfedmoe_ray.federation.clock import Clock, forward_flops, training_flops
 from hfedmoe_ray.federation.rounds import Federation
 from hfedmoe_ray.runtime.local import LocalExecutor
@@ -15,8 +14,6 @@ from hfedmoe_ray.strategies.scores import uniform_plan
 from hfedmoe_ray.studies.work import step_costs
 from hfedmoe_ray.types import ClientTask, ExpertPlan, ModelShape, Role
 
-PHONE = {"tflops": 1e-4, "memory_gbps": 1.0, "down_mbps": 10.0, "up_mbps": 5.0}
-SERVER = {"tflops": 1e-2, "down_mbps": 1000.0, "up_mbps": 1000.0}
 SHAPE = ModelShape(
     layers=2,
     experts=4,
@@ -27,15 +24,6 @@ SHAPE = ModelShape(
     frozen_bytes=4 * 1000,
     table_bytes=4 * 600,
 )
-
-
-def on_devices(sources: Path, phone: dict[str, float] = PHONE, **changes: Any) -> Experiment:
-    """The tiny run, whose tiers stand for devices."""
-    tiers = [
-        {"name": "phone", "share": 0.5, "experts": 0.25, "device": 0.1, "simulated": phone},
-        {"name": "server", "share": 0.5, "experts": 0.5, "device": 0.1, "simulated": SERVER},
-    ]
-    return experiment(sources, clients={"count": 4, "tiers": tiers}, **changes)
 
 
 def holding(row: str, **fields: Any) -> ExpertPlan:
