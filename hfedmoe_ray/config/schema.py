@@ -373,6 +373,11 @@ class Experiment(Section):
     compare: Comparison | None = None
     """What `hfedmoe compare` runs of this experiment; no single run reads it."""
 
+    @property
+    def round_size(self) -> int:
+        """Clients of a round: those that are asked, or, where updates are averaged as they come, a buffer of them."""
+        return self.clients.asked if self.asynchronous is None else self.asynchronous.buffer
+
     @model_validator(mode="after")
     def _fit_together(self) -> Self:
         zero = any(tier.zero_stage for tier in self.clients.tiers)
