@@ -85,13 +85,13 @@ def plan_experiment(experiment: Experiment, shape: ModelShape, nodes: Sequence[N
     """
     forecasts = forecast(experiment, shape, gpus_available=any(node.gpus for node in nodes))
     check_memory(experiment, shape, forecasts)
-    share = experiment.clients.asked / experiment.clients.count
+    share = experiment.round_size / experiment.clients.count
     slots = budget.plan_actors(experiment, nodes) if experiment.backend == "ray" else ()
     return Plan(
         tiers=forecasts,
         nodes=tuple(nodes),
         slots=slots,
-        waves=_waves(experiment, slots) if slots else experiment.clients.asked,
+        waves=_waves(experiment, slots) if slots else experiment.round_size,
         round_down=share * sum(one.bytes_down * len(one.clients) for one in forecasts),
         round_up=share * sum(one.bytes_up * len(one.clients) for one in forecasts),
     )
@@ -100,7 +100,7 @@ def plan_experiment(experiment: Experiment, shape: ModelShape, nodes: Sequence[N
 def _waves(experiment: Experiment, slots: Sequence[budget.SlotSpec]) -> int:
     """Turns of the busiest slot, where each client of an average cohort goes to the idlest slot that serves it."""
     turns = [0] * len(slots)
-    average = budget.tier_of(experiment.clients.model_copy(update={"count": experiment.clients.asked}))
+    average = budget.tier_of(experiment.clients.model_copy(update={"count": experiment.round_size}))
     if experiment.actors == "dedicated":
         return 1
     for tier in average:

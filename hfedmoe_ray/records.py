@@ -29,6 +29,10 @@ class ClientRecord:
     peak_mib: float = 0.0
     over_mib: float = 0.0
     """What the peak has more than the tier's `memory_gib`; 0 within it."""
+    simulated_seconds: float | None = None
+    """What the task would take on the tier's device (`federation.clock`); None where it names none."""
+    staleness: int = 0
+    """tau: averages taken between its start and the one it came to; 0 in runs with rounds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,3 +63,5 @@ class RoundReport:
     """Mean over clients of |S_c| / |S_global| (eq. 18); logged, never used."""
     personalised_accuracy: float | None = None
     """`own_accuracy` after each client has trained for one more round by itself (last round only)."""
+    simulated_seconds: float | None = None
+    """What the round would take on the tiers' devices: its slowest client's, of those that were waited for."""

@@ -74,6 +74,8 @@ class ModelShape:
     of a node, never sent. 0 where whole experts train."""
     dense_expert_bytes: int = 0
     """Bytes of one whole expert in fp32, where only its LoRA factors train; 0 where it trains itself."""
+    table_bytes: int = 0
+    """Bytes of embedding tables among the shared and frozen ones: rows of them are read, none is multiplied with."""
 
     @property
     def total_experts(self) -> int:

@@ -18,6 +18,10 @@ from hfedmoe_ray.runtime.local import LocalExecutor
 from hfedmoe_ray.types import Weights
 
 HFEDMOE = {"name": "hfedmoe", "tau": 0.5}
+PHONE = {"tflops": 1e-4, "memory_gbps": 1.0, "down_mbps": 10.0, "up_mbps": 5.0}
+SERVER = {"tflops": 1e-2, "down_mbps": 1000.0, "up_mbps": 1000.0}
+SLOWISH = {"tflops": 4e-3, "down_mbps": 400.0, "up_mbps": 400.0}
+"""Takes about two and a half times as long as SERVER."""
 
 
 class Recorder:
@@ -70,6 +74,15 @@ def experiment(sources: Path, family: str = "bert", **changes: Any) -> Experimen
         "local": {"steps": 3, "batch_size": 4, "learning_rate": 1e-2, "profile_examples": 8},
     }
     return Experiment.model_validate(config | changes)
+
+
+def on_devices(sources: Path, phone: dict[str, float] = PHONE, family: str = "bert", **changes: Any) -> Experiment:
+    """The tiny run, whose tiers stand for devices."""
+    tiers = [
+        {"name": "phone", "share": 0.5, "experts": 0.25, "device": 0.1, "simulated": phone},
+        {"name": "server", "share": 0.5, "experts": 0.5, "device": 0.1, "simulated": SERVER},
+    ]
+    return experiment(sources, family, clients={"count": 4, "tiers": tiers}, **changes)
 
 
 def run(

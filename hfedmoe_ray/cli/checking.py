@@ -63,7 +63,7 @@ def plan(
     # On a narrow terminal a row wraps, rather than lose its numbers.
     console = Console(highlight=False, soft_wrap=True, width=max(Console().width, 120))
     console.print(_plan_table(made, shape))
-    for line in _plan_lines(made, experiment.rounds, experiment.clients.asked):
+    for line in _plan_lines(made, experiment.rounds, experiment.round_size):
         console.print(line)
 
 

@@ -1,10 +1,16 @@
 """Sections that make no sense together, each said in one sentence with what to write instead. Torch-free."""
 
+from typing import TYPE_CHECKING
+
+from hfedmoe_ray.config.asynchronous import Asynchronous
 from hfedmoe_ray.config.lora import Lora
 from hfedmoe_ray.config.plugins import is_plugin, load_plugin
 from hfedmoe_ray.config.server import Rules, ServerOptimizer
-from hfedmoe_ray.config.strategies import Flux, Local, StrategyConfig
+from hfedmoe_ray.config.strategies import FlexMoE, Flux, Local, StrategyConfig
 from hfedmoe_ray.config.wire import Wire
+
+if TYPE_CHECKING:
+    from hfedmoe_ray.config.schema import Clients
 
 
 def check_combinations(
@@ -50,3 +56,40 @@ def _check_factors(strategy: StrategyConfig, lora: Lora, wire: Wire, server: Ser
             "strategy flux merges experts as whole weights, but with `model.lora` only factors travel, and the mean of "
             "factors is not the factors of a mean: leave `model.lora` out, or use another strategy"
         )
+
+
+def check_asynchronous(
+    options: Asynchronous, clients: "Clients", strategy: StrategyConfig, lora: Lora | None, rules: Rules
+) -> None:
+    """Raises ValueError for the first thing that a run without rounds of its own cannot do."""
+    if clients.tiers[0].simulated is None:
+        raise ValueError(
+            "`asynchronous` orders updates by the simulated clock, which needs to know what devices clients have: "
+            "write `simulated: {tflops: …, down_mbps: …, up_mbps: …}` in every tier"
+        )
+    for key, wanted in (("in_flight", options.in_flight), ("buffer", options.buffer)):
+        if wanted > clients.count:
+            raise ValueError(f"`asynchronous.{key}` is {wanted}, but there are only {clients.count} clients")
+    if clients.per_round is not None or clients.over_select > 1:
+        raise ValueError(
+            "with `asynchronous` clients are asked one by one: how many are at work says `asynchronous.in_flight`, so "
+            "leave `clients.per_round` and `clients.over_select` out"
+        )
+    if lora is not None and lora.average == "svd":
+        raise ValueError(
+            "with `model.lora.average: svd` the factors are others after each average, so what a stale update changed "
+            "of the old ones means nothing to the new: write `model.lora.average: factors`, or leave `asynchronous` out"
+        )
+    plugin = load_plugin(strategy.name) if is_plugin(strategy.name) else None
+    private = plugin.private_router if plugin else isinstance(strategy, FlexMoE)
+    if isinstance(strategy, Local) or (plugin and not plugin.federated):
+        reason = "averages nothing"
+    elif isinstance(strategy, Flux) or (plugin and plugin.profiles_ahead):
+        reason = "profiles the clients of a round while the one before is averaged"
+    elif rules.routers == "private" or (rules.routers is None and private):
+        reason = "keeps routers private, of which there are no versions"
+    else:
+        return
+    raise ValueError(
+        f"strategy {strategy.name} {reason}: leave `asynchronous` out, or use another strategy (or other `rules`)"
+    )

@@ -25,6 +25,11 @@ class Configurable:
     """What else may stand in its section `strategy`, where the configuration names it by its module."""
     federated = True
     """Whether updates are averaged; if not, every client keeps its own."""
+    private_router = False
+    """Whether every client keeps the routers it trained and never takes the averaged ones."""
+    profiles_ahead = False
+    """Whether clients are profiled anew for every round they take part in: on the weights that the round before started
+    from, while the server reduces that round."""
 
 
 def is_plugin(name: Any) -> bool:

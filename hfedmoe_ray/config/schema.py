@@ -9,12 +9,14 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from hfedmoe_ray.config.combinations import check_combinations
+from hfedmoe_ray.config.asynchronous import Asynchronous
+from hfedmoe_ray.config.combinations import check_asynchronous, check_combinations
 from hfedmoe_ray.config.comparison import Comparison
 from hfedmoe_ray.config.lora import Lora
 from hfedmoe_ray.config.running import Runtime, Tracking
 from hfedmoe_ray.config.section import Name, NonNegativeFloat, Precision, Section, Share, UnitInterval
 from hfedmoe_ray.config.server import Rules, RulesConfig, ServerOptimizer
+from hfedmoe_ray.config.simulated import SimulatedDevice
 from hfedmoe_ray.config.strategies import HFedMoE, StrategyConfig
 from hfedmoe_ray.config.wire import Wire
 
@@ -52,6 +54,8 @@ class Tier(Section):
     """Overrides the GPUs asked of Ray."""
     labels: dict[str, str] = Field(default_factory=dict)
     """Ray node labels the client must be placed on, e.g. {site: hospital-a}."""
+    simulated: SimulatedDevice | None = None
+    """The device the tier's clients stand for: gives the run a simulated clock. All tiers have one, or none."""
 
     @model_validator(mode="after")
     def _deepspeed(self) -> Self:
@@ -134,6 +138,12 @@ class Clients(Section):
         names = [tier.name for tier in self.tiers]
         if len(set(names)) != len(names):
             raise ValueError(f"two tiers have the same name: {', '.join(names)}")
+        without = [tier.name for tier in self.tiers if tier.simulated is None]
+        if 0 < len(without) < len(self.tiers):
+            raise ValueError(
+                f"no simulated device is given for {', '.join(without)}, but for other tiers: a round's simulated time "
+                "needs all of its clients. Write `simulated` in every tier, or in none"
+            )
         if self.per_round is not None and self.per_round > self.count:
             raise ValueError(f"per_round is {self.per_round}, but there are only {self.count} clients (count)")
         if self.over_select > 1 and self.cohort == self.count:
@@ -349,6 +359,8 @@ class Experiment(Section):
     actors: Literal["pooled", "dedicated"] = "pooled"
     """dedicated: one live actor per client; pooled: slots that clients take turns in."""
     rounds: PositiveInt = 8
+    asynchronous: Asynchronous | None = None
+    """Average updates as they come instead of round by round; `rounds` counts the averages. Default: round by round."""
     output: str = "runs"
     clients: Clients
     model: Model
@@ -361,6 +373,11 @@ class Experiment(Section):
     compare: Comparison | None = None
     """What `hfedmoe compare` runs of this experiment; no single run reads it."""
 
+    @property
+    def round_size(self) -> int:
+        """Clients of a round: those that are asked, or, where updates are averaged as they come, a buffer of them."""
+        return self.clients.asked if self.asynchronous is None else self.asynchronous.buffer
+
     @model_validator(mode="after")
     def _fit_together(self) -> Self:
         zero = any(tier.zero_stage for tier in self.clients.tiers)
@@ -369,5 +386,7 @@ class Experiment(Section):
                 "`clients.sampling: weighted` draws clients by how many examples they have, which the server does not "
                 "know where they read their own files: write `sampling: uniform`"
             )
+        if self.asynchronous is not None:
+            check_asynchronous(self.asynchronous, self.clients, self.strategy, self.model.lora, self.rules)
         check_combinations(self.strategy, self.model.lora, self.wire, self.rules, self.server, zero=zero)
         return self

@@ -19,11 +19,12 @@ from safetensors.numpy import load_file, save_file
 
 from hfedmoe_ray.context import RunContext
 from hfedmoe_ray.errors import CheckpointError
+from hfedmoe_ray.federation.flight import flight_fields, read_flight
 from hfedmoe_ray.federation.state import FederationState
 from hfedmoe_ray.types import Array, ExpertKey, Fetch, PersonalWeights, RoutingProfile, Weights
 from hfedmoe_ray.wire import PROFILE_FIELDS, expert_key, expert_name
 
-_SCALARS = ("round", "bytes_up", "bytes_down", "seconds", "peak_client_mib")
+_PLAIN = ("round", "bytes_up", "bytes_down", "seconds", "peak_client_mib", "simulated")
 
 
 def run_identity(context: RunContext) -> str:
@@ -92,7 +93,8 @@ def _write(partial: Path, state: FederationState, identity: str) -> None:
         "personalised_accuracies": {str(client): value for client, value in state.personalised_accuracies.items()},
         "statuses": dict(state.statuses),
         "clients": sorted(state.clients),
-        **{scalar: getattr(state, scalar) for scalar in _SCALARS},
+        "flights": [flight_fields(flight) for flight in state.flights],
+        **{scalar: getattr(state, scalar) for scalar in _PLAIN},
     }
     (partial / "state.json").write_text(json.dumps(fields, indent=1))
     for file in partial.iterdir():
@@ -134,6 +136,10 @@ def _tensors(state: FederationState) -> dict[str, Array]:
     tensors = _named("global", weights.shared, weights.experts)
     if weights.means is not None:
         tensors["means"] = weights.means
+    for number, older in state.older.items():
+        tensors |= _named(f"version-{number}", older.shared, older.experts)
+        if older.means is not None:
+            tensors[f"version-{number}/means"] = older.means
     for client, own in (weights.personal or {}).items():
         tensors |= _named(f"client-{client}", own.shared, own.experts)
     for client, profile in state.profiles.items():
@@ -158,11 +164,13 @@ def _state(fields: Mapping[str, Any], tensors: Mapping[str, Array], clients: Map
     profiles: dict[int, dict[str, Array]] = {}
     strategy: dict[str, Array] = {}
     server: dict[str, Array] = {}
-    means = None
+    means: dict[str, Array] = {}
     for path, value in tensors.items():
         match path.split("/"):
             case ["means"]:
-                means = value
+                means["global"] = value
+            case [owner, "means"]:
+                means[owner] = value
             case ["strategy", *name]:
                 strategy["/".join(name)] = value
             case ["server", *name]:
@@ -178,17 +186,25 @@ def _state(fields: Mapping[str, Any], tensors: Mapping[str, Array], clients: Map
             shared=shared.get(owner, {}), experts=experts.get(owner, {})
         )
         for owner in sorted(shared.keys() | experts.keys())
-        if owner != "global"
+        if owner.startswith("client-")
     }
-    weights = Weights(
-        version=fields["version"],
-        shared=shared["global"],
-        experts=dict(sorted(experts["global"].items())),
-        means=means,
-        personal=personal or None,
-    )
+    versions = {"global": fields["version"]} | {
+        owner: int(owner.removeprefix("version-")) for owner in shared if owner.startswith("version-")
+    }
+    weights = {
+        owner: Weights(
+            version=number,
+            shared=shared[owner],
+            experts=dict(sorted(experts[owner].items())),
+            means=means.get(owner),
+            personal=(personal or None) if owner == "global" else None,
+        )
+        for owner, number in versions.items()
+    }
     return FederationState(
-        weights=weights,
+        weights=weights.pop("global"),
+        older={older.version: older for older in weights.values()},
+        flights=[read_flight(flight) for flight in fields["flights"]],
         profiles={
             client: RoutingProfile(**named, tokens=fields["profile_tokens"][str(client)])
             for client, named in sorted(profiles.items())
@@ -201,7 +217,7 @@ def _state(fields: Mapping[str, Any], tensors: Mapping[str, Array], clients: Map
         server=server,
         own_accuracies={int(client): value for client, value in fields["own_accuracies"].items()},
         personalised_accuracies={int(client): value for client, value in fields["personalised_accuracies"].items()},
-        **{scalar: fields[scalar] for scalar in _SCALARS},
+        **{scalar: fields[scalar] for scalar in _PLAIN},
     )
 
 

@@ -8,6 +8,7 @@ from hfedmoe_ray.config.schema import Clients
 from hfedmoe_ray.errors import TrainingError
 from hfedmoe_ray.federation.availability import available
 from hfedmoe_ray.seeds import generator
+from hfedmoe_ray.types import Array
 
 
 def select_cohort(clients: Clients, seed: int, round: int, examples: Sequence[int]) -> tuple[int, ...]:
@@ -31,11 +32,26 @@ def select_cohort(clients: Clients, seed: int, round: int, examples: Sequence[in
             f"no client is available in round {round} (clients.availability). The last checkpoint is complete: let "
             "more of them be there, and `hfedmoe resume`."
         )
-    if len(there) <= clients.asked:
+    return draw_clients(clients, there, clients.asked, examples, generator(seed, "cohort", round))
+
+
+def draw_clients(
+    clients: Clients, there: Array, count: int, examples: Sequence[int], rng: np.random.Generator
+) -> tuple[int, ...]:
+    """Returns so many of the clients that are there in ascending order, without replacement, or all of them.
+
+    Args:
+        clients: How they are drawn.
+        there: Their numbers, int [A].
+        count: How many to draw.
+        examples: |D_c| of every client, the chances of a weighted draw.
+        rng: Draws.
+    """
+    if len(there) <= count:
         return tuple(int(client) for client in there)
     chances = None
     if clients.sampling == "weighted":
         weights = np.array([examples[client] for client in there], dtype=np.float64)
         chances = weights / weights.sum()
-    draw = generator(seed, "cohort", round).choice(there, size=clients.asked, replace=False, p=chances)
+    draw = rng.choice(there, size=count, replace=False, p=chances)
     return tuple(sorted(int(client) for client in draw))

@@ -8,6 +8,7 @@ from typing import Any
 from hfedmoe_ray.config.schema import Experiment, Tier
 from hfedmoe_ray.errors import TrainingError
 from hfedmoe_ray.federation import reporting
+from hfedmoe_ray.federation.clock import Clock
 from hfedmoe_ray.federation.dropout import with_dropped
 from hfedmoe_ray.federation.durations import Durations
 from hfedmoe_ray.federation.executor import Executor, Notify
@@ -16,7 +17,8 @@ from hfedmoe_ray.federation.state import FederationState
 from hfedmoe_ray.federation.validation import Rejected, accept
 from hfedmoe_ray.records import ClientRecord
 from hfedmoe_ray.strategies import AnyStrategy
-from hfedmoe_ray.types import ClientTask, ClientUpdate, ExpertPlan, TaskKind, TaskResult
+from hfedmoe_ray.strategies.staleness import rebased
+from hfedmoe_ray.types import ClientTask, ClientUpdate, ExpertPlan, TaskKind, TaskResult, Weights
 
 
 class Collector:
@@ -28,6 +30,8 @@ class Collector:
         executor: Executor,
         strategy: AnyStrategy,
         tiers: Sequence[Tier],
+        *,
+        clock: Clock,
         notify: Notify,
     ) -> None:
         """Takes note of the run.
@@ -37,12 +41,14 @@ class Collector:
             executor: Runs the tasks.
             strategy: Says what updates must contain.
             tiers: Tier of every client.
+            clock: Tells what a task would take on its client's device.
             notify: Is told what happens.
         """
         self._experiment = experiment
         self._executor = executor
         self._strategy = strategy
         self._tiers = tiers
+        self._clock = clock
         self._notify = notify
         self._durations = Durations()
 
@@ -100,12 +106,16 @@ class Collector:
             results: How the tasks ended.
             plans: What each client was to do.
             records: Is given a record per result.
-            state: Has the weights the tasks started from, and keeps the clients' states.
+            state: Has the weights the tasks started from, and keeps the clients' states. Where runs are asynchronous,
+                what an update changed of older ones is laid onto the newest.
         """
         for delivered in results:
             client = delivered.task.client
             result, update = self._accept(delivered, plans[client], state)
-            record = reporting.client_record(result, self._tiers[client], update, state.weights)
+            start = state.version(result.task.version)
+            record = reporting.client_record(result, self._tiers[client], update, start)
+            if record.samples:
+                record = replace(record, simulated_seconds=self._simulated(delivered.task, record))
             if self._experiment.backend == "local":
                 record = replace(record, over_mib=0.0)  # the one process is everybody's, and the server's
             if record.over_mib:
@@ -114,7 +124,15 @@ class Collector:
             if update is not None:
                 if delivered.state is not None:
                     state.clients[client] = delivered.state
-                yield update
+                yield self._rebased(update, start, state.weights)
+
+    def _rebased(self, update: ClientUpdate, start: Weights, now: Weights) -> ClientUpdate:
+        options = self._experiment.asynchronous
+        return update if options is None else rebased(update, start, now, options.staleness)
+
+    def _simulated(self, task: ClientTask, record: ClientRecord) -> float | None:
+        sizes = {"samples": record.samples, "bytes_down": record.bytes_down, "bytes_up": record.bytes_up}
+        return self._clock.seconds(task, **sizes)
 
     def _accept(
         self, result: TaskResult, plan: ExpertPlan, state: FederationState
@@ -122,7 +140,7 @@ class Collector:
         if result.status != "ok":
             return result, None
         try:
-            start = state.weights.seen_by(result.task.personal)
+            start = state.version(result.task.version).seen_by(result.task.personal)
             return result, accept(result, plan, start, self._experiment.wire, self._strategy.signals)
         except Rejected as rejection:
             return replace(result, status="rejected", reason=str(rejection)), None

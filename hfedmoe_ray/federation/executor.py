@@ -7,6 +7,13 @@ from hfedmoe_ray.types import ClientTask, TaskResult, Weights
 
 Notify = Callable[[str, Mapping[str, Any]], None]
 """Told (event name, fields) as things happen: task_started, task_finished, task_retried, slot_lost, ..."""
+Further = Callable[[], Sequence[ClientTask]]
+"""Asked, whenever a result has been taken, for tasks that are to run as well."""
+
+
+def nothing_further() -> Sequence[ClientTask]:
+    """No further tasks."""
+    return ()
 
 
 class Executor(Protocol):
@@ -15,10 +22,15 @@ class Executor(Protocol):
     runs_elsewhere: bool
     """Whether tasks run in other processes, so that `run` may be consumed in a thread beside the caller's."""
 
-    def publish(self, weights: Weights) -> None:
-        """Makes a version of the weights available to all later tasks (arrays may be shared, never written)."""
+    def publish(self, weights: Weights, keep: frozenset[int] = frozenset()) -> None:
+        """Makes a version of the weights available to all later tasks (arrays may be shared, never written).
 
-    def run(self, tasks: Sequence[ClientTask], notify: Notify) -> Generator[TaskResult, None, None]:
+        Of those before it the last is kept, and those that `keep` names.
+        """
+
+    def run(
+        self, tasks: Sequence[ClientTask], notify: Notify, further: Further = nothing_further
+    ) -> Generator[TaskResult, None, None]:
         """Runs the tasks, yielding each result once as it completes, in any order; every task yields exactly one.
 
         A task whose process dies is tried again elsewhere; one that outlasts the deadline is "late"; an exception in

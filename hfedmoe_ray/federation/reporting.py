@@ -128,6 +128,7 @@ def round_report(
     seconds: float,
     phases: Mapping[str, float],
     participation: float | None,
+    simulated: float | None,
     ahead: Sequence[ClientRecord] = (),
 ) -> RoundReport:
     """Returns the report of a round from its parts; of what was done ahead for the next one, the bytes count here."""
@@ -153,6 +154,7 @@ def round_report(
         agreement=agreement(profiles),
         participation=participation,
         personalised_accuracy=evaluation.personalised_accuracy,
+        simulated_seconds=simulated,
     )
 
 
@@ -208,6 +210,8 @@ def run_summary(context: RunContext, state: FederationState, status: str) -> dic
         "target": target,
         "rounds_to_target": reached[0] if reached else None,
         "wall_seconds": state.seconds,
+        "simulated_seconds": state.simulated[-1] if state.simulated else None,
+        "simulated_seconds_to_target": state.simulated[reached[0]] if state.simulated and reached else None,
         "bytes_up": state.bytes_up,
         "bytes_down": state.bytes_down,
         "peak_client_mib": state.peak_client_mib,

@@ -17,6 +17,7 @@ from hfedmoe_ray.errors import TrainingError
 from hfedmoe_ray.federation import reporting
 from hfedmoe_ray.federation.ahead import meanwhile
 from hfedmoe_ray.federation.checkpoint import load_checkpoint, run_identity, save_checkpoint
+from hfedmoe_ray.federation.clock import Clock
 from hfedmoe_ray.federation.cohort import select_cohort
 from hfedmoe_ray.federation.collecting import Collector
 from hfedmoe_ray.federation.dropout import without_dropouts
@@ -67,7 +68,12 @@ def run_experiment(
     Raises:
         HFedMoEError: The run cannot go on; the tracker has been given a summary with status "failed" and the error.
     """
-    federation = Federation(context, executor, tracker, resume=resume)
+    kind: type[Federation] = Federation
+    if context.experiment.asynchronous is not None:
+        from hfedmoe_ray.federation.asynchronous import AsynchronousFederation  # it builds on this module
+
+        kind = AsynchronousFederation
+    federation = kind(context, executor, tracker, resume=resume)
     tracker.start(context.experiment.model_dump(mode="json"), federation.facts())
     try:
         finished = federation.run(should_stop)
@@ -101,7 +107,10 @@ class Federation:
         self.checkpoints = context.run_dir / "checkpoints"
         self.identity = run_identity(context)
         self._phase = Phases()
-        self.collector = Collector(self.experiment, executor, self.strategy, self.tiers, tracker.event)
+        self.clock = Clock(self.experiment, context.model.shape, self.tiers)
+        self.collector = Collector(
+            self.experiment, executor, self.strategy, self.tiers, notify=tracker.event, clock=self.clock
+        )
         if resume:
             self.state = load_checkpoint(self.checkpoints, self.identity)
         else:
@@ -128,20 +137,22 @@ class Federation:
 
     def profile_round(self) -> None:
         """Round 0: routing profiles of the first cohort, and the accuracy before any training."""
-        # Where the head starts at class means everyone is asked, once: every class should have one.
-        everyone = self.experiment.model.head == "prototypes"
+        # Where the head starts at class means everyone is asked, once: every class should have one. Where nothing is
+        # waited for, nobody can be profiled later.
+        everyone = self.experiment.model.head == "prototypes" or self.experiment.asynchronous is not None
         cohort = range(self.experiment.clients.count) if everyone else self.cohort(1)
-        started = self._begin(0, cohort)
+        started = self._begin(0, len(cohort))
         with self._phase("profile"):
             records = self.profile(0, cohort)
-        self._end(0, started, records, {}, None)
+        self._end(0, started, records, {}, None, simulated=self.clock.elapsed(records))
 
     def train_round(self, round: int) -> None:
         """One round of federated training."""
         cohort = self.cohort(round)
-        started = self._begin(round, cohort)
+        started = self._begin(round, len(cohort))
         with self._phase("profile"):
-            unprofiled = [r for r in self.profile(round, cohort) if r.status != "ok"]
+            profiled = self.profile(round, cohort)
+            unprofiled = [record for record in profiled if record.status != "ok"]
         clients = [self.client_info(c) for c in cohort if c not in {record.client for record in unprofiled}]
         with self._phase("plan"):
             self.strategy.study(self.state.weights)
@@ -155,7 +166,9 @@ class Federation:
                 records, updates, participation = self.reduce(results, plans)
             with self._phase("publish"):
                 self.executor.publish(self.state.weights)
-        self._end(round, started, unprofiled + records, updates, participation, ahead=ahead)
+        simulated = self.clock.elapsed(profiled, records, ahead)
+        records = unprofiled + records
+        self._end(round, started, records, updates, participation, simulated=simulated, ahead=ahead)
 
     def profile(self, round: int, cohort: Sequence[int]) -> list[ClientRecord]:
         """Profiles those of a cohort that have no profile yet, in one forward-only pass over a sample of their data.
@@ -311,9 +324,9 @@ class Federation:
         """The keys of summary.json."""
         return reporting.run_summary(self.context, self.state, status)
 
-    def _begin(self, round: int, cohort: Sequence[int]) -> float:
+    def _begin(self, round: int, clients: int) -> float:
         self._phase = Phases()
-        self.tracker.event("round_started", {"round": round, "cohort": len(cohort)})
+        self.tracker.event("round_started", {"round": round, "cohort": clients})
         return time.perf_counter()
 
     def _end(
@@ -324,12 +337,13 @@ class Federation:
         updates: Mapping[int, ClientUpdate],
         participation: float | None,
         *,
+        simulated: float | None,
         ahead: Sequence[ClientRecord] = (),
     ) -> None:
         """Evaluates, saves and reports a round; of what was done ahead for the next, only bytes and status count."""
         with self._phase("evaluate"):
             evaluation = self.evaluate(round)
-        self.state.record(round, [*records, *ahead], evaluation, time.perf_counter() - started)
+        self.state.record(round, [*records, *ahead], evaluation, time.perf_counter() - started, simulated)
         for record in records:
             self.tracker.event("client", asdict(record))
         self.tracker.round(
@@ -342,6 +356,7 @@ class Federation:
                 seconds=time.perf_counter() - started,
                 phases=self._phase.seconds,
                 participation=participation,
+                simulated=simulated,
                 ahead=ahead,
             )
         )

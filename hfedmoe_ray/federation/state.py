@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from hfedmoe_ray.federation.evaluation import Evaluation
+from hfedmoe_ray.federation.flight import Flight
 from hfedmoe_ray.records import ClientRecord
 from hfedmoe_ray.types import Array, Fetch, RoutingProfile, Weights
 from hfedmoe_ray.wire import checksum, expert_name
@@ -38,11 +39,30 @@ class FederationState:
     bytes_down: int = 0
     seconds: float = 0.0
     peak_client_mib: float = 0.0
+    simulated: list[float] = field(default_factory=list)
+    """The simulated clock at the end of each round, from round 0; empty where the tiers name no device."""
+    flights: list[Flight] = field(default_factory=list)
+    """Tasks under way; none between the rounds of a run that has such."""
+    older: dict[int, Weights] = field(default_factory=dict)
+    """Earlier versions of the weights, by number, that tasks under way started from."""
 
-    def record(self, round: int, records: Iterable[ClientRecord], evaluation: Evaluation, seconds: float) -> None:
-        """Closes a round: counts what its clients did and keeps what was measured."""
+    def version(self, number: int) -> Weights:
+        """The version of the weights that a task started from."""
+        return self.older.get(number, self.weights)
+
+    def record(
+        self,
+        round: int,
+        records: Iterable[ClientRecord],
+        evaluation: Evaluation,
+        seconds: float,
+        simulated: float | None = None,
+    ) -> None:
+        """Closes a round: counts what its clients did and keeps what was measured; it took so long, and simulated."""
         self.round = round
         self.seconds += seconds
+        if simulated is not None:
+            self.simulated.append(self.simulated[-1] + simulated if self.simulated else simulated)
         for record in records:
             self.statuses[record.status] += 1
             self.bytes_up += record.bytes_up

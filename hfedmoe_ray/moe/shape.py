@@ -88,7 +88,7 @@ def check_family(config: Mapping[str, Any], upcycle: Upcycle | None) -> str:
 def _encoder_shape(config: Mapping[str, Any], model: Model, num_labels: int) -> ModelShape:
     hidden, neurons = config["hidden_size"], config["intermediate_size"]
     experts, size, layers = config["num_experts"], config["expert_size"], config["moe_layers"]
-    embeddings = (config["vocab_size"] + config["max_position_embeddings"] + config["type_vocab_size"] + 2) * hidden
+    tables = (config["vocab_size"] + config["max_position_embeddings"] + config["type_vocab_size"]) * hidden
     attention = 4 * (hidden * hidden + hidden) + 2 * hidden  # query, key, value, output, and its norm
     dense = 2 * hidden * neurons + neurons + hidden
     norm = 2 * hidden
@@ -98,7 +98,7 @@ def _encoder_shape(config: Mapping[str, Any], model: Model, num_labels: int) -> 
     # Dense FFNs whose place experts take: their output biases stay and serve all experts.
     replaced = 0 if config.get("adapters") else len(layers)
     top = (depth - first) * (attention + norm) + replaced * hidden
-    rest = embeddings + first * (attention + norm) + (depth - replaced) * dense
+    rest = tables + norm + first * (attention + norm) + (depth - replaced) * dense
     return _shape(
         model,
         layers=len(layers),
@@ -107,11 +107,20 @@ def _encoder_shape(config: Mapping[str, Any], model: Model, num_labels: int) -> 
         hidden=hidden,
         expert=2 * hidden * size + size,
         groups=(router_and_head, top, rest),
+        tables=tables,
     )
 
 
 def _shape(
-    model: Model, *, layers: int, experts: int, top_k: int, hidden: int, expert: int, groups: tuple[int, int, int]
+    model: Model,
+    *,
+    layers: int,
+    experts: int,
+    top_k: int,
+    hidden: int,
+    expert: int,
+    groups: tuple[int, int, int],
+    tables: int,
 ) -> ModelShape:
     """Turns element counts into bytes; `groups` are (routers and head, top, rest), which train in this order."""
     training = {"experts": 1, "top": 2, "full": 3}[model.trainable]
@@ -123,4 +132,5 @@ def _shape(
         expert_bytes=_BYTES * expert,
         shared_bytes=_BYTES * sum(groups[:training]),
         frozen_bytes=_BYTES * sum(groups[training:]),
+        table_bytes=_BYTES * tables,
     )

@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Generator, Sequence
 
 from hfedmoe_ray.context import RunContext
-from hfedmoe_ray.federation.executor import Notify
+from hfedmoe_ray.federation.executor import Further, Notify, nothing_further
 from hfedmoe_ray.moe.derived import bits_of, merged_expert, quantised_expert
 from hfedmoe_ray.runtime.overlay import overlay, read_only, view
 from hfedmoe_ray.runtime.worker import Worker, WorkerFactory, client_worker, last_line, late_reason
@@ -30,18 +30,23 @@ class LocalExecutor:
         self._worker: Worker | None = None
         self._versions: dict[int, Weights] = {}
 
-    def publish(self, weights: Weights) -> None:
+    def publish(self, weights: Weights, keep: frozenset[int] = frozenset()) -> None:
         """See `Executor.publish`."""
         self._versions[weights.version] = weights
         for version in sorted(self._versions)[:-VERSIONS_KEPT]:
-            del self._versions[version]
+            if version not in keep:
+                del self._versions[version]
 
-    def run(self, tasks: Sequence[ClientTask], notify: Notify) -> Generator[TaskResult, None, None]:
+    def run(
+        self, tasks: Sequence[ClientTask], notify: Notify, further: Further = nothing_further
+    ) -> Generator[TaskResult, None, None]:
         """See `Executor.run`. A model that cannot be loaded raises here; that is nobody's client failing."""
         if self._worker is None:
             self._worker = self._worker_factory(self._context)
-        for task in sorted(tasks, key=lambda task: task.client):
-            yield self._execute(self._worker, task, notify)
+        ready = sorted(tasks, key=lambda task: task.client)
+        while ready:
+            yield self._execute(self._worker, ready.pop(0), notify)
+            ready += sorted(further(), key=lambda task: task.client)
 
     def close(self) -> None:
         """See `Executor.close`."""

@@ -16,7 +16,7 @@ from ray.exceptions import RayError, RayTaskError, TaskCancelledError
 from hfedmoe_ray.budget import tier_of
 from hfedmoe_ray.context import RunContext
 from hfedmoe_ray.errors import ClusterError, HFedMoEError, TrainingError
-from hfedmoe_ray.federation.executor import Notify
+from hfedmoe_ray.federation.executor import Further, Notify, nothing_further
 from hfedmoe_ray.runtime import cluster, timeouts
 from hfedmoe_ray.runtime.client import Loading
 from hfedmoe_ray.runtime.holder import alive, start_holder
@@ -67,25 +67,23 @@ class RayExecutor:
         for slot in self.slots:
             slot.start(self._offer(slot))
 
-    def publish(self, weights: Weights) -> None:
+    def publish(self, weights: Weights, keep: frozenset[int] = frozenset()) -> None:
         """See `Executor.publish`."""
-        self._store.publish(weights)
+        self._store.publish(weights, keep)
 
-    def run(self, tasks: Sequence[ClientTask], notify: Notify) -> Generator[TaskResult, None, None]:
+    def run(
+        self, tasks: Sequence[ClientTask], notify: Notify, further: Further = nothing_further
+    ) -> Generator[TaskResult, None, None]:
         """See `Executor.run`.
 
         Raises:
             ClusterError: no actor can be started, or the cluster has lost every place for one.
             HFedMoEError: what an actor said when it loaded the model or the data.
         """
-        ready = sorted((Attempt(task) for task in tasks), key=lambda one: (-one.task.weight, one.task.client))
+        ready = sorted((Attempt(task) for task in tasks), key=_turn)
         left = len(ready)
         try:
-            self._follow_cluster(notify)
-            # An attempt is not to be wasted on an actor that died since the last round.
-            for slot in self.slots:
-                if slot.state is State.IDLE and slot.dead:
-                    self._replace(slot, _told(slot.cause_of_death()), notify)
+            self._look_around(notify)
             while left:
                 self._dispatch(ready, notify)
                 for slot, answered in self._events(ready):
@@ -93,6 +91,10 @@ class RayExecutor:
                     if result is not None:
                         left -= 1
                         yield result
+                        if more := further():
+                            left += len(more)
+                            ready[:] = sorted([*ready, *map(Attempt, more)], key=_turn)
+                            self._look_around(notify)
         finally:
             for slot in self.slots:
                 if slot.state is State.BUSY:
@@ -272,6 +274,13 @@ class RayExecutor:
             slot.move(place)
         slot.start(self._offer(slot))
 
+    def _look_around(self, notify: Notify) -> None:
+        """Uses nodes that have joined; and no attempt is to be wasted on an actor that died while it was idle."""
+        self._follow_cluster(notify)
+        for slot in self.slots:
+            if slot.state is State.IDLE and slot.dead:
+                self._replace(slot, _told(slot.cause_of_death()), notify)
+
     def _follow_cluster(self, notify: Notify) -> None:
         """Where nodes have joined: brings back slots that were given up, and adds those the larger cluster holds."""
         nodes = cluster.capacity()
@@ -334,6 +343,11 @@ class _Payload:
             raise RuntimeError("this payload has been fetched before")
         data: bytes = ray.get(ref, timeout=timeouts.FETCH).tobytes()
         return data
+
+
+def _turn(attempt: Attempt) -> tuple[bool, float, int]:
+    """What is tried again comes first, then what takes longest."""
+    return attempt.number == 1, -attempt.task.weight, attempt.task.client
 
 
 def _about(task: ClientTask) -> dict[str, Any]:

@@ -105,8 +105,11 @@ class WeightStore:
     def __init__(self) -> None:
         self._versions: dict[int, _Version] = {}
 
-    def publish(self, weights: Weights) -> None:
-        """Puts a version into the object store, reusing the objects of whatever did not change."""
+    def publish(self, weights: Weights, keep: frozenset[int] = frozenset()) -> None:
+        """Puts a version into the object store, reusing the objects of whatever did not change since the one before.
+
+        Older ones than that are dropped, but for those in `keep`.
+        """
         last = self._versions[max(self._versions)] if self._versions else None
         personal: dict[int, _Personal] = {}
         for client, own in (weights.personal or {}).items():
@@ -122,7 +125,8 @@ class WeightStore:
             personal=personal,
         )
         for version in sorted(self._versions)[:-VERSIONS_KEPT]:
-            del self._versions[version]
+            if version not in keep:
+                del self._versions[version]
 
     def refs(self, task: ClientTask) -> TaskRefs:
         """References to what `task` reads: what its plan needs of the weights, and the client's state.

@@ -57,8 +57,6 @@ class Strategy(Configurable, ABC, Generic[Config]):
     shared_rule: SharedRule = staticmethod(examples)
     literal_router = False
     """Sum router weights as printed in the paper instead of normalising them."""
-    private_router = False
-    """Whether every client keeps the routers it trained and never takes the averaged ones."""
     anchor = 0.0
     """Share of a cohort that must take part in an expert for its mean to be taken whole: see `rules.RuleSet.anchor`."""
     proximal = 0.0
@@ -69,9 +67,6 @@ class Strategy(Configurable, ABC, Generic[Config]):
     """Directions in which clients estimate the gradient of FROZEN experts, forward only, for the signal "gradient"."""
     profiles_as: HeldAs = "exact"
     """Form of the experts from which clients are profiled (the class means that start a task head are always exact)."""
-    profiles_ahead = False
-    """Whether clients are profiled anew for every round they take part in: on the weights that the round before started
-    from, while the server reduces that round."""
 
     def __init__(self, config: Config, shape: ModelShape, seed: int) -> None:
         """Keeps its options, the shape of the model and the run seed, from which every draw derives."""

@@ -1,20 +1,11 @@
-"""Devices as public documents describe them, and a roofline that turns work into seconds on them: simulated, not timed.
-
-A client's round on a device takes
-
-    steps * max(FLOPs / (efficiency * peak), bytes of memory traffic / (efficiency * bandwidth))
-    + bytes down / downlink + bytes up / uplink
-
-the roofline of Williams, Waterman and Patterson (CACM 52(4), 2009) for one optimizer step, and the network as a pipe
-without latency, one direction after the other. What it leaves out: caches, kernel launches, throttling, sharing.
-"""
+"""Devices as public documents describe them, and what limits them (the roofline itself: `federation.clock`)."""
 
 from dataclasses import dataclass
 
-EFFICIENCY = 0.3
-"""Share of the peak and of the bandwidth that training reaches (ours): every device's seconds scale with it alike."""
-MEGABIT = 1e6 / 8
-"""Bytes in a megabit."""
+from hfedmoe_ray.federation import clock
+from hfedmoe_ray.federation.clock import EFFICIENCY, MEGABIT, Work, seconds
+
+__all__ = ["DEVICES", "EFFICIENCY", "Device", "Work", "bound", "seconds"]
 
 _5G = (
     "ITU-R, Report M.2410-0, Minimum requirements related to technical performance for IMT-2020 radio interface(s), "
@@ -29,18 +20,10 @@ _CORES = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Device:
+class Device(clock.Device):
     """What documents say of a device."""
 
     name: str
-    flops: float
-    """Peak fp32 FLOP/s of the processor that would train."""
-    bandwidth: float
-    """Peak bytes/s of its memory."""
-    down: float
-    """Bytes/s from the server."""
-    up: float
-    """Bytes/s to the server."""
     sources: tuple[str, ...]
 
 
@@ -109,25 +92,6 @@ DEVICES = (
         ),
     ),
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Work:
-    """What one client does in one round."""
-
-    steps: int
-    flops: float
-    """Of one optimizer step."""
-    traffic: float
-    """Bytes between processor and memory in one optimizer step."""
-    bytes_down: float
-    bytes_up: float
-
-
-def seconds(device: Device, work: Work, efficiency: float = EFFICIENCY) -> float:
-    """Simulated seconds of a client's round on a device."""
-    step = max(work.flops / device.flops, work.traffic / device.bandwidth) / efficiency
-    return work.steps * step + work.bytes_down / device.down + work.bytes_up / device.up
 
 
 def bound(device: Device, work: Work, efficiency: float = EFFICIENCY) -> str:

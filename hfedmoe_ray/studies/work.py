@@ -15,16 +15,12 @@ from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
 
 from hfedmoe_ray.data.dataset import FederatedDataset
+from hfedmoe_ray.federation.clock import BYTES, READS, TRAINS
 from hfedmoe_ray.federation.rounds import Federation
 from hfedmoe_ray.moe.routing import ProfileAccumulator
 from hfedmoe_ray.moe.subset import SparseModel
 from hfedmoe_ray.runtime.local import task_weights
 from hfedmoe_ray.seeds import generator
-
-READS = 2 * 4
-"""Bytes read of a number that takes part: once forward, once backward, fp32."""
-TRAINS = 8 * 4
-"""Further bytes of a number that trains with AdamW: gradient, two moments and weight, each written and read."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +74,7 @@ def step_costs(federation: Federation) -> dict[int, StepCost]:
         )
         trained = sum(one.numel() for one in training)
         costs[client] = StepCost(
-            flops=float(counter.get_total_flops()), traffic=float(READS * (dense + frozen) + TRAINS * trained)
+            flops=float(counter.get_total_flops()), traffic=float(BYTES * (READS * (dense + frozen) + TRAINS * trained))
         )
     model.release()
     return costs

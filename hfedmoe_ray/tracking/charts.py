@@ -51,10 +51,11 @@ class Bullet:
     used: float
 
 
-def line_chart(series: Sequence[Series], *, label: str, write: Write) -> str:
+def line_chart(series: Sequence[Series], *, label: str, write: Write, over: str = "round") -> str:
     """Lines over rounds, each ending in its last value. Later lines are dashed, so that colour is not needed.
 
-    The value axis starts at zero where the data come near it, and at the data where they do not.
+    The value axis starts at zero where the data come near it, and at the data where they do not. `over` names what the
+    lines are over, where that is not rounds.
     """
     height, left, top, bottom = 250.0, 46.0, 12.0, 214.0
     right = _WIDE - 14 - 1.2 * LETTER * max(len(write(one.points[-1][1])) for one in series)
@@ -70,15 +71,15 @@ def line_chart(series: Sequence[Series], *, label: str, write: Write) -> str:
         return bottom - (bottom - top) * (y - marks[0]) / (marks[-1] - marks[0])
 
     parts = [_value_axis(marks, left, right, up, write)]
-    stride = every(int(last - first) + 1, right - left, 30)
+    stride = every(int(last - first) + 1, right - left, 12 + LETTER * max(3, len(f"{last:.0f}")))
     shown = (x for x in range(math.ceil(first), math.floor(last) + 1) if x % stride == 0)
     parts.extend(text(across(x), bottom + 16, str(x)) for x in shown)
-    parts.append(text((left + right) / 2, height - 3, "round", "name"))
+    parts.append(text((left + right) / 2, height - 3, over, "name"))
     for index, one in enumerate(series):
         parts.append(polyline(((across(x), up(y)) for x, y in one.points), f"line {_line_kind(index)}"))
         radius = 2.8 if len(one.points) <= 40 else 1.4
         for x, y in one.points:
-            tip = f"{one.name}, round {x:g}: {write(y)}"
+            tip = f"{one.name}, {over} {x:.4g}: {write(y)}"
             parts.append(circle(across(x), up(y), radius, kind=f"dot {colour(index)}", tip=tip))
     floor = -math.inf
     for y, index in sorted((up(one.points[-1][1]), index) for index, one in enumerate(series)):

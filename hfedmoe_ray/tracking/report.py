@@ -122,6 +122,8 @@ def _figures(run: RunRecord) -> str:
     rows.append(
         ("Wall time", duration(sum(r.seconds for r in run.rounds)), f"{plural(len(run.rounds), 'round')} recorded")
     )
+    if run.summary.get("simulated_seconds") is not None:
+        rows.append(("Simulated time", duration(run.summary["simulated_seconds"]), "on the tiers' devices"))
     if peak:
         rows.append(("Largest client", size(peak * 2**20), "peak memory of its process"))
     rows.append(("Results used", f"{statuses.count('ok')} of {len(statuses)}", _losses(statuses)))

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from html import escape
+from itertools import accumulate
 from typing import Any
 
 from hfedmoe_ray.records import ClientRecord, RoundReport
@@ -53,6 +54,11 @@ def learning(run: RunRecord) -> str:
     if loss:
         image = charts.line_chart(loss, label="Loss by round", write=lambda value: f"{value:.3g}")
         figures.append(figure("Loss", charts.legend([s.name for s in loss], lines=True) + image))
+    if timed := _by_simulated_time(run):
+        image = charts.line_chart(
+            timed, label="Accuracy by simulated time", write=lambda share: f"{100 * share:.3g} %", over="simulated s"
+        )
+        figures.append(figure("Accuracy by simulated time", charts.legend([s.name for s in timed], lines=True) + image))
     if not figures:
         return section("Learning", "No round has been measured.")
     intro = (
@@ -60,7 +66,21 @@ def learning(run: RunRecord) -> str:
         if any(report.own_accuracy is not None for report in run.rounds)
         else ""
     )
+    if timed:
+        intro += (
+            " Simulated time is arithmetic, not measured: what each round's work would take on the devices that the "
+            "tiers stand for, where a round waits for its slowest client and evaluation takes no time."
+        )
     return section("Learning", intro, f'<div class="pair">{"".join(figures)}</div>')
+
+
+def _by_simulated_time(run: RunRecord) -> list[Series]:
+    """The global model's accuracy over the simulated clock; nothing where the run has none."""
+    if any(report.simulated_seconds is None for report in run.rounds):
+        return []
+    clock = accumulate(report.simulated_seconds or 0.0 for report in run.rounds)
+    points = [(time, r.accuracy) for time, r in zip(clock, run.rounds, strict=True) if r.accuracy is not None]
+    return [Series(name="global model, test set", points=points)] if points else []
 
 
 def _series(*candidates: tuple[str, Sequence[tuple[int, float | None]]]) -> list[Series]:

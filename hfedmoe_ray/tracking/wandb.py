@@ -143,6 +143,7 @@ class WandbTracker:
             "traffic/up_mib": report.bytes_up / _MIB,
             "traffic/down_mib": report.bytes_down / _MIB,
             "seconds/round": report.seconds,
+            "seconds/simulated": report.simulated_seconds,
         }
         metrics |= {f"seconds/{phase}": seconds for phase, seconds in report.phases.items()}
         metrics |= {f"clients/{status}": statuses[status] for status in ("ok", "late", "failed", "rejected", "dropped")}

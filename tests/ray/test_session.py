@@ -34,6 +34,7 @@ def test_every_way_to_run_gives_the_same_model_and_tells_the_same_story(tmp_path
     }
     assert not ray.is_initialized()
     assert len({summary["model_sha256"] for summary, _ in runs.values()}) == 1
+    assert len({summary["simulated_seconds"] for summary, _ in runs.values()} - {None}) == 1
     for name, (summary, news) in runs.items():
         assert summary["status"] == "finished"
         assert (tmp_path / name / "summary.json").is_file()

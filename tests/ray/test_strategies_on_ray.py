@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_federation import experiment, run
+from tiny_federation import SLOWISH, experiment, on_devices, run
 
 from hfedmoe_ray.runtime.pool import RayExecutor
 
@@ -37,3 +37,18 @@ def test_a_run_on_ray_ends_with_the_model_of_a_run_in_this_process(sources: Path
     for key in ("model_sha256", "accuracy", "own_accuracy_by_client", "bytes_up", "bytes_down", "clients"):
         assert there[key] == here[key], key
     assert here["clients"]["ok"] > 0
+
+
+def test_an_asynchronous_run_does_not_depend_on_who_is_really_done_first(sources: Path, tmp_path: Path) -> None:
+    """Stopped in the middle, gone on with here, and with tasks of several versions at work at once there."""
+    options = {"in_flight": 3, "buffer": 2}
+    made = on_devices(sources, SLOWISH, "mixtral", rounds=5, asynchronous=options)
+    _, here, expected = run(made, tmp_path / "here")
+    _, first, began = run(made, tmp_path / "there", where=RayExecutor, stop_after=3)
+    assert first["status"] == "stopped"
+    _, there, rest = run(made, tmp_path / "there", resume=True)
+    for key in ("model_sha256", "accuracy", "bytes_up", "bytes_down", "simulated_seconds", "clients"):
+        assert there[key] == here[key], key
+    told = [[(r.client, r.staleness) for r in report.clients] for report in (*began.rounds, *rest.rounds)]
+    assert told == [[(r.client, r.staleness) for r in report.clients] for report in expected.rounds]
+    assert any(staleness for records in told for _, staleness in records)

@@ -54,13 +54,18 @@ def test_sameness_is_of_bytes(before: np.ndarray, after: np.ndarray, kept: bool)
     assert (store.refs(task(0, 0)).experts == store.refs(task(0, 1)).experts) is kept
 
 
-def test_only_two_versions_are_kept():
+def test_only_two_versions_are_kept_and_those_that_are_asked_for():
     store = WeightStore()
     for version in range(3):
         store.publish(weights(version))
     store.refs(task(0, 1))
     with pytest.raises(KeyError):
         store.refs(task(0, 0))
+    store.publish(weights(3), keep=frozenset({1}))
+    assert [store.refs(task(0, version)).shared for version in (1, 2, 3)]
+    store.publish(weights(4))
+    with pytest.raises(KeyError):
+        store.refs(task(0, 1))
 
 
 def test_fetched_arrays_are_shared_memory_that_refuses_writes():

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from tiny_federation import experiment, final_weights, run
 
-from hfedmoe_ray.federation import rounds
+from hfedmoe_ray.federation import collecting
 from hfedmoe_ray.federation.durations import Durations
 from hfedmoe_ray.runtime.local import LocalExecutor
 from hfedmoe_ray.strategies.scores import uniform_plan
@@ -48,7 +48,7 @@ def test_tasks_are_given_out_with_what_they_took_and_end_in_the_same_model(sourc
         def predict(self, kind, client, tier, experts):
             return -super().predict(kind, client, tier, experts)
 
-    monkeypatch.setattr(rounds, "Durations", Contrary)
+    monkeypatch.setattr(collecting, "Durations", Contrary)
     other, _, _ = run(experiment(sources), tmp_path / "contrary")
     one, two = final_weights(context), final_weights(other)
     for key, tensors in one.experts.items():

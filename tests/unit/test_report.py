@@ -178,6 +178,15 @@ def test_a_run_without_a_single_evaluation(tmp_path: Path) -> None:
     assert "No round has been measured." in page.text
 
 
+def test_accuracy_over_simulated_time_is_drawn_where_the_run_has_a_clock(tmp_path: Path, page: Page) -> None:
+    timed = [dataclasses.replace(round_report(n), simulated_seconds=60.0 + n) for n in range(3)]
+    drawn = page_of(recorded(tmp_path, timed, result=summary(simulated_seconds=183.0)))
+    for report, clock in zip(timed, (60, 121, 183), strict=True):
+        assert f"global model, test set, simulated s {clock}: {100 * report.accuracy:.3g} %" in drawn.tips
+    assert "Simulated time" in drawn.text
+    assert "Simulated time" not in page.text
+
+
 def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
     page = page_of(recorded(tmp_path, []))
     assert "trained for 0 rounds" in page.text

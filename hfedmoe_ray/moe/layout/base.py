@@ -178,7 +178,12 @@ class MoELayout(ABC):
             expert_bytes=self.expert_bytes,
             shared_bytes=4 * shared,
             frozen_bytes=4 * (sum(sizes.values()) - shared),
+            table_bytes=4 * sum(sizes.get(name, 0) for name in self._tables()),
         )
+
+    def _tables(self) -> list[str]:
+        """Full names of the embedding tables."""
+        return [f"{name}.weight" for name, one in self.model.named_modules() if isinstance(one, nn.Embedding)]
 
     def _group_parameters(self) -> dict[str, Group]:
         """Sorts parameters by what they are. "From the first MoE layer up" follows the order of registration."""
