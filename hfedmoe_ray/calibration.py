@@ -1,4 +1,4 @@
-"""What training was measured to occupy, kept in the cache for planning. Torch-free; `train.calibrate` measures.
+"""What training was measured to cost, kept in the cache for planning. Torch-free; `train.calibrate` measures.
 
 Above an idle process, the peak of a client's own memory is taken to be (ours)
 
@@ -7,7 +7,7 @@ Above an idle process, the peak of a client's own memory is taken to be (ours)
 with r experts that train, n examples that pass at once, and s the share of all experts that compute anything (where
 budgets set a client's top-k instead of the experts it holds: that as a multiple of the model's own): bytes of an
 expert's weights, gradient and optimizer state, and bytes of activations per example. Four measurements give the four
-numbers.
+numbers. The seconds of an optimizer step are taken to be a sum of the same form.
 """
 
 import hashlib
@@ -21,24 +21,34 @@ from hfedmoe_ray.config.strategies import ActiveExperts, Placement, StrategyConf
 from hfedmoe_ray.context import cache_dir
 from hfedmoe_ray.types import ModelShape
 
-FORMAT = 1
+FORMAT = 2
 """Raised when a file's meaning changes; what was measured before is then measured again."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Calibration:
-    """The four numbers, in bytes."""
+class Cost:
+    """The four numbers, in bytes or in seconds."""
 
     fixed: float
     """Routers and what else trains in every client, with gradients and optimizer state, and what libraries add."""
     expert: float
     example: float
     routed: float
-    """Of the experts' part of the activations, were all experts present."""
+    """Of the experts' part of an example, were all experts present."""
 
-    def peak(self, resident: int, share: float, examples: int) -> float:
-        """Bytes above an idle process, with so many experts that train and that share of all experts present."""
+    def of(self, resident: int, share: float, examples: int) -> float:
+        """What so many experts that train cost, with that share of all experts present and so many examples."""
         return self.fixed + resident * self.expert + examples * (self.example + share * self.routed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """What one kind of client costs."""
+
+    peak: Cost
+    """Bytes above an idle process."""
+    step: Cost
+    """Seconds of an optimizer step of a process that has a core, or a GPU, to itself."""
 
 
 def setting(experiment: Experiment, tier: Tier, shape: ModelShape, *, gpu: bool) -> dict[str, object]:
@@ -82,7 +92,10 @@ def path_of(found: dict[str, object]) -> Path:
 def read(experiment: Experiment, tier: Tier, shape: ModelShape, *, gpu: bool) -> Calibration | None:
     """What was measured for a tier's clients on this machine; None if nothing was."""
     path = path_of(setting(experiment, tier, shape, gpu=gpu))
-    return Calibration(**json.loads(path.read_text())["measured"]) if path.is_file() else None
+    if not path.is_file():
+        return None
+    found = json.loads(path.read_text())["measured"]
+    return Calibration(peak=Cost(**found["peak"]), step=Cost(**found["step"]))
 
 
 def write(experiment: Experiment, tier: Tier, shape: ModelShape, measured: Calibration, *, gpu: bool) -> None:

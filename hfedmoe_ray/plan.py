@@ -5,7 +5,7 @@ below (ours). It is checked against each tier's `memory_gib`, and the actors are
 would place them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 
@@ -55,6 +55,8 @@ class Forecast:
     """Peak of the memory that a client's process has to itself while it trains; on a GPU, of the device's."""
     measured: bool
     """Whether that follows from measurements on this machine, or from arithmetic."""
+    train_seconds: float | None
+    """Of its optimizer steps in a round, by the same measurements; None where there are none."""
     bytes_down: int
     """What a client fetches in a round it takes part in."""
     bytes_up: int
@@ -75,6 +77,9 @@ class Plan:
     """Bytes it sends back, at most."""
     waves: int
     """Turns of the busiest client actor in such a round, were all tasks equally long."""
+    seconds: float | None
+    """Of the optimizer steps in such a round, at the speed measured on this machine for a process that has a core, or a
+    GPU, to itself; None where nothing was measured."""
 
 
 def plan_experiment(experiment: Experiment, shape: ModelShape, nodes: Sequence[NodeCapacity]) -> Plan:
@@ -87,26 +92,39 @@ def plan_experiment(experiment: Experiment, shape: ModelShape, nodes: Sequence[N
     check_memory(experiment, shape, forecasts)
     share = experiment.round_size / experiment.clients.count
     slots = budget.plan_actors(experiment, nodes) if experiment.backend == "ray" else ()
+    steps = {one.tier: one.train_seconds for one in forecasts}
     return Plan(
         tiers=forecasts,
         nodes=tuple(nodes),
         slots=slots,
-        waves=_waves(experiment, slots) if slots else experiment.round_size,
+        waves=round(_busiest(experiment, slots, dict.fromkeys(steps, 1.0))),
+        seconds=_busiest(experiment, slots, {tier: one for tier, one in steps.items() if one is not None})
+        if None not in steps.values()
+        else None,
         round_down=share * sum(one.bytes_down * len(one.clients) for one in forecasts),
         round_up=share * sum(one.bytes_up * len(one.clients) for one in forecasts),
     )
 
 
-def _waves(experiment: Experiment, slots: Sequence[budget.SlotSpec]) -> int:
-    """Turns of the busiest slot, where each client of an average cohort goes to the idlest slot that serves it."""
-    turns = [0] * len(slots)
+def _busiest(experiment: Experiment, slots: Sequence[budget.SlotSpec], cost: Mapping[str, float]) -> float:
+    """What the busiest actor does in a round of an average cohort, each client going to the idlest that serves it.
+
+    Args:
+        experiment: Says how many take part, and of which tiers.
+        slots: The actors; none where one process does everything.
+        cost: Of a client's task, by tier; the longest start first.
+    """
     average = budget.tier_of(experiment.clients.model_copy(update={"count": experiment.round_size}))
+    tasks = sorted(((cost[tier.name], tier.name) for tier in average), reverse=True)
+    if not slots:
+        return sum(one for one, _ in tasks)
     if experiment.actors == "dedicated":
-        return 1
-    for tier in average:
-        serving = [number for number, slot in enumerate(slots) if tier.name in slot.tiers]
-        turns[min(serving, key=lambda number: turns[number])] += 1
-    return max(turns)
+        return tasks[0][0]
+    busy = [0.0] * len(slots)
+    for one, tier in tasks:
+        serving = [number for number, slot in enumerate(slots) if tier in slot.tiers]
+        busy[min(serving, key=lambda number: busy[number])] += one
+    return max(busy)
 
 
 def forecast(experiment: Experiment, shape: ModelShape, *, gpus_available: bool) -> tuple[Forecast, ...]:
@@ -129,6 +147,7 @@ def forecast(experiment: Experiment, shape: ModelShape, *, gpus_available: bool)
                     batch=batch,
                     memory_bytes=predict_memory(experiment, shape, tier, resident, present, gpu=gpu),
                     measured=calibration.read(experiment, tier, shape, gpu=gpu) is not None,
+                    train_seconds=predict_seconds(experiment, shape, tier, resident, present, gpu=gpu),
                     bytes_down=shape.shared_bytes
                     + present * shape.expert_bytes
                     + _means_bytes(experiment, shape, present)
@@ -151,11 +170,22 @@ def predict_memory(
     process = (0 if measured else CONTEXT_BYTES) if gpu else _process_bytes(experiment)
     if measured:
         share = present / shape.total_experts * _activated(experiment, shape, tier)
-        return process + round(measured.peak(resident, share, calibration.examples_at_once(experiment, tier)))
+        return process + round(measured.peak.of(resident, share, calibration.examples_at_once(experiment, tier)))
     trained = shape.shared_bytes + resident * shape.expert_bytes
     frozen = shape.frozen_bytes + (present - resident) * shape.expert_bytes + present * shape.base_expert_bytes
     activations = _activation_bytes(experiment, shape, tier, present)
     return process + (frozen if gpu else 0) + TRAINED_COPIES * trained + activations
+
+
+def predict_seconds(
+    experiment: Experiment, shape: ModelShape, tier: Tier, resident: int, present: int, *, gpu: bool
+) -> float | None:
+    """Returns the predicted seconds of a client's optimizer steps in a round; None where nothing was measured."""
+    measured = calibration.read(experiment, tier, shape, gpu=gpu)
+    if measured is None:
+        return None
+    share = present / shape.total_experts * _activated(experiment, shape, tier)
+    return experiment.local.steps * measured.step.of(resident, share, experiment.local.batch_size)
 
 
 def predict_upload(experiment: Experiment, shape: ModelShape, resident: int, present: int) -> int:

@@ -25,7 +25,9 @@ ROWS_BY_CLIENT = 30
 @click.option("--cpus", type=click.FloatRange(min=0, min_open=True), help="Plan for so many CPU cores.")
 @click.option("--gpus", type=click.IntRange(min=0), help="Plan for so many GPUs.")
 @click.option("--memory-gib", type=click.FloatRange(min=0, min_open=True), help="Plan for so much memory for clients.")
-@click.option("--measure", is_flag=True, help="Train a few steps here first, so that memory is not estimated.")
+@click.option(
+    "--measure", is_flag=True, help="Train a few steps here first, so that memory is not estimated, and time is told."
+)
 def plan(
     config: Path,
     overrides: tuple[str, ...],
@@ -38,7 +40,8 @@ def plan(
     """Show who gets what, whether it fits this machine, and what it costs.
 
     Nothing is started. With --cpus, --gpus and --memory-gib the plan is made for another machine. With --measure the
-    model and data are prepared and a small client trains for half a minute; later plans remember what it occupied.
+    model and data are prepared and a small client trains for half a minute; later plans remember
+    what it occupied and how long it took.
     """
     from rich.console import Console
 
@@ -100,7 +103,7 @@ def _plan_table(plan: "Plan", shape: "ModelShape") -> "Table":
 
 
 def _plan_lines(plan: "Plan", rounds: int, cohort: int) -> list[str]:
-    from hfedmoe_ray.tracking.formatting import plural, size
+    from hfedmoe_ray.tracking.formatting import duration, plural, size
 
     machine = plan.nodes[0]
     offered = f"{machine.name}: {machine.cpus:g} CPU, {machine.gpus} GPU, {size(machine.memory_bytes)} for clients"
@@ -108,6 +111,7 @@ def _plan_lines(plan: "Plan", rounds: int, cohort: int) -> list[str]:
     actors = ", ".join(f"{count} x ({asked})" for asked, count in slots.items()) or "clients run in this one process"
     total = plan.round_down + plan.round_up
     source = "measured on this machine" if all(one.measured for one in plan.tiers) else "estimated; --measure it"
+    how_long = "" if plan.seconds is None else f"about {duration(plan.seconds)} of training at this machine's speed, "
     return [
         "",
         "(experts held, and trained in a batch; the process's own memory at its peak; bytes a round, up at most)",
@@ -115,7 +119,7 @@ def _plan_lines(plan: "Plan", rounds: int, cohort: int) -> list[str]:
         "",
         offered,
         f"it fits: {plural(len(plan.slots), 'client actor')} at once: {actors}" if plan.slots else f"it fits: {actors}",
-        f"a round of {plural(cohort, 'client')}: {plural(plan.waves, 'wave')}, {size(plan.round_down)} down, "
+        f"a round of {plural(cohort, 'client')}: {plural(plan.waves, 'wave')}, {how_long}{size(plan.round_down)} down, "
         f"{size(plan.round_up)} up; "
         f"{plural(rounds, 'round')}: {size(rounds * total)}",
     ]

@@ -1,4 +1,4 @@
-"""Measures what training occupies: a few tasks of a real worker in a fresh process, and four numbers fitted to them.
+"""Measures what training costs: a few tasks of a real worker in a fresh process, and numbers fitted to them.
 
 The points differ in the experts a client holds and in the examples that pass at once; everything else (model, form,
 precision, text lengths, the prefix cache) is the experiment's own, so nothing has to be guessed.
@@ -15,7 +15,7 @@ from scipy.optimize import nnls
 
 from hfedmoe_ray import calibration
 from hfedmoe_ray.budget import active_experts, expert_counts, tier_of
-from hfedmoe_ray.calibration import Calibration
+from hfedmoe_ray.calibration import Calibration, Cost
 from hfedmoe_ray.config.schema import Experiment, Tier
 from hfedmoe_ray.config.strategies import ActiveExperts, Placement
 from hfedmoe_ray.context import RunContext
@@ -37,6 +37,8 @@ class Point:
     examples: int
     peak: float
     """Bytes above the idle process."""
+    step: float
+    """Seconds of an optimizer step."""
 
 
 def calibrate(context: RunContext, *, gpu: bool) -> None:
@@ -64,36 +66,44 @@ def measure(context: RunContext, tier: Tier) -> list[Point]:
     experiment, shape, client = context.experiment, context.model.shape, _client(context, tier)
     weights = initial_weights(context.model, experiment.model.trainable, experiment.model.lora, experiment.seed)
 
-    def peak_of(worker: ClientWorker, task: ClientTask) -> float:
+    def costs(worker: ClientWorker, task: ClientTask) -> tuple[float, float]:
+        """Peak in bytes, and seconds of the steps."""
         experts = {key: weights.experts[key] for key in task.plan.present}
         needed = TaskWeights(shared=weights.shared, experts=experts, means=weights.means)
-        _, metrics, _ = worker.execute(task, needed, lambda: False)
-        return parse_metrics(metrics).peak_mib * MIB
+        _, answer, _ = worker.execute(task, needed, lambda: False)
+        metrics = parse_metrics(answer)
+        return metrics.peak_mib * MIB, metrics.step_seconds
 
     worker = ClientWorker(context)
     idle = private_bytes() if worker.device.type == "cpu" else 0
     # A client's process has served others before: their tasks leave something behind in it (libraries' own caches).
     for kind in ("profile", "evaluate"):
-        peak_of(worker, _task(experiment, shape, client, 0, kind=kind, absent=Role.FROZEN))
+        costs(worker, _task(experiment, shape, client, 0, kind=kind, absent=Role.FROZEN))
     points = []
     for examples in _examples(experiment, tier):
-        worker = ClientWorker(replace(context, experiment=_passing(experiment, tier, examples)))
+        passing = _passing(experiment, tier, examples)
+        worker = ClientWorker(replace(context, experiment=passing))
         for held, top_k in _held(experiment, shape):
             task = _task(experiment, shape, client, held, absent=_unselected(experiment), top_k=top_k)
             resident, share = len(task.plan.trainable), len(task.plan.present) / shape.total_experts
             share *= (top_k or shape.top_k) / shape.top_k
-            peak = peak_of(worker, task) - idle
-            points.append(Point(resident=resident, share=share, examples=examples, peak=peak))
+            peak, seconds = costs(worker, task)
+            step = seconds / passing.local.steps
+            points.append(Point(resident=resident, share=share, examples=examples, peak=peak - idle, step=step))
     return points
 
 
 def fit(points: Sequence[Point]) -> Calibration:
     """The numbers, none of them negative, that explain the points best."""
-    rows = [(1, point.resident, point.examples, point.examples * point.share) for point in points]
-    unit = np.abs(np.array(rows, float)).max(axis=0)
-    numbers, _ = nnls(np.array(rows, float) / unit, np.array([point.peak for point in points]))
-    fixed, expert, example, routed = map(float, numbers / unit)
-    return Calibration(fixed=fixed, expert=expert, example=example, routed=routed)
+    rows = np.array([(1, one.resident, one.examples, one.examples * one.share) for one in points], float)
+    unit = np.abs(rows).max(axis=0)
+
+    def cost(values: Sequence[float]) -> Cost:
+        numbers, _ = nnls(rows / unit, np.array(values))
+        fixed, expert, example, routed = map(float, numbers / unit)
+        return Cost(fixed=fixed, expert=expert, example=example, routed=routed)
+
+    return Calibration(peak=cost([one.peak for one in points]), step=cost([one.step for one in points]))
 
 
 def _client(context: RunContext, tier: Tier) -> int:

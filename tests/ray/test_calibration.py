@@ -63,11 +63,19 @@ def test_four_points_give_the_four_numbers():
     def peak(resident: int, share: float, examples: int) -> float:
         return 7e7 + 3e6 * resident + examples * (5e6 + 2e6 * share)
 
-    points = [Point(resident=r, share=r / 48, examples=n, peak=peak(r, r / 48, n)) for r in (3, 24) for n in (8, 16)]
-    assert fit(points).peak(40, 40 / 48, 32) == pytest.approx(peak(40, 40 / 48, 32))
+    points = [
+        Point(resident=r, share=r / 48, examples=n, peak=peak(r, r / 48, n), step=peak(r, r / 48, n) / 1e9)
+        for r in (3, 24)
+        for n in (8, 16)
+    ]
+    found = fit(points)
+    assert found.peak.of(40, 40 / 48, 32) == pytest.approx(peak(40, 40 / 48, 32))
+    assert found.step.of(40, 40 / 48, 32) == pytest.approx(peak(40, 40 / 48, 32) / 1e9)
 
 
 def test_noise_makes_no_number_negative():
-    points = [Point(resident=r, share=r / 48, examples=n, peak=1e8 - 1e6 * r) for r in (3, 24) for n in (8, 16)]
-    found = fit(points)
+    points = [
+        Point(resident=r, share=r / 48, examples=n, peak=1e8 - 1e6 * r, step=1.0) for r in (3, 24) for n in (8, 16)
+    ]
+    found = fit(points).peak
     assert min(found.fixed, found.expert, found.example, found.routed) >= 0

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from hfedmoe_ray import budget, calibration
-from hfedmoe_ray.calibration import Calibration
+from hfedmoe_ray.calibration import Calibration, Cost
 from hfedmoe_ray.config.load import load_experiment
 from hfedmoe_ray.errors import CapacityError
 from hfedmoe_ray.packing import GIB, NodeCapacity
@@ -97,6 +97,20 @@ def test_more_clients_than_actors_take_turns(quickstart: Path):
     assert planned(quickstart, "runtime.slots=2", "clients.per_round=5", "clients.over_select=1.5").waves == 4
     assert planned(quickstart, "actors=dedicated").waves == 1
     assert planned(quickstart, "backend=local").waves == 10
+
+
+def test_a_round_takes_what_the_busiest_actor_does(quickstart: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("HFEDMOE_CACHE", str(tmp_path))
+    assert planned(quickstart).seconds is None
+    experiment = load_experiment(quickstart)
+    step = Cost(fixed=0.1, expert=0.01, example=0.0, routed=0.0)
+    calibration.write(experiment, experiment.clients.tiers[0], SHAPE, Calibration(peak=step, step=step), gpu=False)
+    alone, two = planned(quickstart, "backend=local"), planned(quickstart, "runtime.slots=2")
+    each = [experiment.local.steps * (0.1 + 0.01 * one.resident) for one in alone.tiers]
+    work = sum(seconds * len(one.clients) for seconds, one in zip(each, alone.tiers, strict=True))
+    assert alone.seconds == pytest.approx(work)
+    assert work / 2 <= two.seconds <= work / 2 + max(each)
+    assert planned(quickstart, "actors=dedicated").seconds == pytest.approx(max(each))
 
 
 def test_the_same_actors_are_planned_as_a_run_would_make(quickstart: Path):
@@ -201,7 +215,10 @@ def test_what_was_measured_takes_the_place_of_the_arithmetic(quickstart: Path, t
     monkeypatch.setenv("HFEDMOE_CACHE", str(tmp_path))
     experiment = load_experiment(quickstart)
     assert not any(one.measured for one in planned(quickstart).tiers)
-    found = Calibration(fixed=10 * MIB, expert=2 * MIB, example=MIB, routed=4 * MIB)
+    found = Calibration(
+        peak=Cost(fixed=10 * MIB, expert=2 * MIB, example=MIB, routed=4 * MIB),
+        step=Cost(fixed=0.1, expert=0.002, example=0.01, routed=0.02),
+    )
     calibration.write(experiment, experiment.clients.tiers[0], SHAPE, found, gpu=False)
     plan = planned(quickstart)
     # The quickstart's tiers differ in nothing but their experts.
@@ -229,7 +246,10 @@ def test_a_budget_of_active_experts_changes_activations_alone(quickstart: Path, 
 def test_measured_activations_grow_with_the_active_experts_too(quickstart: Path, tmp_path: Path, monkeypatch):
     monkeypatch.setenv("HFEDMOE_CACHE", str(tmp_path))
     experiment = load_experiment(quickstart, ["strategy=fft_moe"])
-    found = Calibration(fixed=10 * MIB, expert=MIB, example=MIB, routed=4 * MIB)
+    found = Calibration(
+        peak=Cost(fixed=10 * MIB, expert=MIB, example=MIB, routed=4 * MIB),
+        step=Cost(fixed=0.1, expert=0.002, example=0.01, routed=0.02),
+    )
     calibration.write(experiment, experiment.clients.tiers[0], SHAPE, found, gpu=False)
     for one, k in zip(planned(quickstart, "strategy=fft_moe").tiers, (2, 4, 8), strict=True):
         assert one.memory_bytes == PROCESS_BYTES + (10 + 48 + 16 * (1 + 4 * k / SHAPE.top_k)) * MIB
