@@ -19,6 +19,7 @@ from hfedmoe_ray.federation.ahead import meanwhile
 from hfedmoe_ray.federation.checkpoint import load_checkpoint, run_identity, save_checkpoint
 from hfedmoe_ray.federation.cohort import select_cohort
 from hfedmoe_ray.federation.collecting import Collector
+from hfedmoe_ray.federation.demotion import Ladder
 from hfedmoe_ray.federation.dropout import without_dropouts
 from hfedmoe_ray.federation.evaluation import Evaluation, evaluation_tasks, own_tasks, summarise
 from hfedmoe_ray.federation.executor import Executor
@@ -96,7 +97,6 @@ class Federation:
         self.checkpoints = context.run_dir / "checkpoints"
         self.identity = run_identity(context)
         self._phase = Phases()
-        self.collector = Collector(self.experiment, executor, self.strategy, self.tiers, tracker.event)
         if resume:
             self.state = load_checkpoint(self.checkpoints, self.identity)
         else:
@@ -107,6 +107,10 @@ class Federation:
         self.strategy.report = tracker.event
         self.optimizer = ServerOptimizer(self.experiment.server, self.state.server)
         self.resumed_from = self.state.round if resume else None
+        self.ladder = Ladder(
+            self.experiment, executor, self.strategy, self.state, tiers=self.tiers, client_info=self.client_info
+        )
+        self.collector = Collector(self.experiment, self.ladder, self.strategy, self.tiers, tracker.event)
 
     def run(self, should_stop: Callable[[], bool]) -> bool:
         """Runs the remaining rounds; returns whether all are done."""
@@ -144,6 +148,7 @@ class Federation:
         with self._phase("train"):
             tasks = [self.task("train", round, client, plan) for client, plan in plans.items()]
             results = self.collector.collect(tasks, wanted=self.experiment.clients.cohort)
+            plans |= {result.task.client: result.task.plan for result in results}  # fewer experts, where demoted
             results = without_dropouts(results, self.experiment.clients.failure_rate)
         with self._profiled_ahead(round + 1) as ahead:
             with self._phase("reduce"):
@@ -163,7 +168,8 @@ class Federation:
         form = "exact" if starts_head else self.strategy.profiles_as
         plan = uniform_plan(self.strategy.shape, Role.FROZEN, frozen_as=form)
         newcomers = [client for client in cohort if client not in self.state.profiles]
-        results = self.collector.collect([self.task("profile", round, client, plan) for client in newcomers])
+        tasks = [self.task("profile", round, client, plan) for client in newcomers]
+        results = self.collector.collect(tasks, present=len(cohort) - len(newcomers))
         records: list[ClientRecord] = []
         means, classes = MeanOutputs(), ClassMeans()
         for update in self.collector.accepted(results, dict.fromkeys(newcomers, plan), records, self.state):
@@ -264,7 +270,7 @@ class Federation:
             self.strategy.study(self.state.weights)
             plans = self.strategy.deploy(round, list(known.values()), self.state.profiles)
             own = partial(own_tasks, self.experiment, round, self.strategy, self.state.weights, plans)
-            tasks += own() + (own(trains=known) if when.personalised and last else [])
+            tasks += own() + ([self.ladder.demoted(t) for t in own(trains=known)] if when.personalised and last else [])
         return summarise(self.executor.run(tasks, self.tracker.event))
 
     # --------------------------------------------------------------------------------------------------- details
@@ -277,12 +283,14 @@ class Federation:
     def client_info(self, client: int) -> ClientInfo:
         """What the strategy may know of a client."""
         tier = self.tiers[client]
-        resident, batch = budget.expert_counts(tier, self.context.model.shape)
+        shape = self.context.model.shape
+        resident, batch = budget.expert_counts(tier, shape)
+        resident = max(shape.layers, resident >> self.state.demotion(client).halvings)
         return ClientInfo(
             client=client,
             tier=tier.name,
             resident_experts=resident,
-            batch_experts=batch,
+            batch_experts=min(batch, resident),
             samples=self.state.samples.get(client, sum(self.context.data.counts[client])),
         )
 
@@ -291,7 +299,7 @@ class Federation:
         weight = self.collector.predict(kind, client, len(plan.present))
         if kind == "train" and self.experiment.clients.over_select > 1:
             weight = -weight  # the quickest first: with their updates the round ends
-        return ClientTask(
+        task = ClientTask(
             kind=kind,
             round=round,
             client=client,
@@ -302,6 +310,7 @@ class Federation:
             weight=weight,
             state=self.state.clients.get(client) if kind == "train" else None,
         )
+        return self.ladder.demoted(task)
 
     def facts(self) -> dict[str, Any]:
         """What is known before the first round."""

@@ -8,6 +8,7 @@ import os
 import threading
 import traceback
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -15,14 +16,17 @@ from typing import Any, Literal
 import numpy as np
 import ray
 
+from hfedmoe_ray.budget import tier_of
 from hfedmoe_ray.context import RunContext
+from hfedmoe_ray.packing import GIB
 from hfedmoe_ray.runtime import timeouts
+from hfedmoe_ray.runtime.cap import capped
 from hfedmoe_ray.runtime.transfer import Directory
 from hfedmoe_ray.runtime.weights import TaskRefs
-from hfedmoe_ray.runtime.worker import Worker, WorkerFactory, last_line
+from hfedmoe_ray.runtime.worker import Worker, WorkerFactory, last_line, out_of_memory
 from hfedmoe_ray.types import Array, ClientTask
 
-Answer = tuple[Literal["ok", "stopped", "failed"], bytes, str]
+Answer = tuple[Literal["ok", "stopped", "failed", "memory"], bytes, str]
 """How a task went; metrics as JSON, or the traceback; the traceback's last line."""
 
 
@@ -54,6 +58,7 @@ class ClientActor:
         self._worker_factory = worker_factory
         self._gpu_share = gpu_share
         self._worker: Worker | None = None
+        self._tiers = tier_of(context.experiment.clients)
 
     def load(self, directories: Mapping[str, Directory], holder: Any = None) -> Loading:
         """Loads the model, unless this node lacks files, or the holder of a GPU that clients share is not known yet.
@@ -100,12 +105,24 @@ class ClientActor:
         weights = refs.fetch()
         canceled = ray.get_runtime_context().is_canceled
         try:
-            payload, metrics, state = self._worker.execute(task, weights, canceled)
+            with self._cap(task):
+                payload, metrics, state = self._worker.execute(task, weights, canceled)
         except Exception as error:
             if canceled():
                 return _NOTHING, _NOTHING, ("stopped", b"", last_line(error))
-            return _NOTHING, _NOTHING, ("failed", traceback.format_exc().encode(), last_line(error))
+            status: Literal["failed", "memory"] = "memory" if out_of_memory(error) else "failed"
+            return _NOTHING, _NOTHING, (status, traceback.format_exc().encode(), last_line(error))
         return np.frombuffer(payload, dtype=np.uint8), np.frombuffer(state, dtype=np.uint8), ("ok", metrics, "")
+
+    def _cap(self, task: ClientTask) -> AbstractContextManager[None]:
+        """Limits what a client does on its own device to the memory it has there.
+
+        On a GPU it is limited there, for good. An evaluation measures the model for the server.
+        """
+        experiment = self._context.experiment
+        if self._gpu_share or not experiment.runtime.memory_cap or task.kind not in ("profile", "train"):
+            return nullcontext()
+        return capped(int(self._tiers[task.client].memory_gib * GIB))
 
     @ray.method(concurrency_group="lifeline")
     def live(self) -> None:
