@@ -7,8 +7,8 @@ nothing that another could not compute again.
 import os
 import threading
 import traceback
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +20,7 @@ from hfedmoe_ray.budget import tier_of
 from hfedmoe_ray.context import RunContext
 from hfedmoe_ray.packing import GIB
 from hfedmoe_ray.runtime import timeouts
-from hfedmoe_ray.runtime.cap import capped
+from hfedmoe_ray.runtime.cap import capped, marked
 from hfedmoe_ray.runtime.transfer import Directory
 from hfedmoe_ray.runtime.weights import TaskRefs
 from hfedmoe_ray.runtime.worker import Worker, WorkerFactory, last_line, out_of_memory
@@ -105,7 +105,7 @@ class ClientActor:
         weights = refs.fetch()
         canceled = ray.get_runtime_context().is_canceled
         try:
-            with self._cap(task):
+            with self._limits(task):
                 payload, metrics, state = self._worker.execute(task, weights, canceled)
         except Exception as error:
             if canceled():
@@ -114,15 +114,19 @@ class ClientActor:
             return _NOTHING, _NOTHING, (status, traceback.format_exc().encode(), last_line(error))
         return np.frombuffer(payload, dtype=np.uint8), np.frombuffer(state, dtype=np.uint8), ("ok", metrics, "")
 
-    def _cap(self, task: ClientTask) -> AbstractContextManager[None]:
+    @contextmanager
+    def _limits(self, task: ClientTask) -> Iterator[None]:
         """Limits what a client does on its own device to the memory it has there.
 
         On a GPU it is limited there, for good. An evaluation measures the model for the server.
         """
-        experiment = self._context.experiment
-        if self._gpu_share or not experiment.runtime.memory_cap or task.kind not in ("profile", "train"):
-            return nullcontext()
-        return capped(int(self._tiers[task.client].memory_gib * GIB))
+        if self._gpu_share or task.kind not in ("profile", "train"):
+            yield
+            return
+        budget = int(self._tiers[task.client].memory_gib * GIB)
+        cap = capped(budget) if self._context.experiment.runtime.memory_cap else nullcontext()
+        with marked(ray.get_runtime_context().get_actor_id(), budget), cap:
+            yield
 
     @ray.method(concurrency_group="lifeline")
     def live(self) -> None:

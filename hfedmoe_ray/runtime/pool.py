@@ -249,12 +249,14 @@ class RayExecutor:
     ) -> TaskResult | None:
         """Replaces a dead actor; its task is first in the queue again, or fails where it has been tried enough.
 
-        One that Ray ended because the node ran short of memory is not tried again as it is.
+        If memory was the cause (Ray says so where it ended the process for its node's sake), it is not tried again as
+        it is. Of a process within its budget that the kernel ended nobody knows; that is like any death.
         """
         seconds, reason = time.monotonic() - slot.since, _told(error)
+        of_memory = isinstance(error, OutOfMemoryError) or slot.died_of_memory()
         self._replace(slot, reason, notify)
-        if isinstance(error, OutOfMemoryError):
-            return _result(attempt, "memory", reason, seconds, notify)
+        if of_memory:
+            return _result(attempt, "memory", f"its process died out of memory: {reason}", seconds, notify)
         if attempt.number > self._runtime.retries:
             return _result(attempt, "failed", f"its process died {attempt.number} times: {reason}", seconds, notify)
         ready.insert(0, Attempt(attempt.task, attempt.number + 1))
