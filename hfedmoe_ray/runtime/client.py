@@ -4,6 +4,7 @@ It keeps the frozen base model and nothing of any client, so it serves a task of
 nothing that another could not compute again.
 """
 
+import gc
 import os
 import threading
 import traceback
@@ -108,11 +109,18 @@ class ClientActor:
             with self._limits(task):
                 payload, metrics, state = self._worker.execute(task, weights, canceled)
         except Exception as error:
-            if canceled():
-                return _NOTHING, _NOTHING, ("stopped", b"", last_line(error))
             status: Literal["failed", "memory"] = "memory" if out_of_memory(error) else "failed"
-            return _NOTHING, _NOTHING, (status, traceback.format_exc().encode(), last_line(error))
-        return np.frombuffer(payload, dtype=np.uint8), np.frombuffer(state, dtype=np.uint8), ("ok", metrics, "")
+            answer: Answer = (status, traceback.format_exc().encode(), last_line(error))
+            if canceled():
+                answer = ("stopped", b"", last_line(error))
+        else:
+            return np.frombuffer(payload, dtype=np.uint8), np.frombuffer(state, dtype=np.uint8), ("ok", metrics, "")
+        # Only now that its traceback is gone is what the task held garbage; the next one needs the room.
+        from hfedmoe_ray.train.memory import return_freed_memory
+
+        gc.collect()
+        return_freed_memory()
+        return _NOTHING, _NOTHING, answer
 
     @contextmanager
     def _limits(self, task: ClientTask) -> Iterator[None]:
