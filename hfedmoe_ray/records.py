@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from hfedmoe_ray.types import Status
+from hfedmoe_ray.types import Status, TaskKind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,8 +14,11 @@ class ClientRecord:
     client: int
     tier: str
     status: Status
+    kind: TaskKind = "train"
     reason: str = ""
     attempts: int = 1
+    demotions: int = 0
+    """Attempts that ran out of memory, after each of which the client was given less to do at once."""
     samples: int = 0
     loss: float | None = None
     resident: int = 0

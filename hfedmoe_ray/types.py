@@ -22,7 +22,7 @@ HeldAs = Literal["exact"] | Bits
 TaskKind = Literal["profile", "train", "evaluate", "personalise"]
 Fetch = Callable[[], bytes]
 """Fetches bytes from wherever they are kept."""
-Status = Literal["ok", "late", "failed", "rejected", "dropped"]
+Status = Literal["ok", "late", "failed", "memory", "rejected", "dropped"]
 Signal = Literal["accuracy", "loss", "gradient"]
 """What a client can measure of each expert while it trains, [L, E] float64: mean over examples, weighted by how many of
 their tokens were routed to the expert, of being classified correctly or of the loss (0 where none was routed); or mean
@@ -220,6 +220,9 @@ class ClientTask:
     """(index, count): the slice of the split that this task evaluates."""
     personal: int | None = None
     """Client whose private weights are laid over the global ones, if the strategy keeps any."""
+    micro_batch: int | None = None
+    """Examples that pass through the model at once, where the client has been demoted (`federation.demotion`). None: as
+    its tier says."""
     weight: float = 1.0
     """Predicted relative cost (`federation.durations`), for placing the longest first."""
     state: Fetch | None = None
@@ -320,6 +323,8 @@ class TaskResult:
     reason: str = ""
     """Why it is not "ok", in one line."""
     attempts: int = 1
+    demotions: int = 0
+    """Times the client was demoted in this task: each was an attempt that ran out of memory."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -115,7 +115,7 @@ def _plan_lines(plan: "Plan", rounds: int, cohort: int) -> list[str]:
     return [
         "",
         "(experts held, and trained in a batch; the process's own memory at its peak; bytes a round, up at most)",
-        f"memory: {source}",
+        f"memory: {source}; a client that runs out of it gets fewer examples at once, then fewer experts",
         "",
         offered,
         f"it fits: {plural(len(plan.slots), 'client actor')} at once: {actors}" if plan.slots else f"it fits: {actors}",

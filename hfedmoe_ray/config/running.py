@@ -19,6 +19,9 @@ class Runtime(Section):
     Say `num_gpus` and `num_cpus` in the tiers where no GPU node is there at the start. 0: what is there must do."""
     deadline_s: PositiveFloat = 600.0
     """Seconds a client may take for one task before it counts as late."""
+    memory_cap: bool = True
+    """Whether a client on a CPU that allocates more than its tier's `memory_gib` fails, as one on a GPU always does,
+    and is then demoted: fewer examples at once, then fewer experts. For `backend: ray`, on Linux."""
     quorum: Share = 0.5
     """Share of a round's clients whose updates must arrive."""
     retries: Annotated[int, Field(ge=0)] = 1

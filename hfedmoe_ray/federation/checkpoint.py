@@ -10,6 +10,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,11 @@ from safetensors.numpy import load_file, save_file
 from hfedmoe_ray.context import RunContext
 from hfedmoe_ray.errors import CheckpointError
 from hfedmoe_ray.federation.flight import flight_fields, read_flight
-from hfedmoe_ray.federation.state import FederationState
+from hfedmoe_ray.federation.state import Demotion, FederationState
 from hfedmoe_ray.types import Array, ExpertKey, Fetch, PersonalWeights, RoutingProfile, Weights
 from hfedmoe_ray.wire import PROFILE_FIELDS, expert_key, expert_name
 
-_PLAIN = ("round", "bytes_up", "bytes_down", "seconds", "peak_client_mib", "simulated")
+_PLAIN = ("round", "bytes_up", "bytes_down", "seconds", "peak_client_mib", "trainings", "out_of_memory", "simulated")
 
 
 def run_identity(context: RunContext) -> str:
@@ -92,6 +93,7 @@ def _write(partial: Path, state: FederationState, identity: str) -> None:
         "own_accuracies": {str(client): value for client, value in state.own_accuracies.items()},
         "personalised_accuracies": {str(client): value for client, value in state.personalised_accuracies.items()},
         "statuses": dict(state.statuses),
+        "demotions": {str(client): asdict(demotion) for client, demotion in state.demotions.items()},
         "clients": sorted(state.clients),
         "flights": [flight_fields(flight) for flight in state.flights],
         **{scalar: getattr(state, scalar) for scalar in _PLAIN},
@@ -212,6 +214,7 @@ def _state(fields: Mapping[str, Any], tensors: Mapping[str, Array], clients: Map
         samples={int(client): count for client, count in fields["samples"].items()},
         accuracies=[(int(round), float(accuracy)) for round, accuracy in fields["accuracies"]],
         statuses=Counter(fields["statuses"]),
+        demotions={int(client): Demotion(**demotion) for client, demotion in fields["demotions"].items()},
         clients={client: _held(state) for client, state in clients.items()},
         strategy=strategy,
         server=server,

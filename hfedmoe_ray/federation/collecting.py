@@ -9,9 +9,10 @@ from hfedmoe_ray.config.schema import Experiment, Tier
 from hfedmoe_ray.errors import TrainingError
 from hfedmoe_ray.federation import reporting
 from hfedmoe_ray.federation.clock import Clock
+from hfedmoe_ray.federation.demotion import Ladder
 from hfedmoe_ray.federation.dropout import with_dropped
 from hfedmoe_ray.federation.durations import Durations
-from hfedmoe_ray.federation.executor import Executor, Notify
+from hfedmoe_ray.federation.executor import Notify
 from hfedmoe_ray.federation.quorum import below_quorum, raise_common_failure
 from hfedmoe_ray.federation.state import FederationState
 from hfedmoe_ray.federation.validation import Rejected, accept
@@ -27,7 +28,7 @@ class Collector:
     def __init__(
         self,
         experiment: Experiment,
-        executor: Executor,
+        ladder: Ladder,
         strategy: AnyStrategy,
         tiers: Sequence[Tier],
         *,
@@ -38,14 +39,14 @@ class Collector:
 
         Args:
             experiment: The run's quorum, attempts and codecs.
-            executor: Runs the tasks.
+            ladder: Runs the tasks, and demotes who runs out of memory.
             strategy: Says what updates must contain.
             tiers: Tier of every client.
             clock: Tells what a task would take on its client's device.
             notify: Is told what happens.
         """
         self._experiment = experiment
-        self._executor = executor
+        self._ladder = ladder
         self._strategy = strategy
         self._tiers = tiers
         self._clock = clock
@@ -56,12 +57,13 @@ class Collector:
         """What the next task of a client will take, to order tasks by (see `Durations.predict`)."""
         return self._durations.predict(kind, client, self._tiers[client].name, experts)
 
-    def collect(self, tasks: Sequence[ClientTask], wanted: int | None = None) -> list[TaskResult]:
+    def collect(self, tasks: Sequence[ClientTask], wanted: int | None = None, *, present: int = 0) -> list[TaskResult]:
         """Runs tasks until a quorum of them is in; returns one result per task, in client order.
 
         Args:
             tasks: One a client.
             wanted: Updates that are enough: once so many are in, who is still at work is dropped.
+            present: Further clients of the round, which have nothing to do here: they count as having delivered.
 
         Raises:
             TrainingError: Below quorum after the configured attempts, or the same error on several clients.
@@ -75,8 +77,15 @@ class Collector:
             self._notify(name, fields)
 
         for _ in range(self._experiment.runtime.round_attempts):
-            missing = [task for task in tasks if task.client not in results or results[task.client].status != "ok"]
-            with closing(self._executor.run(missing, notify)) as running:
+            # Who has run out of memory has been given less and less in vain.
+            missing = [
+                results[task.client].task if task.client in results else task
+                for task in tasks
+                if task.client not in results or results[task.client].status not in ("ok", "memory")
+            ]
+            if results and not missing:
+                break
+            with closing(self._ladder.run(missing, notify)) as running:
                 for result in running:
                     results[result.task.client] = result
                     if result.metrics is not None:
@@ -85,7 +94,7 @@ class Collector:
                     if wanted is not None and sum(one.status == "ok" for one in results.values()) >= wanted:
                         return with_dropped(tasks, results)
             raise_common_failure(results.values(), tracebacks)
-            if self.quorum(result.status == "ok" for result in results.values()):
+            if self.quorum([True] * present + [result.status == "ok" for result in results.values()]):
                 return [results[client] for client in sorted(results)]
             self._notify("below_quorum", {"round": tasks[0].round})
         raise TrainingError(below_quorum([(c, r.status, r.reason) for c, r in sorted(results.items())]))

@@ -27,7 +27,7 @@ from hfedmoe_ray.types import (
 )
 
 _PACKAGES = ("torch", "ray", "deepspeed", "transformers", "peft", "datasets", "wandb", "numpy")
-_STATUSES = ("ok", "late", "failed", "rejected", "dropped")
+_STATUSES = ("ok", "late", "failed", "memory", "rejected", "dropped")
 
 
 def published_bytes(weights: Weights, task: ClientTask) -> int:
@@ -63,8 +63,10 @@ def client_record(result: TaskResult, tier: Tier, update: ClientUpdate | None, w
         client=result.task.client,
         tier=tier.name,
         status=result.status,
+        kind=result.task.kind,
         reason=result.reason,
         attempts=result.attempts,
+        demotions=result.demotions,
         samples=metrics.samples if metrics else 0,
         loss=metrics.loss if metrics and math.isfinite(metrics.loss) else None,
         resident=len(result.task.plan.present) + len(result.task.plan.merged),
@@ -217,6 +219,7 @@ def run_summary(context: RunContext, state: FederationState, status: str) -> dic
         "peak_client_mib": state.peak_client_mib,
         "model_sha256": model_sha256(state.weights, context.model.sha256),
         "clients": {name: state.statuses[name] for name in _STATUSES},
+        "training_failures": state.out_of_memory / max(state.trainings, 1),
     }
 
 

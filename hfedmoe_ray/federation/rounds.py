@@ -20,6 +20,7 @@ from hfedmoe_ray.federation.checkpoint import load_checkpoint, run_identity, sav
 from hfedmoe_ray.federation.clock import Clock
 from hfedmoe_ray.federation.cohort import select_cohort
 from hfedmoe_ray.federation.collecting import Collector
+from hfedmoe_ray.federation.demotion import Ladder
 from hfedmoe_ray.federation.dropout import without_dropouts
 from hfedmoe_ray.federation.evaluation import Evaluation, evaluation_tasks, own_tasks, summarise
 from hfedmoe_ray.federation.executor import Executor
@@ -108,9 +109,6 @@ class Federation:
         self.identity = run_identity(context)
         self._phase = Phases()
         self.clock = Clock(self.experiment, context.model.shape, self.tiers)
-        self.collector = Collector(
-            self.experiment, executor, self.strategy, self.tiers, notify=tracker.event, clock=self.clock
-        )
         if resume:
             self.state = load_checkpoint(self.checkpoints, self.identity)
         else:
@@ -121,6 +119,12 @@ class Federation:
         self.strategy.report = tracker.event
         self.optimizer = ServerOptimizer(self.experiment.server, self.state.server)
         self.resumed_from = self.state.round if resume else None
+        self.ladder = Ladder(
+            self.experiment, executor, self.strategy, self.state, tiers=self.tiers, client_info=self.client_info
+        )
+        self.collector = Collector(
+            self.experiment, self.ladder, self.strategy, self.tiers, clock=self.clock, notify=tracker.event
+        )
 
     def run(self, should_stop: Callable[[], bool]) -> bool:
         """Runs the remaining rounds; returns whether all are done."""
@@ -160,6 +164,7 @@ class Federation:
         with self._phase("train"):
             tasks = [self.task("train", round, client, plan) for client, plan in plans.items()]
             results = self.collector.collect(tasks, wanted=self.experiment.clients.cohort)
+            plans |= {result.task.client: result.task.plan for result in results}  # fewer experts, where demoted
             results = without_dropouts(results, self.experiment.clients.failure_rate)
         with self._profiled_ahead(round + 1) as ahead:
             with self._phase("reduce"):
@@ -181,7 +186,8 @@ class Federation:
         form = "exact" if starts_head else self.strategy.profiles_as
         plan = uniform_plan(self.strategy.shape, Role.FROZEN, frozen_as=form)
         newcomers = [client for client in cohort if client not in self.state.profiles]
-        results = self.collector.collect([self.task("profile", round, client, plan) for client in newcomers])
+        tasks = [self.task("profile", round, client, plan) for client in newcomers]
+        results = self.collector.collect(tasks, present=len(cohort) - len(newcomers))
         records: list[ClientRecord] = []
         means, classes = MeanOutputs(), ClassMeans()
         for update in self.collector.accepted(results, dict.fromkeys(newcomers, plan), records, self.state):
@@ -282,7 +288,7 @@ class Federation:
             self.strategy.study(self.state.weights)
             plans = self.strategy.deploy(round, list(known.values()), self.state.profiles)
             own = partial(own_tasks, self.experiment, round, self.strategy, self.state.weights, plans)
-            tasks += own() + (own(trains=known) if when.personalised and last else [])
+            tasks += own() + ([self.ladder.demoted(t) for t in own(trains=known)] if when.personalised and last else [])
         return summarise(self.executor.run(tasks, self.tracker.event))
 
     # --------------------------------------------------------------------------------------------------- details
@@ -295,15 +301,22 @@ class Federation:
         """What the strategy may know of a client."""
         tier = self.tiers[client].name
         resident, batch = self.budgets[tier]
+        resident = max(self.context.model.shape.layers, resident >> self.state.demotion(client).halvings)
         samples = self.state.samples.get(client, self.examples[client])
-        return ClientInfo(client=client, tier=tier, resident_experts=resident, batch_experts=batch, samples=samples)
+        return ClientInfo(
+            client=client,
+            tier=tier,
+            resident_experts=resident,
+            batch_experts=min(batch, resident),
+            samples=samples,
+        )
 
     def task(self, kind: TaskKind, round: int, client: int, plan: ExpertPlan) -> ClientTask:
         """One client's task of a round."""
         weight = self.collector.predict(kind, client, len(plan.present))
         if kind == "train" and self.experiment.clients.over_select > 1:
             weight = -weight  # the quickest first: with their updates the round ends
-        return ClientTask(
+        task = ClientTask(
             kind=kind,
             round=round,
             client=client,
@@ -314,6 +327,7 @@ class Federation:
             weight=weight,
             state=self.state.clients.get(client) if kind == "train" else None,
         )
+        return self.ladder.demoted(task)
 
     def facts(self) -> dict[str, Any]:
         """What is known before the first round."""

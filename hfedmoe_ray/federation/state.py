@@ -12,6 +12,16 @@ from hfedmoe_ray.types import Array, Fetch, RoutingProfile, Weights
 from hfedmoe_ray.wire import checksum, expert_name
 
 
+@dataclass(frozen=True, kw_only=True)
+class Demotion:
+    """What a client that ran out of memory is given less of than its tier says (`federation.demotion`)."""
+
+    micro_batch: int | None = None
+    """Examples that pass through the model at once. None: as its tier says."""
+    halvings: int = 0
+    """Times its memory budget for experts was halved."""
+
+
 @dataclass
 class FederationState:
     """The server's state after `round` rounds (0: profiled, nothing trained yet; -1: nothing done)."""
@@ -31,6 +41,12 @@ class FederationState:
     """Client results by status, over all rounds."""
     clients: dict[int, Fetch] = field(default_factory=dict)
     """The clients' own states, of those that have any: kept here in their stead, and never read."""
+    demotions: dict[int, Demotion] = field(default_factory=dict)
+    """Of clients that ran out of memory."""
+    trainings: int = 0
+    """Training tasks of clients, over all rounds."""
+    out_of_memory: int = 0
+    """Those whose first attempt ran out of memory."""
     strategy: dict[str, Array] = field(default_factory=dict)
     """What the strategy has learned (`Strategy.state`)."""
     server: dict[str, Array] = field(default_factory=dict)
@@ -50,6 +66,10 @@ class FederationState:
         """The version of the weights that a task started from."""
         return self.older.get(number, self.weights)
 
+    def demotion(self, client: int) -> Demotion:
+        """What a client is given less of; nothing, where it never ran out of memory."""
+        return self.demotions.get(client, Demotion())
+
     def record(
         self,
         round: int,
@@ -65,6 +85,9 @@ class FederationState:
             self.simulated.append(self.simulated[-1] + simulated if self.simulated else simulated)
         for record in records:
             self.statuses[record.status] += 1
+            if record.kind == "train":
+                self.trainings += 1
+                self.out_of_memory += record.demotions > 0 or record.status == "memory"
             self.bytes_up += record.bytes_up
             self.bytes_down += record.bytes_down
             self.peak_client_mib = max(self.peak_client_mib, record.peak_mib)

@@ -4,10 +4,12 @@ It keeps the frozen base model and nothing of any client, so it serves a task of
 nothing that another could not compute again.
 """
 
+import gc
 import os
 import threading
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -15,14 +17,17 @@ from typing import Any, Literal
 import numpy as np
 import ray
 
+from hfedmoe_ray.budget import tier_of
 from hfedmoe_ray.context import RunContext
+from hfedmoe_ray.packing import GIB
 from hfedmoe_ray.runtime import timeouts
+from hfedmoe_ray.runtime.cap import capped, marked
 from hfedmoe_ray.runtime.transfer import Directory
 from hfedmoe_ray.runtime.weights import TaskRefs
-from hfedmoe_ray.runtime.worker import Worker, WorkerFactory, last_line
+from hfedmoe_ray.runtime.worker import Worker, WorkerFactory, last_line, out_of_memory
 from hfedmoe_ray.types import Array, ClientTask
 
-Answer = tuple[Literal["ok", "stopped", "failed"], bytes, str]
+Answer = tuple[Literal["ok", "stopped", "failed", "memory"], bytes, str]
 """How a task went; metrics as JSON, or the traceback; the traceback's last line."""
 
 
@@ -54,6 +59,7 @@ class ClientActor:
         self._worker_factory = worker_factory
         self._gpu_share = gpu_share
         self._worker: Worker | None = None
+        self._tiers = tier_of(context.experiment.clients)
 
     def load(self, directories: Mapping[str, Directory], holder: Any = None) -> Loading:
         """Loads the model, unless this node lacks files, or the holder of a GPU that clients share is not known yet.
@@ -100,12 +106,35 @@ class ClientActor:
         weights = refs.fetch()
         canceled = ray.get_runtime_context().is_canceled
         try:
-            payload, metrics, state = self._worker.execute(task, weights, canceled)
+            with self._limits(task):
+                payload, metrics, state = self._worker.execute(task, weights, canceled)
         except Exception as error:
+            status: Literal["failed", "memory"] = "memory" if out_of_memory(error) else "failed"
+            answer: Answer = (status, traceback.format_exc().encode(), last_line(error))
             if canceled():
-                return _NOTHING, _NOTHING, ("stopped", b"", last_line(error))
-            return _NOTHING, _NOTHING, ("failed", traceback.format_exc().encode(), last_line(error))
-        return np.frombuffer(payload, dtype=np.uint8), np.frombuffer(state, dtype=np.uint8), ("ok", metrics, "")
+                answer = ("stopped", b"", last_line(error))
+        else:
+            return np.frombuffer(payload, dtype=np.uint8), np.frombuffer(state, dtype=np.uint8), ("ok", metrics, "")
+        # Only now that its traceback is gone is what the task held garbage; the next one needs the room.
+        from hfedmoe_ray.train.memory import return_freed_memory
+
+        gc.collect()
+        return_freed_memory()
+        return _NOTHING, _NOTHING, answer
+
+    @contextmanager
+    def _limits(self, task: ClientTask) -> Iterator[None]:
+        """Limits what a client does on its own device to the memory it has there.
+
+        On a GPU it is limited there, for good. An evaluation measures the model for the server.
+        """
+        if self._gpu_share or task.kind not in ("profile", "train"):
+            yield
+            return
+        budget = int(self._tiers[task.client].memory_gib * GIB)
+        cap = capped(budget) if self._context.experiment.runtime.memory_cap else nullcontext()
+        with marked(ray.get_runtime_context().get_actor_id(), budget), cap:
+            yield
 
     @ray.method(concurrency_group="lifeline")
     def live(self) -> None:

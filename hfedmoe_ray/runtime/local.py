@@ -11,7 +11,7 @@ from hfedmoe_ray.context import RunContext
 from hfedmoe_ray.federation.executor import Further, Notify, nothing_further
 from hfedmoe_ray.moe.derived import bits_of, merged_expert, quantised_expert
 from hfedmoe_ray.runtime.overlay import overlay, read_only, view
-from hfedmoe_ray.runtime.worker import Worker, WorkerFactory, client_worker, last_line, late_reason
+from hfedmoe_ray.runtime.worker import Worker, WorkerFactory, client_worker, last_line, late_reason, out_of_memory
 from hfedmoe_ray.types import ClientTask, Status, TaskResult, TaskWeights, Weights
 from hfedmoe_ray.wire import parse_metrics
 
@@ -73,7 +73,7 @@ class LocalExecutor:
             if expired():
                 status, reason = "late", late_reason(limit)
             else:
-                status, reason = "failed", last_line(error)
+                status, reason = ("memory" if out_of_memory(error) else "failed"), last_line(error)
                 notify("task_error", {**fields, "traceback": traceback.format_exc()})
         outcome = {"status": status, "reason": reason, "attempts": 1, "seconds": time.monotonic() - started}
         notify("task_finished", {**fields, **outcome})

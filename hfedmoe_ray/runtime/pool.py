@@ -11,7 +11,7 @@ from collections.abc import Generator, Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import RayError, RayTaskError, TaskCancelledError
+from ray.exceptions import OutOfMemoryError, RayError, RayTaskError, TaskCancelledError
 
 from hfedmoe_ray.budget import tier_of
 from hfedmoe_ray.context import RunContext
@@ -214,7 +214,7 @@ class RayExecutor:
         try:
             payload, state, (status, body, reason) = slot.answer()
         except RayError as error:
-            return self._lose(slot, attempt, _told(error), ready, notify)
+            return self._lose(slot, attempt, error, ready, notify)
         slot.rest()
         metrics = None
         if status == "ok":
@@ -222,10 +222,10 @@ class RayExecutor:
                 metrics = parse_metrics(body)
             except ValueError as error:
                 reason = f"its metrics cannot be read: {error}"
-        elif status == "failed":
+        elif body:
             notify("task_error", _about(attempt.task) | {"traceback": body.decode()})
         if metrics is None:
-            return _result(attempt, "failed", reason, seconds, notify)
+            return _result(attempt, "memory" if status == "memory" else "failed", reason, seconds, notify)
         return _result(attempt, "ok", "", seconds, notify, metrics=metrics, payload=_Payload(payload), state=state)
 
     def _leave_behind(self, slot: Slot, notify: Notify) -> TaskResult:
@@ -249,11 +249,18 @@ class RayExecutor:
     # ------------------------------------------------------------------------------------------- deaths of actors
 
     def _lose(
-        self, slot: Slot, attempt: Attempt, reason: str, ready: list[Attempt], notify: Notify
+        self, slot: Slot, attempt: Attempt, error: RayError, ready: list[Attempt], notify: Notify
     ) -> TaskResult | None:
-        """Replaces a dead actor; its task is first in the queue again, or fails where it has been tried enough."""
-        seconds = time.monotonic() - slot.since
+        """Replaces a dead actor; its task is first in the queue again, or fails where it has been tried enough.
+
+        If memory was the cause (Ray says so where it ended the process for its node's sake), it is not tried again as
+        it is. Of a process within its budget that the kernel ended nobody knows; that is like any death.
+        """
+        seconds, reason = time.monotonic() - slot.since, _told(error)
+        of_memory = isinstance(error, OutOfMemoryError) or slot.died_of_memory()
         self._replace(slot, reason, notify)
+        if of_memory:
+            return _result(attempt, "memory", f"its process died out of memory: {reason}", seconds, notify)
         if attempt.number > self._runtime.retries:
             return _result(attempt, "failed", f"its process died {attempt.number} times: {reason}", seconds, notify)
         ready.insert(0, Attempt(attempt.task, attempt.number + 1))

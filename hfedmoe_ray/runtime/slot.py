@@ -20,6 +20,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from hfedmoe_ray.budget import SlotSpec
 from hfedmoe_ray.context import RunContext
 from hfedmoe_ray.runtime import timeouts
+from hfedmoe_ray.runtime.cap import died_of_memory
 from hfedmoe_ray.runtime.client import Answer, Loading, RemoteClient
 from hfedmoe_ray.runtime.transfer import Directory
 from hfedmoe_ray.runtime.weights import StoredState, TaskRefs, keep_state
@@ -153,6 +154,10 @@ class Slot:
         except RayError as error:
             return error
         raise AssertionError("the lifeline never ends otherwise")
+
+    def died_of_memory(self) -> bool:
+        """Whether the process, which has died, was close to the limit of its memory."""
+        return died_of_memory(self._actor._actor_id.hex())
 
     def answer(self) -> tuple[Any, StoredState | None, Answer]:
         """(reference to the payload, new state, answer) of the finished task. Raises what `ray.get` raises."""

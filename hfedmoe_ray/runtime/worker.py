@@ -1,7 +1,9 @@
 """What executors ask of whoever does a client's work. Free of Ray and of torch."""
 
+import sys
 import traceback
 from collections.abc import Callable, Mapping
+from errno import ENOMEM
 from typing import Any, Protocol
 
 from hfedmoe_ray.context import RunContext
@@ -29,6 +31,23 @@ def client_worker(context: RunContext, frozen: Mapping[str, Any] | None = None) 
     from hfedmoe_ray.train.local import ClientWorker
 
     return ClientWorker(context, frozen)
+
+
+_NO_MEMORY = ("can't allocate memory", "not enough memory", "std::bad_alloc")
+"""What native code says where it reports a failed allocation as a RuntimeError: torch on a CPU, and C++ at large."""
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on the host or on a GPU."""
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(error, torch.OutOfMemoryError):
+        return True
+    if isinstance(error, OSError):
+        return error.errno == ENOMEM
+    told = str(error)
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(words in told for words in _NO_MEMORY)
+    )
 
 
 def last_line(error: BaseException) -> str:

@@ -13,6 +13,7 @@ _TROUBLES = {
     "slot_lost": "slot lost",
     "below_quorum": "below quorum",
     "over_memory": "over its memory",
+    "demoted": "out of memory, demoted",
     "bounds_relaxed": "bounds relaxed",
     "warning": "warning",
 }

@@ -146,7 +146,10 @@ class WandbTracker:
             "seconds/simulated": report.simulated_seconds,
         }
         metrics |= {f"seconds/{phase}": seconds for phase, seconds in report.phases.items()}
-        metrics |= {f"clients/{status}": statuses[status] for status in ("ok", "late", "failed", "rejected", "dropped")}
+        metrics |= {
+            f"clients/{status}": statuses[status]
+            for status in ("ok", "late", "failed", "memory", "rejected", "dropped")
+        }
         for tier, row in by_tier(report.clients, self._order).items():
             metrics |= {
                 f"tier/{tier}/loss": row.loss,

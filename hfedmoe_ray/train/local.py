@@ -136,11 +136,12 @@ class ClientWorker:
         profile = self._new_profile()
         prototypes = self._empty_prototypes() if self._experiment.model.head == "prototypes" else None
         loss = 0.0
+        size = min(task.micro_batch or self._local.batch_size, self._local.batch_size)
         self._model.module.eval()
         with torch.inference_mode():
-            for start in range(0, len(order), self._local.batch_size):
+            for start in range(0, len(order), size):
                 self._poll(should_stop)
-                batch, logits = self._forward(examples, order[start : start + self._local.batch_size])
+                batch, logits = self._forward(examples, order[start : start + size])
                 labels = batch_labels(batch, self._model.device)
                 loss += float(cross_entropy(logits.float(), labels, reduction="sum"))
                 profile.add(self._model.tape)
@@ -244,6 +245,8 @@ class ClientWorker:
     ) -> tuple[LocalSteps, float]:
         """Takes a round's optimizer steps on the bound model; returns what they told, and their peak memory in MiB."""
         model, tier = self._model, self._tiers[task.client]
+        if task.micro_batch is not None:
+            tier = tier.model_copy(update={"micro_batch": task.micro_batch})
         done = LocalSteps(
             model,
             self._strategy,

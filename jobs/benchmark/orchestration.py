@@ -124,7 +124,7 @@ def _executor(worker: type[Idle], clients: int, slots: int | None = None) -> Ite
         "model": {"source": "package:none"},
         "data": {"source": "none.jsonl"},
         "actors": "pooled",
-        "runtime": {"slots": slots or clients},
+        "runtime": {"slots": slots or clients, "memory_cap": False},
     }
     with tempfile.TemporaryDirectory() as directory:
         nowhere = Path(directory)

@@ -174,7 +174,7 @@ def test_a_client_that_lies_is_left_out_and_a_fault_of_ours_stops_the_run(
 
     monkeypatch.setattr(upload, "pack_update", poisoned)
     _, summary, recorder = run(experiment(sources, rounds=1), tmp_path / "lie")
-    assert summary["clients"] == {"ok": 7, "late": 0, "failed": 0, "rejected": 1, "dropped": 0}
+    assert summary["clients"] == {"ok": 7, "late": 0, "failed": 0, "memory": 0, "rejected": 1, "dropped": 0}
     (rejected,) = [record for record in recorder.rounds[1].clients if record.status == "rejected"]
     assert "NaN" in rejected.reason
 

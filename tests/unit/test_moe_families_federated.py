@@ -90,7 +90,7 @@ def train_and_export(made: Experiment, tmp_path: Path) -> None:
         should_stop=lambda: False,
     )
     # Three clients profile in round 0 and train in two.
-    assert summary["clients"] == {"ok": 9, "late": 0, "failed": 0, "rejected": 0, "dropped": 0}
+    assert summary["clients"] == {"ok": 9, "late": 0, "failed": 0, "memory": 0, "rejected": 0, "dropped": 0}
     assert [report.round for report in rounds] == [0, 1, 2]
     for report in rounds[1:]:
         assert report.loss is not None and np.isfinite(report.loss)

@@ -329,7 +329,7 @@ def test_it_learns_in_a_federation(tmp_path: Path) -> None:
         render=lambda name, value: rounds.append(value) if name == "round" else None,
         should_stop=lambda: False,
     )
-    assert summary["clients"] == {"ok": 9, "late": 0, "failed": 0, "rejected": 0, "dropped": 0}
+    assert summary["clients"] == {"ok": 9, "late": 0, "failed": 0, "memory": 0, "rejected": 0, "dropped": 0}
     start, _, end = rounds
     assert start.accuracy is not None
     assert end.accuracy is not None
