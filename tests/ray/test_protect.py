@@ -23,7 +23,7 @@ NUMBERS = np.arange(200_000, dtype=np.float32)
 @pytest.fixture
 def executor(tmp_path: Path) -> Iterator[RayExecutor]:
     keys = {"actors": "dedicated", "clients": {"count": 2, "tiers": [{"name": "a", "share": 1, "experts": 0.5}]}}
-    keys["clients"]["tiers"][0] |= {"device": 0.2, "memory_gib": 0.1}
+    keys["clients"]["tiers"][0] |= {"device": 0.2, "memory_gib": 0.5}
     made = RayExecutor(context(tmp_path, **keys), worker_factory=FrozenWorker)
     experts = {key: {"up": NUMBERS + key.expert, "down": NUMBERS[:100]} for key in SHAPE.keys()}  # noqa: SIM118
     made.publish(Weights(version=0, shared={"router": np.zeros(3)}, experts=experts))
