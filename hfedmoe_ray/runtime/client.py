@@ -96,16 +96,18 @@ class ClientActor:
         Raises:
             ray.exceptions.RayError: the weights could not be fetched.
         """
+        return self._execute(task, refs)
+
+    def _execute(self, task: ClientTask, refs: TaskRefs) -> tuple[Array, Array, Answer]:
         assert self._worker is not None, "execute before load"
         weights = refs.fetch()
         canceled = ray.get_runtime_context().is_canceled
         try:
-            payload, metrics, state = self._worker.execute(task, weights, canceled)
+            return answered(self._worker.execute(task, weights, canceled))
         except Exception as error:
             if canceled():
-                return _NOTHING, _NOTHING, ("stopped", b"", last_line(error))
-            return _NOTHING, _NOTHING, ("failed", traceback.format_exc().encode(), last_line(error))
-        return np.frombuffer(payload, dtype=np.uint8), np.frombuffer(state, dtype=np.uint8), ("ok", metrics, "")
+                return NOTHING, NOTHING, ("stopped", b"", last_line(error))
+            return NOTHING, NOTHING, ("failed", traceback.format_exc().encode(), last_line(error))
 
     @ray.method(concurrency_group="lifeline")
     def live(self) -> None:
@@ -119,7 +121,13 @@ class ClientActor:
         return {"pid": os.getpid(), "node": runtime.get_node_id(), "resources": runtime.get_assigned_resources()}
 
 
-_NOTHING = np.empty(0, dtype=np.uint8)
+def answered(done: tuple[bytes, bytes, bytes]) -> tuple[Array, Array, Answer]:
+    """What `execute` returns of a worker's (payload, metrics, state)."""
+    payload, metrics, state = done
+    return np.frombuffer(payload, dtype=np.uint8), np.frombuffer(state, dtype=np.uint8), ("ok", metrics, "")
+
+
+NOTHING = np.empty(0, dtype=np.uint8)
 
 RemoteClient: Any = ray.remote(max_restarts=0, max_task_retries=0, concurrency_groups={"health": 1, "lifeline": 1})(
     ClientActor

@@ -56,6 +56,7 @@ class RayExecutor:
             worker_factory=worker_factory,
             namespace=f"{context.experiment.name}-{uuid.uuid4().hex[:8]}",
             tiers=tuple(tier.name for tier in tier_of(context.experiment.clients)),
+            ranked=frozenset(tier.name for tier in context.experiment.clients.tiers if tier.ranks > 1),
         )
         self._home = ray.get_runtime_context().get_node_id()
         self._directories: dict[str, Directory] = {}
@@ -211,7 +212,7 @@ class RayExecutor:
             kept = keep_state(state, put_again=slot.spec.node != self._home)
         except RayError as error:
             return self._lose(slot, attempt, _told(error), ready, notify)
-        slot.rest()
+        self._settle(slot, notify)
         metrics = None
         if status == "ok":
             try:
@@ -236,9 +237,16 @@ class RayExecutor:
         try:
             slot.answer()
         except (RayTaskError, TaskCancelledError):
-            slot.rest()
+            self._settle(slot, notify)
         except RayError as error:
             self._replace(slot, _told(error), notify)
+        else:
+            self._settle(slot, notify)
+
+    def _settle(self, slot: Slot, notify: Notify) -> None:
+        """The slot's actor has no task any more: → IDLE, unless it is a gang whose ranks are out of step."""
+        if slot.parted:
+            self._replace(slot, "a rank of its gang failed, and the others cannot go on without it", notify)
         else:
             slot.rest()
 

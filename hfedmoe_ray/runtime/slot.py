@@ -15,16 +15,15 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from hfedmoe_ray.budget import SlotSpec
 from hfedmoe_ray.context import RunContext
 from hfedmoe_ray.runtime import timeouts
-from hfedmoe_ray.runtime.client import Answer, Loading, RemoteClient
+from hfedmoe_ray.runtime.client import Answer, Loading
+from hfedmoe_ray.runtime.gang import Processes, start_processes
 from hfedmoe_ray.runtime.transfer import Directory
 from hfedmoe_ray.runtime.weights import TaskRefs
 from hfedmoe_ray.runtime.worker import WorkerFactory
-from hfedmoe_ray.train.environment import ENVIRONMENT
 from hfedmoe_ray.types import ClientTask
 
 
@@ -57,10 +56,12 @@ class ActorRecipe:
     namespace: str
     tiers: tuple[str, ...]
     """Tier of every client."""
+    ranked: frozenset[str]
+    """Tiers whose clients run as several ranks."""
 
 
 class Slot:
-    """A slot and its current actor."""
+    """A slot and its current actor, or its gang of actors, of which the first stands for all."""
 
     def __init__(self, number: int, spec: SlotSpec, recipe: ActorRecipe) -> None:
         self.number = number
@@ -76,7 +77,12 @@ class Slot:
         """The reference whose readiness ends the current state; None when gone."""
         self._recipe = recipe
         self._generation = 0
+        self.processes: Processes | None = None
+        """What lives here; None when gone."""
         self._actor: Any = None
+        """The one that answers."""
+        self.parted = False
+        """Whether the ranks of a gang are out of step, so that they can serve no more."""
         self._answer: tuple[Any, Any] | None = None
         """References to the client's new state and to the small answer."""
         self._lifeline: Any = None
@@ -96,18 +102,13 @@ class Slot:
 
     def start(self, directories: Mapping[str, Directory]) -> None:
         """Creates an actor on the slot's node and lets it load; does not wait."""
-        asked = self.spec.resources
         self._generation += 1
-        self._actor = RemoteClient.options(
-            num_cpus=asked.num_cpus,
-            num_gpus=asked.num_gpus,
-            memory=asked.memory_bytes,
-            name=self.name,
-            namespace=self._recipe.namespace,
-            # The node was planned: left to Ray, fragments of several nodes could add up to a place that is none.
-            scheduling_strategy=NodeAffinitySchedulingStrategy(self.spec.node, soft=False),
-            runtime_env={"env_vars": ENVIRONMENT},
-        ).remote(self._recipe.context, self._recipe.worker_factory, asked.num_gpus)
+        recipe = self._recipe
+        ranked = frozenset(client for client, tier in enumerate(recipe.tiers) if tier in recipe.ranked)
+        named = {"name": self.name, "namespace": recipe.namespace}
+        self.processes = start_processes(self.spec, recipe.context, recipe.worker_factory, ranked, **named)
+        self._actor = self.processes.leader
+        self.parted = False
         self.fresh = True
         self._lifeline = self._actor.live.remote()
         self._enter(State.STARTING, timeouts.CLIENT_START)
@@ -156,7 +157,9 @@ class Slot:
         """(references to payload and state, answer) of the finished task. Raises what `ray.get` raises."""
         assert self._answer is not None
         state, reply = self._answer
+        self.parted = self.spec.resources.ranks > 1
         _, _, answer = ray.get([self.watched, state, reply], timeout=timeouts.FETCH)
+        self.parted = self.parted and answer[0] == "failed"
         return self.watched, state, answer
 
     def move(self, node: str) -> None:
@@ -175,9 +178,9 @@ class Slot:
 
     def kill(self) -> None:
         """Ends the actor's process, whatever it is doing; does not wait."""
-        if self._actor is not None:
-            ray.kill(self._actor)
-        self._actor = self.watched = self._lifeline = self._answer = self.attempt = None
+        if self.processes is not None:
+            self.processes.kill()
+        self.processes = self._actor = self.watched = self._lifeline = self._answer = self.attempt = None
         self._enter(State.GONE, None)
 
     def _enter(self, state: State, limit: float | None) -> None:
