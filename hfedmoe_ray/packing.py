@@ -71,7 +71,7 @@ class ResourceSpec:
 
     def __str__(self) -> str:
         if self.ranks > 1:
-            return f"{self.ranks} ranks of ({self.of_a_rank})"
+            return f"{self.ranks} ranks of {self.of_a_rank}"
         parts = [f"{self.num_gpus:g} GPU"] if self.num_gpus else []
         parts += [f"{self.num_cpus:g} CPU", f"{self.memory_bytes / GIB:.1f} GiB"]
         return ", ".join(parts + [f"{key}={value}" for key, value in self.labels.items()])
@@ -199,8 +199,8 @@ def _fractions(units: Iterable[int]) -> str:
 
 
 def _cores(asked: ResourceSpec) -> int:
-    """Cores a CPU actor keeps busy; a GPU actor is limited by its device instead."""
-    return 0 if asked.num_gpus else max(1, ceil(asked.num_cpus))
+    """Cores that CPU actors keep busy, each rank one at least; a GPU actor is limited by its device instead."""
+    return 0 if asked.num_gpus else max(asked.ranks, ceil(asked.num_cpus))
 
 
 def table(rows: Iterable[tuple[str, ResourceSpec]], packing: Packing) -> str:

@@ -31,21 +31,29 @@ class Pair:
     def start(self, *task: Any, dying: int | None = None) -> list[Future[Any]]:
         """Gives both ranks a task; one of them may die after its last step."""
         processes = (self.first, self.second)
-        return [one.submit(_work, rank, *task, die=rank == dying) for rank, one in enumerate(processes)]
+        return [one.submit(client_of_two, rank, *task, die=rank == dying) for rank, one in enumerate(processes)]
 
     def first_alone(self, *task: Any) -> bytes:
         """What the first rank answers to a task that is its own."""
-        payload, _, _ = self.first.submit(_work, 0, *task).result(timeout=TIMEOUT)
+        payload, _, _ = self.first.submit(client_of_two, 0, *task).result(timeout=TIMEOUT)
         return payload
 
 
 @contextmanager
-def pair() -> Iterator[Pair]:
-    """Two joined processes with a client's environment."""
+def pair(patience: float = TIMEOUT, *, gpus: bool = False) -> Iterator[Pair]:
+    """Two joined processes with a client's environment.
+
+    Args:
+        patience: Seconds that a rank waits for the other.
+        gpus: Whether each has a GPU of its own.
+    """
     spawn = multiprocessing.get_context("spawn")
     with inherited(), ProcessPoolExecutor(1, spawn) as first, ProcessPoolExecutor(1, spawn) as second:
+        if gpus:
+            for rank, one in enumerate((first, second)):
+                one.submit(os.environ.update, {"CUDA_VISIBLE_DEVICES": str(rank)}).result(timeout=TIMEOUT)
         port = first.submit(_open).result(timeout=TIMEOUT)
-        joining = [first.submit(_join, 0, port), second.submit(_join, 1, port)]
+        joining = [first.submit(_join, 0, port, patience), second.submit(_join, 1, port, patience)]
         for one in joining:
             one.result(timeout=TIMEOUT)
         yield Pair(first, second)
@@ -74,13 +82,13 @@ def _open() -> int:
     return port
 
 
-def _join(rank: int, port: int) -> None:
+def _join(rank: int, port: int, patience: float) -> None:
     from hfedmoe_ray.train.ranks import JoinedRanks, reach_store
 
-    _joined.append(JoinedRanks(_store[0] if rank == 0 else reach_store(port, TIMEOUT), rank, 2, TIMEOUT))
+    _joined.append(JoinedRanks(_store[0] if rank == 0 else reach_store(port, TIMEOUT), rank, 2, patience))
 
 
-def _work(
+def client_of_two(
     rank: int, context: RunContext, task: ClientTask, weights: TaskWeights, *, die: bool = False
 ) -> tuple[bytes, bytes, dict[str, str]]:
     """Takes one rank's part in a task; returns what the first answers, and the checksums of its experts at the end."""

@@ -64,9 +64,10 @@ class Tier(Section):
     def _deepspeed(self) -> Self:
         if self.zero_stage == 3:
             raise ValueError(
-                "zero_stage is 3, which takes parameters out of their tensors between layers; experts are multiplied "
-                "outside of any layer's own forward pass, and frozen weights shared by the clients of a node would "
-                "become private copies. Write 0, or 2 with `offload_optimizer: true` where GPU memory is short"
+                "zero_stage is 3, which takes parameters out of their tensors between layers; experts are not back in "
+                "theirs when their gradients come, and frozen weights shared by the clients of a node would become "
+                "private copies. Write 0, or 2 with `offload_optimizer: true` where GPU memory is short, or with a "
+                "`device` of several GPUs, over which it partitions optimizer state"
             )
         if self.zero_stage not in (0, 1, 2):
             raise ValueError(f"zero_stage is {self.zero_stage}: write 0, 1 or 2")

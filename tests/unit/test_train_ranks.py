@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from moe_models import save_bert, save_mixtral
-from ranked_clients import Pair, alone, listening, pair
+from ranked_clients import Pair, alone, client_of_two, listening, pair
 from tiny_federation import experiment, write_sources
 
 from hfedmoe_ray.context import RunContext
@@ -164,6 +164,15 @@ def test_the_others_fail_at_once_where_a_rank_dies(dry: Path, tmp_path: Path, go
             ends[1 - gone].result(timeout=30)
         assert caused_by_another_rank(caught.value)
         assert ends[gone].exception(timeout=30) is not None
+
+
+def test_a_rank_waits_no_longer_than_it_was_told_for_one_that_is_silent(dry: Path, tmp_path: Path):
+    ranked = prepared(dry, tmp_path, "mixtral", HFEDMOE, 2)
+    task, weights = task_of(ranked, CHOOSING)
+    with pair(patience=3.0) as joined:
+        with pytest.raises(RuntimeError, match="Timed out") as caught:
+            joined.first.submit(client_of_two, 0, ranked, task, weights).result(timeout=60)
+        assert caused_by_another_rank(caught.value)
 
 
 def test_a_rank_takes_a_slice_of_a_batch_and_all_of_them_take_all():
