@@ -5,10 +5,11 @@ All are on the slot's node, in a placement group of their own, and live and die 
 task ends with an error, its `live` too, and the pool replaces them all.
 """
 
+import os
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
@@ -17,6 +18,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 
 from hfedmoe_ray.budget import SlotSpec
 from hfedmoe_ray.context import RunContext
+from hfedmoe_ray.errors import ClusterError
 from hfedmoe_ray.runtime import timeouts
 from hfedmoe_ray.runtime.client import NOTHING, Answer, ClientActor, Loading, RemoteClient, answered
 from hfedmoe_ray.runtime.transfer import Directory
@@ -24,6 +26,9 @@ from hfedmoe_ray.runtime.weights import TaskRefs
 from hfedmoe_ray.runtime.worker import Worker, WorkerFactory, last_line
 from hfedmoe_ray.train.environment import ENVIRONMENT
 from hfedmoe_ray.types import Array, ClientTask, TaskWeights
+
+if TYPE_CHECKING:
+    from hfedmoe_ray.train.ranks import JoinedRanks
 
 SHARED_KINDS = ("train", "personalise")
 """Tasks with optimizer steps; the others a leader does by itself."""
@@ -38,9 +43,6 @@ class RankedWorker(Worker, Protocol):
     def follow(self, task: ClientTask, weights: TaskWeights) -> None:
         """Takes a further rank's part in a task."""
 
-    def leave(self) -> None:
-        """Parts from the other ranks, which then fail at once."""
-
 
 class Follower(ClientActor):
     """A rank of a gang that is not its first."""
@@ -52,17 +54,27 @@ class Follower(ClientActor):
         from hfedmoe_ray.train.ranks import JoinedRanks, reach_store
 
         assert self._worker is not None, "join before load"
-        store = reach_store(port, timeouts.GANG_JOIN)
-        self._worker.join(JoinedRanks(store, rank, size, timeouts.GANG_STEP))
+        self._ranks = JoinedRanks(reach_store(port, timeouts.GANG_JOIN), rank, size, timeouts.GANG_STEP)
+        self._worker.join(self._ranks)
 
     def follow(self, task: ClientTask, refs: TaskRefs) -> None:
-        """Takes this rank's part in a task. Raises what its code raises, after it has told the other ranks."""
+        """Takes this rank's part in a task.
+
+        Where it cannot, it leaves word of why and ends this process: nothing else shows at once to ranks that wait for
+        it, and out of step with them it is of no more use.
+        """
+        from hfedmoe_ray.train.local import Stopped
+        from hfedmoe_ray.train.ranks import caused_by_another_rank
+
         assert self._worker is not None, "follow before load"
         try:
             self._worker.follow(task, refs.fetch())
-        except Exception:
-            self._worker.leave()
-            raise
+        except Stopped:
+            return
+        except Exception as error:
+            if not isinstance(error, RayError) and not caused_by_another_rank(error):
+                self._ranks.fail("".join(traceback.format_exception(error)))
+            os._exit(1)
 
 
 class Leader(ClientActor):
@@ -105,7 +117,8 @@ class Leader(ClientActor):
         size = len(self._followers) + 1
         store, port = open_store(timeouts.GANG_JOIN)
         joining = [one.join.remote(port, rank, size) for rank, one in enumerate(self._followers, 1)]
-        self._worker.join(JoinedRanks(store, 0, size, timeouts.GANG_STEP))
+        self._ranks = JoinedRanks(store, 0, size, timeouts.GANG_STEP)
+        self._worker.join(self._ranks)
         ray.get(joining, timeout=timeouts.GANG_JOIN)
         return loading
 
@@ -136,45 +149,47 @@ class Leader(ClientActor):
             # All ranks have agreed to it, between two steps.
             return NOTHING, NOTHING, ("stopped", b"", last_line(error))
         except Exception as error:
-            self._worker.leave()
-            told = _first_cause(error, following)
+            told = _first_cause(error, self._ranks, following)
             return NOTHING, NOTHING, ("failed", told.encode(), told.strip().splitlines()[-1])
         return answered(done)
 
     @ray.method(concurrency_group="lifeline")
     def live(self) -> None:
-        """Does not return; raises RayError when another rank dies. See `ClientActor.live`."""
+        """Does not return; raises ClusterError when another rank dies. See `ClientActor.live`."""
         lifelines = [one.live.remote() for one in self._followers]
         ended: list[Any] = []
         while not ended:
             ended, _ = ray.wait(lifelines, num_returns=1, timeout=timeouts.LIFELINE_POLL)
-        ray.get(ended, timeout=timeouts.FETCH)
+        try:
+            ray.get(ended, timeout=timeouts.FETCH)
+        except RayActorError as error:
+            raise _lost(error) from error
 
 
-def _first_cause(error: Exception, following: Sequence[Any]) -> str:
+def _lost(error: RayActorError) -> ClusterError:
+    return ClusterError(f"Another rank of its gang is lost: {str(error).splitlines()[0]}")
+
+
+def _first_cause(error: Exception, ranks: "JoinedRanks", following: Sequence[Any]) -> str:
     """Returns the traceback of the code that failed, on whichever rank, when a leader's task has ended with `error`.
 
     Raises:
-        RayError: Another rank is lost.
+        ClusterError: Another rank is lost.
         RuntimeError: `error` itself, where no rank's own code has failed: one was silent.
     """
     from hfedmoe_ray.train.ranks import caused_by_another_rank
 
-    echo = caused_by_another_rank(error)
-    if not echo and not isinstance(error, RayError):
+    if not isinstance(error, RayError) and not caused_by_another_rank(error):
         return "".join(traceback.format_exception(error))
-    # The others fail at once now that this rank has left, and those that had failed before have told why.
+    if told := ranks.failure():
+        return told
     for one in following:
         try:
             ray.get(one, timeout=timeouts.GANG_LAST_WORDS)
-        except RayActorError:
-            raise
+        except RayActorError as lost:
+            raise _lost(lost) from lost
         except GetTimeoutError:
             continue
-        except RayError as lost:
-            cause = getattr(lost, "cause", None)
-            if isinstance(cause, Exception) and not caused_by_another_rank(cause):
-                return str(lost)
     raise error
 
 

@@ -29,6 +29,6 @@ GANG_STEP = 300.0
 """How long a rank waits for another in a step, and to end a task: the first one does some things by itself (it explores
 experts before the first step, and packs the update after the last). `runtime.deadline_s` may be over sooner."""
 GANG_LAST_WORDS = 5.0
-"""From the failure of one rank until another has told whether it failed first."""
+"""From a rank's missing another until Ray knows whether that one has died."""
 LIFELINE_POLL = 10.0
 """Between two looks of a gang's first rank whether it still waits for the right thing: the others' deaths."""

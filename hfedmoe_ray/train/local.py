@@ -94,11 +94,6 @@ class ClientWorker:
         """Makes this worker one of several ranks, for clients whose tier has so many."""
         self._joined, self._alone = ranks, ranks.alone
 
-    def leave(self) -> None:
-        """Parts from the other ranks, if there are any, for good."""
-        if self._joined is not None:
-            self._joined.leave()
-
     def execute(self, task: ClientTask, weights: TaskWeights, should_stop: ShouldStop) -> tuple[bytes, bytes, bytes]:
         """Runs one task; with several ranks, as the first of them.
 

@@ -28,6 +28,8 @@ from hfedmoe_ray.types import Array, FloatArray
 _BUCKET = 2**24
 """Numbers that are added up in one go: 64 MiB of fp32."""
 _HOST = "127.0.0.1"
+_FAILURE = "failure"
+"""Key in the store."""
 
 
 class Ranks:
@@ -95,7 +97,8 @@ class JoinedRanks(Ranks):
         self.own = [dist.new_group([number], timeout=limit) for number in range(size)][rank]
         self.alone: Ranks = _OwnRank(self.own)
         """This rank by itself, for clients that run as one."""
-        self._store = store  # the first rank's serves the others
+        # The first rank's serves the others as long as it lives.
+        self._store = store
 
     def gather(self, values: FloatArray) -> FloatArray:
         """See `Ranks.gather`."""
@@ -112,10 +115,13 @@ class JoinedRanks(Ranks):
             for tensor, summed in zip(bucket, torch.split(flat, [one.numel() for one in bucket]), strict=True):
                 tensor.copy_(summed.view_as(tensor))
 
-    def leave(self) -> None:
-        """Parts from the other ranks, which then fail at once instead of waiting for this one."""
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    def fail(self, why: str) -> None:
+        """Leaves word of why this rank will take part no more, for the others to find when they miss it."""
+        self._store.set(_FAILURE, why)
+
+    def failure(self) -> str:
+        """What a rank that failed has left; empty where none has."""
+        return self._store.get(_FAILURE).decode() if self._store.check([_FAILURE]) else ""
 
 
 def open_store(timeout: float) -> tuple[TCPStore, int]:
