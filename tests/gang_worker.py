@@ -1,4 +1,4 @@
-"""A real worker, of whose gang a rank dies, fails or hangs in the middle of a task where a file asks for it, once."""
+"""A real worker, of whose gang a rank dies, fails, dawdles or hangs in mid-task where a file asks for it, once."""
 
 import os
 import signal
@@ -10,10 +10,11 @@ from hfedmoe_ray.train.local import ClientWorker
 from hfedmoe_ray.types import Array, ClientTask
 
 NEVER = threading.Event()
+SLOW_S = 2.0
 
 
 class MortalWorker(ClientWorker):
-    """Looks after its first step for files `kill-<rank>`, `fail-<rank>` and `hang-<rank>` in the run directory."""
+    """Looks after its first step for files `kill-<rank>`, `fail-<rank>`, `slow-<rank>` and `hang-<rank>`."""
 
     def __init__(self, context: RunContext) -> None:
         super().__init__(context)
@@ -30,6 +31,8 @@ class MortalWorker(ClientWorker):
             os.kill(os.getpid(), signal.SIGKILL)
         if self._asked(f"fail-{rank}"):
             raise ValueError(f"rank {rank} cannot go on")
+        if self._asked(f"slow-{rank}"):
+            NEVER.wait(SLOW_S)
         if self._asked(f"hang-{rank}"):
             NEVER.wait(1000)
 

@@ -149,6 +149,9 @@ class Leader(ClientActor):
             # All ranks have agreed to it, between two steps.
             return NOTHING, NOTHING, ("stopped", b"", last_line(error))
         except Exception as error:
+            if canceled():
+                # Nobody would read the answer of a task that was to stop, nor learn from it that this gang is done.
+                os._exit(1)
             told = _first_cause(error, self._ranks, following)
             return NOTHING, NOTHING, ("failed", told.encode(), told.strip().splitlines()[-1])
         return answered(done)

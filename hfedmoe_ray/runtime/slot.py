@@ -14,7 +14,7 @@ from enum import Enum, auto
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 
 from hfedmoe_ray.budget import SlotSpec
 from hfedmoe_ray.context import RunContext
@@ -157,9 +157,13 @@ class Slot:
         """(references to payload and state, answer) of the finished task. Raises what `ray.get` raises."""
         assert self._answer is not None
         state, reply = self._answer
-        self.parted = self.spec.resources.ranks > 1
-        _, _, answer = ray.get([self.watched, state, reply], timeout=timeouts.FETCH)
-        self.parted = self.parted and answer[0] == "failed"
+        gang = self.spec.resources.ranks > 1
+        try:
+            _, _, answer = ray.get([self.watched, state, reply], timeout=timeouts.FETCH)
+        except RayTaskError:
+            self.parted = gang
+            raise
+        self.parted = gang and answer[0] == "failed"
         return self.watched, state, answer
 
     def move(self, node: str) -> None:

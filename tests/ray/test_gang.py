@@ -24,6 +24,8 @@ pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("cluster")]
 PHONE = {"name": "phone", "share": 0.5, "experts": 0.25, "device": 0.1, "memory_gib": 0.5}
 SERVER = {"name": "server", "share": 0.5, "experts": 0.5, "batch_experts": 0.34, "memory_gib": 0.5}
 GANG = SERVER | {"device": 2, "num_cpus": 0.4}
+GANG_CLIENT = 1
+"""One of the clients of the tier."""
 LOCAL = {"steps": 3, "batch_size": 5, "learning_rate": 1e-3, "profile_examples": 8}
 PLAN = ExpertPlan(roles=((Role.TRAIN,) * 4 + (Role.ABSENT,) * 2,) * 2, absent="drop", batch_budget=4)
 
@@ -46,8 +48,9 @@ def prepared(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> RunCont
 
 
 @pytest.fixture(scope="module")
-def executor(prepared: RunContext) -> Iterator[RayExecutor]:
+def executor(prepared: RunContext, cluster: None) -> Iterator[RayExecutor]:
     """One slot, which is a gang of two."""
+    del cluster
     pool = RayExecutor(prepared, worker_factory=MortalWorker)
     pool.publish(initial_weights(prepared.model, "experts", None))
     yield pool
@@ -57,6 +60,7 @@ def executor(prepared: RunContext) -> Iterator[RayExecutor]:
 def tasks(executor: RayExecutor) -> list[ClientTask]:
     """One for each client, phones' included."""
     assert [slot.spec.resources.ranks for slot in executor.slots] == [2]
+    assert executor._recipe.tiers[GANG_CLIENT] == "server"
     return [ClientTask(kind="train", round=1, client=c, seed=0, plan=PLAN, version=0, weight=4 - c) for c in range(4)]
 
 
@@ -119,15 +123,33 @@ def test_an_exception_on_a_rank_fails_that_client_alone_and_says_why(
     assert outcome(list(executor.run(tasks(executor), Log()))) == undisturbed
 
 
+@pytest.fixture
+def hasty(executor: RayExecutor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A deadline of a second."""
+    monkeypatch.setattr(executor, "_runtime", executor._runtime.model_copy(update={"deadline_s": 1.0}))
+    monkeypatch.setattr("hfedmoe_ray.runtime.timeouts.FIRST_CALL_GRACE", 0.0)
+
+
+@pytest.mark.usefixtures("hasty")
+@pytest.mark.parametrize(("what", "lost"), [("slow-0", []), ("hang-1", ["did not stop within 10 s"])])
+def test_a_late_gang_stops_as_one_or_is_replaced(
+    executor: RayExecutor, prepared: RunContext, undisturbed: dict[int, tuple[str, bytes]], what: str, lost: list[str]
+):
+    (prepared.run_dir / what).touch()
+    (result,) = executor.run([one for one in tasks(executor) if one.client == GANG_CLIENT], Log())
+    assert result.status == "late"
+    executor._runtime = prepared.experiment.runtime
+    assert outcome(list(executor.run(tasks(executor), log := Log()))) == undisturbed
+    assert [one["reason"] for one in log.named("slot_lost")] == lost
+
+
 def test_a_whole_run_of_gangs_is_that_of_single_clients_within_the_rounding_of_sums(sources: Path, tmp_path: Path):
+    before = groups()
     ranked, _, told = run(made(sources, GANG, runtime={"slots": 1}), tmp_path / "gang", where=RayExecutor)
     single, _, expected = run(made(sources, SERVER), tmp_path / "single")
-    assert not groups()
-    counts = [
-        [report.model_dump() if hasattr(report, "model_dump") else report for report in one.rounds]
-        for one in (told, expected)
-    ]
-    assert len(counts[0]) == len(counts[1]) == 2
+    assert groups() == before
+    for report, other in zip(told.rounds, expected.rounds, strict=True):
+        assert [one.status for one in report.clients] == [one.status for one in other.clients]
     one, other = final_weights(ranked), final_weights(single)
     for key, named in other.experts.items():
         for name, array in named.items():
