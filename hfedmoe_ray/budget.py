@@ -27,7 +27,8 @@ def resources(tier: Tier, gpus_available: bool) -> ResourceSpec:
     """What a client of `tier` asks of Ray.
 
     `device` is a fraction of a GPU where the cluster has any, and then comes with `GPU_CLIENT_CPUS`; elsewhere it is
-    a fraction of a CPU core. `num_gpus` and `num_cpus` override either; `num_gpus: 0` makes a CPU client.
+    a fraction of a CPU core. `num_gpus` and `num_cpus` override either; `num_gpus: 0` makes a CPU client. A client of
+    several whole devices has a rank on each, with the memory of a device and, on GPUs, its own share of the CPUs.
 
     Raises:
         ConfigError: The tier offloads its optimizer from a GPU that its clients will not have.
@@ -35,9 +36,15 @@ def resources(tier: Tier, gpus_available: bool) -> ResourceSpec:
     num_gpus = tier.num_gpus if tier.num_gpus is not None else (tier.device if gpus_available else 0.0)
     if tier.offload_optimizer and not num_gpus:
         raise no_gpu_to_offload(tier)
-    num_cpus = tier.num_cpus if tier.num_cpus is not None else (GPU_CLIENT_CPUS if num_gpus else tier.device)
+    num_cpus = (
+        tier.num_cpus if tier.num_cpus is not None else (GPU_CLIENT_CPUS * tier.ranks if num_gpus else tier.device)
+    )
     return ResourceSpec(
-        num_cpus=num_cpus, num_gpus=num_gpus, memory_bytes=int(tier.memory_gib * GIB), labels=dict(tier.labels)
+        num_cpus=num_cpus,
+        num_gpus=num_gpus,
+        memory_bytes=tier.ranks * int(tier.memory_gib * GIB),
+        labels=dict(tier.labels),
+        ranks=tier.ranks,
     )
 
 
@@ -317,8 +324,8 @@ def _too_few_or_many(demands: Sequence[TierDemand], nodes: Sequence[NodeCapacity
     if not _sizes(demands, most):
         need = next(n for n in range(most + 1, len(demands) + 1) if _sizes(demands, n))
         return (
-            f"{most} client actors at once cannot serve tiers whose labels contradict each other: these tiers need at "
-            f"least {need}. Raise runtime.slots or clients.count."
+            f"{most} client actors at once cannot serve tiers whose labels, or numbers of whole devices, contradict "
+            f"each other: these tiers need at least {need}. Raise runtime.slots or clients.count."
         )
     packing = Packing(nodes)
     left = [size for size in _sizes(demands, most) if packing.place(size.resources) is None]

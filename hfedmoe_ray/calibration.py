@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 from dataclasses import asdict, dataclass
+from math import ceil
 from pathlib import Path
 
 from hfedmoe_ray.config.schema import Experiment, Tier
@@ -69,8 +70,9 @@ def setting(experiment: Experiment, tier: Tier, shape: ModelShape, *, gpu: bool)
 
 
 def examples_at_once(experiment: Experiment, tier: Tier) -> int:
-    """Examples that pass through the model together while it trains."""
-    return min(tier.micro_batch or experiment.local.batch_size, experiment.local.batch_size)
+    """Examples that pass through the model together while it trains, on each of a client's ranks."""
+    share = ceil(experiment.local.batch_size / tier.ranks)
+    return min(tier.micro_batch or share, share)
 
 
 def _absent(strategy: StrategyConfig) -> str:

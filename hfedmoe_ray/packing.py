@@ -15,33 +15,53 @@ UNIT = 10_000
 
 @dataclass(frozen=True, kw_only=True)
 class ResourceSpec:
-    """What one client actor asks of Ray."""
+    """What one client asks of Ray, for all its ranks together."""
 
     num_cpus: float
     num_gpus: float = 0.0
     memory_bytes: int = 0
     labels: Mapping[str, str] = field(default_factory=dict)
     """Labels the node must carry."""
+    ranks: int = 1
+    """Actors that share it equally, all on one node."""
+
+    @property
+    def of_a_rank(self) -> "ResourceSpec":
+        """What one of its actors asks for."""
+        return ResourceSpec(
+            num_cpus=self.num_cpus / self.ranks,
+            num_gpus=self.num_gpus / self.ranks,
+            memory_bytes=self.memory_bytes // self.ranks,
+            labels=self.labels,
+        )
 
     def covers(self, other: "ResourceSpec") -> bool:
-        """Whether an actor with these resources can do the work of a client that asks for `other`."""
+        """Whether what has these resources can do the work of a client that asks for `other`.
+
+        A result depends on the number of ranks: either has the same, or the client one, which the first can be.
+        """
+        if other.ranks not in (1, self.ranks):
+            return False
+        mine, needed = self.of_a_rank, other.of_a_rank
         return (
-            _units(self.num_cpus) >= _units(other.num_cpus)
-            and _units(self.num_gpus) >= _units(other.num_gpus)
-            and self.memory_bytes >= other.memory_bytes
-            and other.labels.items() <= self.labels.items()
+            _units(mine.num_cpus) >= _units(needed.num_cpus)
+            and _units(mine.num_gpus) >= _units(needed.num_gpus)
+            and mine.memory_bytes >= needed.memory_bytes
+            and needed.labels.items() <= mine.labels.items()
         )
 
     def joined(self, other: "ResourceSpec") -> "ResourceSpec | None":
-        """The smallest resources that cover both, or None where the labels contradict each other."""
-        labels = {**self.labels, **other.labels}
-        if not self.labels.items() <= labels.items():
+        """The smallest resources that cover both, or None where labels or ranks contradict each other."""
+        labels, ranks = {**self.labels, **other.labels}, max(self.ranks, other.ranks)
+        if not self.labels.items() <= labels.items() or {self.ranks, other.ranks} - {1, ranks}:
             return None
+        mine, needed = self.of_a_rank, other.of_a_rank
         return ResourceSpec(
-            num_cpus=max(self.num_cpus, other.num_cpus),
-            num_gpus=max(self.num_gpus, other.num_gpus),
-            memory_bytes=max(self.memory_bytes, other.memory_bytes),
+            num_cpus=ranks * max(mine.num_cpus, needed.num_cpus),
+            num_gpus=ranks * max(mine.num_gpus, needed.num_gpus),
+            memory_bytes=ranks * max(mine.memory_bytes, needed.memory_bytes),
             labels=labels,
+            ranks=ranks,
         )
 
     @property
@@ -50,6 +70,8 @@ class ResourceSpec:
         return (self.num_gpus, self.num_cpus, self.memory_bytes)
 
     def __str__(self) -> str:
+        if self.ranks > 1:
+            return f"{self.ranks} ranks of {self.of_a_rank}"
         parts = [f"{self.num_gpus:g} GPU"] if self.num_gpus else []
         parts += [f"{self.num_cpus:g} CPU", f"{self.memory_bytes / GIB:.1f} GiB"]
         return ", ".join(parts + [f"{key}={value}" for key, value in self.labels.items()])
@@ -177,8 +199,8 @@ def _fractions(units: Iterable[int]) -> str:
 
 
 def _cores(asked: ResourceSpec) -> int:
-    """Cores a CPU actor keeps busy; a GPU actor is limited by its device instead."""
-    return 0 if asked.num_gpus else max(1, ceil(asked.num_cpus))
+    """Cores that CPU actors keep busy, each rank one at least; a GPU actor is limited by its device instead."""
+    return 0 if asked.num_gpus else max(asked.ranks, ceil(asked.num_cpus))
 
 
 def table(rows: Iterable[tuple[str, ResourceSpec]], packing: Packing) -> str:

@@ -34,9 +34,10 @@ class Tier(Section):
     batch_experts: Share | None = None
     """Compute budget: share of all routed experts that get gradients in one batch. Default: as `experts`."""
     device: PositiveFloat = 1.0
-    """Fraction of a GPU, or of a CPU core where the cluster has no GPU. Above 1 a whole number."""
+    """Fraction of a GPU, or of a CPU core where the cluster has no GPU. Above 1 a whole number: a client then runs as
+    one rank on each of its devices, data parallel over every batch (with `backend: local` as one)."""
     memory_gib: PositiveFloat = 2.0
-    """Memory of the device in GiB: asked of Ray, and compared with what the client is predicted to need."""
+    """Memory of each device in GiB: asked of Ray, and compared with what the client is predicted to need."""
     precision: Precision | None = None
     """What the tier's clients train in. Default: `local.precision`."""
     micro_batch: PositiveInt | None = None
@@ -45,25 +46,32 @@ class Tier(Section):
     checkpoint_activations: bool = False
     """Keep only what enters each layer and compute the rest again in the backward pass: less memory, more time."""
     zero_stage: int = 0
-    """ZeRO stage of the tier's DeepSpeed engines: 0, or 1 or 2 where optimizer state is offloaded."""
+    """ZeRO stage of the tier's DeepSpeed engines: 0, or 1 or 2 where optimizer state is offloaded or shared by the
+    ranks of a client."""
     offload_optimizer: bool = False
     """Keep optimizer state in the host's memory and step there: for GPU clients, with `zero_stage` 1 or 2."""
     num_cpus: NonNegativeFloat | None = None
     """Overrides the CPUs asked of Ray."""
     num_gpus: NonNegativeFloat | None = None
-    """Overrides the GPUs asked of Ray."""
+    """Overrides the GPUs asked of Ray, and with them the ranks of a client."""
     labels: dict[str, str] = Field(default_factory=dict)
     """Ray node labels the client must be placed on, e.g. {site: hospital-a}."""
     simulated: SimulatedDevice | None = None
     """The device the tier's clients stand for: gives the run a simulated clock. All tiers have one, or none."""
 
+    @property
+    def ranks(self) -> int:
+        """Processes that a client of the tier runs as: one for each of several whole devices."""
+        return max(1, int(self.num_gpus or self.device))
+
     @model_validator(mode="after")
     def _deepspeed(self) -> Self:
         if self.zero_stage == 3:
             raise ValueError(
-                "zero_stage is 3, which takes parameters out of their tensors between layers; experts are multiplied "
-                "outside of any layer's own forward pass, and frozen weights shared by the clients of a node would "
-                "become private copies. Write 0, or 2 with `offload_optimizer: true` where GPU memory is short"
+                "zero_stage is 3, which takes parameters out of their tensors between layers; experts are not back in "
+                "theirs when their gradients come, and frozen weights shared by the clients of a node would become "
+                "private copies. Write 0, or 2 with `offload_optimizer: true` where GPU memory is short, or with a "
+                "`device` of several GPUs, over which it partitions optimizer state"
             )
         if self.zero_stage not in (0, 1, 2):
             raise ValueError(f"zero_stage is {self.zero_stage}: write 0, 1 or 2")

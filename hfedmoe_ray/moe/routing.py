@@ -5,7 +5,7 @@ float32, of real tokens only (padding is left out by the attention mask). Legend
 of a batch, K top-k, H hidden.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import numpy as np
@@ -87,6 +87,7 @@ class ProfileAccumulator:
         A quantile cannot be streamed exactly: q99 is the largest of the batches' own quantiles.
         """
         self._specific_of = specific
+        self._hidden = shape.hidden
         zeros = np.zeros((shape.layers, shape.experts))
         self._gate, self._gate_log, self._specific, self._routed = zeros, zeros.copy(), zeros.copy(), zeros.copy()
         self._tokens = 0
@@ -114,6 +115,29 @@ class ProfileAccumulator:
         self._tokens += other._tokens
         for key, (total, tokens) in other._outputs.items():
             self._add_output(key, total, tokens)
+
+    def routing(self) -> FloatArray:
+        """Returns everything added but the experts' outputs, as numbers for the client's other ranks, [4 L E + 1]."""
+        sums = (self._gate, self._gate_log, self._routed, self._specific)
+        return np.concatenate([np.stack(sums).ravel(), [self._tokens]])
+
+    def become_routing(self, ranks: FloatArray) -> None:
+        """Takes the `routing` of all ranks together, [k, 4 L E + 1], in place of what was added here."""
+        sums = ranks.sum(axis=0)
+        shape = (4, *self._gate.shape)
+        self._gate, self._gate_log, self._routed, _ = sums[:-1].reshape(shape)
+        self._specific = ranks[:, :-1].max(axis=0).reshape(shape)[3]
+        self._tokens = int(sums[-1])
+
+    def outputs(self, keys: Sequence[ExpertKey]) -> FloatArray:
+        """Returns the summed outputs of some experts and the tokens behind them, for other ranks, [P, H + 1]."""
+        none = (np.zeros(self._hidden), 0)
+        return np.array([[*total, tokens] for total, tokens in (self._outputs.get(key, none) for key in keys)])
+
+    def become_outputs(self, keys: Sequence[ExpertKey], ranks: FloatArray) -> None:
+        """Takes the `outputs` of all ranks together, [k, P, H + 1], in place of those added here."""
+        sums = ranks.sum(axis=0)
+        self._outputs = {key: (row[:-1], int(row[-1])) for key, row in zip(keys, sums, strict=True)}
 
     def _add_output(self, key: ExpertKey, total: FloatArray, tokens: int) -> None:
         before, count = self._outputs.get(key, (0.0, 0))

@@ -64,11 +64,13 @@ def marked(actor: str, budget: int) -> Iterator[None]:
     if not _STATUS.exists():
         yield
         return
+    from hfedmoe_ray.train.memory import private_bytes
+
     over, close = threading.Event(), threading.Event()
 
     def watch() -> None:
         while not over.wait(_SAMPLE_S):
-            if _own_bytes()[1] >= _CLOSE * (budget + _LEEWAY):
+            if private_bytes() >= _CLOSE * (budget + _LEEWAY):
                 _internal_kv_put(_mark(actor), b"")
                 close.set()
                 return

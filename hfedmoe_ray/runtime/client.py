@@ -9,7 +9,7 @@ import os
 import threading
 import traceback
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -102,25 +102,26 @@ class ClientActor:
         Raises:
             ray.exceptions.RayError: the weights could not be fetched.
         """
+        return self._execute(task, refs)
+
+    def _execute(self, task: ClientTask, refs: TaskRefs) -> tuple[Array, Array, Answer]:
         assert self._worker is not None, "execute before load"
         weights = refs.fetch()
         canceled = ray.get_runtime_context().is_canceled
         try:
             with self._limits(task):
-                payload, metrics, state = self._worker.execute(task, weights, canceled)
+                return answered(self._worker.execute(task, weights, canceled))
         except Exception as error:
             status: Literal["failed", "memory"] = "memory" if out_of_memory(error) else "failed"
             answer: Answer = (status, traceback.format_exc().encode(), last_line(error))
             if canceled():
                 answer = ("stopped", b"", last_line(error))
-        else:
-            return np.frombuffer(payload, dtype=np.uint8), np.frombuffer(state, dtype=np.uint8), ("ok", metrics, "")
         # Only now that its traceback is gone is what the task held garbage; the next one needs the room.
         from hfedmoe_ray.train.memory import return_freed_memory
 
         gc.collect()
         return_freed_memory()
-        return _NOTHING, _NOTHING, answer
+        return NOTHING, NOTHING, answer
 
     @contextmanager
     def _limits(self, task: ClientTask) -> Iterator[None]:
@@ -128,12 +129,12 @@ class ClientActor:
 
         On a GPU it is limited there, for good. An evaluation measures the model for the server.
         """
-        if self._gpu_share or task.kind not in ("profile", "train"):
+        free = self._gpu_share or not self._context.experiment.runtime.memory_cap
+        if free or task.kind not in ("profile", "train"):
             yield
             return
         budget = int(self._tiers[task.client].memory_gib * GIB)
-        cap = capped(budget) if self._context.experiment.runtime.memory_cap else nullcontext()
-        with marked(ray.get_runtime_context().get_actor_id(), budget), cap:
+        with marked(ray.get_runtime_context().get_actor_id(), budget), capped(budget):
             yield
 
     @ray.method(concurrency_group="lifeline")
@@ -148,7 +149,13 @@ class ClientActor:
         return {"pid": os.getpid(), "node": runtime.get_node_id(), "resources": runtime.get_assigned_resources()}
 
 
-_NOTHING = np.empty(0, dtype=np.uint8)
+def answered(done: tuple[bytes, bytes, bytes]) -> tuple[Array, Array, Answer]:
+    """What `execute` returns of a worker's (payload, metrics, state)."""
+    payload, metrics, state = done
+    return np.frombuffer(payload, dtype=np.uint8), np.frombuffer(state, dtype=np.uint8), ("ok", metrics, "")
+
+
+NOTHING = np.empty(0, dtype=np.uint8)
 
 RemoteClient: Any = ray.remote(max_restarts=0, max_task_retries=0, concurrency_groups={"health": 1, "lifeline": 1})(
     ClientActor

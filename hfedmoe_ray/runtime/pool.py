@@ -58,6 +58,7 @@ class RayExecutor:
             namespace=f"{context.experiment.name}-{uuid.uuid4().hex[:8]}",
             home=self._home,
             tiers=tuple(tier.name for tier in tier_of(context.experiment.clients)),
+            ranked=frozenset(tier.name for tier in context.experiment.clients.tiers if tier.ranks > 1),
         )
         self._directories: dict[str, Directory] = {}
         self._holders: dict[tuple[str, str], Any] = {}
@@ -215,7 +216,7 @@ class RayExecutor:
             payload, state, (status, body, reason) = slot.answer()
         except RayError as error:
             return self._lose(slot, attempt, error, ready, notify)
-        slot.rest()
+        self._settle(slot, notify)
         metrics = None
         if status == "ok":
             try:
@@ -240,9 +241,16 @@ class RayExecutor:
         try:
             slot.answer()
         except (RayTaskError, TaskCancelledError):
-            slot.rest()
+            self._settle(slot, notify)
         except RayError as error:
             self._replace(slot, _told(error), notify)
+        else:
+            self._settle(slot, notify)
+
+    def _settle(self, slot: Slot, notify: Notify) -> None:
+        """The slot's actor has no task any more: → IDLE, unless it is a gang whose ranks are out of step."""
+        if slot.parted:
+            self._replace(slot, "a rank of its gang failed, and the others cannot go on without it", notify)
         else:
             slot.rest()
 

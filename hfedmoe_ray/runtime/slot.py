@@ -14,18 +14,17 @@ from enum import Enum, auto
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from ray.exceptions import RayError, RayTaskError
 
 from hfedmoe_ray.budget import SlotSpec
 from hfedmoe_ray.context import RunContext
 from hfedmoe_ray.runtime import timeouts
 from hfedmoe_ray.runtime.cap import died_of_memory
-from hfedmoe_ray.runtime.client import Answer, Loading, RemoteClient
+from hfedmoe_ray.runtime.client import Answer, Loading
+from hfedmoe_ray.runtime.gang import Processes, start_processes
 from hfedmoe_ray.runtime.transfer import Directory
 from hfedmoe_ray.runtime.weights import StoredState, TaskRefs, keep_state
 from hfedmoe_ray.runtime.worker import WorkerFactory
-from hfedmoe_ray.train.environment import ENVIRONMENT
 from hfedmoe_ray.types import ClientTask
 
 
@@ -60,10 +59,12 @@ class ActorRecipe:
     """The server's node."""
     tiers: tuple[str, ...]
     """Tier of every client."""
+    ranked: frozenset[str]
+    """Tiers whose clients run as several ranks."""
 
 
 class Slot:
-    """A slot and its current actor."""
+    """A slot and its current actor, or its gang of actors, of which the first stands for all."""
 
     def __init__(self, number: int, spec: SlotSpec, recipe: ActorRecipe) -> None:
         self.number = number
@@ -79,7 +80,12 @@ class Slot:
         """The reference whose readiness ends the current state; None when gone."""
         self._recipe = recipe
         self._generation = 0
+        self.processes: Processes | None = None
+        """What lives here; None when gone."""
         self._actor: Any = None
+        """The one that answers."""
+        self.parted = False
+        """Whether the ranks of a gang are out of step, so that they can serve no more."""
         self._answer: tuple[Any, Any] | None = None
         """References to the client's new state and to the small answer."""
         self._lifeline: Any = None
@@ -99,18 +105,13 @@ class Slot:
 
     def start(self, directories: Mapping[str, Directory]) -> None:
         """Creates an actor on the slot's node and lets it load; does not wait."""
-        asked = self.spec.resources
         self._generation += 1
-        self._actor = RemoteClient.options(
-            num_cpus=asked.num_cpus,
-            num_gpus=asked.num_gpus,
-            memory=asked.memory_bytes,
-            name=self.name,
-            namespace=self._recipe.namespace,
-            # The node was planned: left to Ray, fragments of several nodes could add up to a place that is none.
-            scheduling_strategy=NodeAffinitySchedulingStrategy(self.spec.node, soft=False),
-            runtime_env={"env_vars": ENVIRONMENT},
-        ).remote(self._recipe.context, self._recipe.worker_factory, asked.num_gpus)
+        recipe = self._recipe
+        ranked = frozenset(client for client, tier in enumerate(recipe.tiers) if tier in recipe.ranked)
+        named = {"name": self.name, "namespace": recipe.namespace}
+        self.processes = start_processes(self.spec, recipe.context, recipe.worker_factory, ranked, **named)
+        self._actor = self.processes.leader
+        self.parted = False
         self.fresh = True
         self._lifeline = self._actor.live.remote()
         self._enter(State.STARTING, timeouts.CLIENT_START)
@@ -163,8 +164,14 @@ class Slot:
         """(reference to the payload, new state, answer) of the finished task. Raises what `ray.get` raises."""
         assert self._answer is not None
         ref, reply = self._answer
-        # Reading the payload tells whether it is still there; where it lies in shared memory that copies nothing.
-        _, state, answer = ray.get([self.watched, ref, reply], timeout=timeouts.FETCH)
+        gang = self.spec.resources.ranks > 1
+        try:
+            # Reading the payload tells whether it is still there; where it lies in shared memory that copies nothing.
+            _, state, answer = ray.get([self.watched, ref, reply], timeout=timeouts.FETCH)
+        except RayTaskError:
+            self.parted = gang
+            raise
+        self.parted = gang and answer[0] in ("failed", "memory")
         return self.watched, keep_state(ref, state, put_again=self.spec.node != self._recipe.home), answer
 
     def move(self, node: str) -> None:
@@ -183,9 +190,9 @@ class Slot:
 
     def kill(self) -> None:
         """Ends the actor's process, whatever it is doing; does not wait."""
-        if self._actor is not None:
-            ray.kill(self._actor)
-        self._actor = self.watched = self._lifeline = self._answer = self.attempt = None
+        if self.processes is not None:
+            self.processes.kill()
+        self.processes = self._actor = self.watched = self._lifeline = self._answer = self.attempt = None
         self._enter(State.GONE, None)
 
     def _enter(self, state: State, limit: float | None) -> None:

@@ -23,3 +23,12 @@ PROGRESS = 120.0
 """How long the server may leave the driver without any answer; it is busy with one array at most."""
 SERVER_STOP = 30.0
 """From the last event of a run until its outcome is delivered."""
+GANG_JOIN = 120.0
+"""From the moment that all ranks of a client have loaded until they have joined."""
+GANG_STEP = 300.0
+"""How long a rank waits for another in a step, and to end a task: the first one does some things by itself (it explores
+experts before the first step, and packs the update after the last). `runtime.deadline_s` may be over sooner."""
+GANG_LAST_WORDS = 5.0
+"""From a rank's missing another until Ray knows whether that one has died."""
+LIFELINE_POLL = 10.0
+"""Between two looks of a gang's first rank whether it still waits for the right thing: the others' deaths."""

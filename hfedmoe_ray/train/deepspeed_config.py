@@ -4,10 +4,11 @@ What is offered keeps the experts that a batch does not select bit-identical; th
 
 - ZeRO stage 0 is the default: with one rank there is nothing to partition. Stages 1 and 2 flatten every parameter group
   into a second fp32 copy and give groups without a gradient zeros; they serve a GPU whose optimizer state is to live
-  in the host's memory, which DeepSpeed ties to them. Masking holds there because every expert is its own group.
-- Stage 3 is refused (by `config.schema.Tier`): it replaces each parameter by an empty tensor outside the forward pass
-  of the module that owns it, but experts are multiplied outside of one, and it would make private copies of the
-  frozen weights that all clients of a node share.
+  in the host's memory, which DeepSpeed ties to them, and clients of several ranks, each of which then keeps the state
+  of its part alone. Masking holds there because every expert is its own group.
+- Stage 3 is refused (by `config.schema.Tier`). Tried with two ranks of a Mixtral, it emptied every frozen tensor, which
+  all clients of a node share, and partitioned a private copy; the first backward pass then failed on experts that were
+  still empty, with and without `set_z3_leaf_modules` of the modules that hold them.
 - bf16 is autocast around fp32 weights, not DeepSpeed's bf16 mode, whose weights lose small updates and which would
   cast (so copy) the shared frozen weights.
 - Accumulation: the caller decides when to step, because a client with few examples has fewer micro-batches.
@@ -22,7 +23,7 @@ from hfedmoe_ray.config.schema import LocalTraining, Tier
 
 
 def deepspeed_config(local: LocalTraining, tier: Tier, device: str) -> dict[str, Any]:
-    """Returns the configuration of a one-rank engine with an optimizer of our own.
+    """Returns the configuration of an engine with an optimizer of our own.
 
     Args:
         local: Batch size and clipping.

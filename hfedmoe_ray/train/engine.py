@@ -9,6 +9,11 @@ reaches the next. That costs 0.012 s where 24 of a benchmark model's 96 experts 
 (`hfedmoe bench step`), and about as much again to free the optimizer's state: under 1 % of ten steps. Reuse would spare
 the first only where the next client trains the very same experts, and would have to clear every state and, under ZeRO,
 refresh every flat copy.
+
+A client of several ranks (`train.ranks`) has a `RankedEngine` on each. Ranks do not send the same experts to work, so
+their backward passes meet other parameters in another order, while DeepSpeed's reduction, which starts within the
+backward pass, takes every rank's to come in the same: it would add up what does not belong together, or wait for ever.
+There gradients are therefore gathered first and handed to DeepSpeed afterwards, all of them, in one order.
 """
 
 import gc
@@ -20,8 +25,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 from torch._C._distributed_c10d import HashStore
+from torch.autograd.function import once_differentiable
 
 from hfedmoe_ray.config.schema import LocalTraining
+from hfedmoe_ray.train.ranks import Ranks
 from hfedmoe_ray.types import ExpertKey
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
@@ -31,11 +38,12 @@ import deepspeed  # after DS_ACCELERATOR is set: it is read on import
 import deepspeed.ops
 
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-# This op is compiled when the first engine is built, for up to a minute, and serves ranks that share a machine;
-# a client has one rank.
+# This op is compiled when the first engine is built, for up to a minute, and serves bfloat16 between CPU ranks; what
+# clients' ranks exchange is fp32.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
+_ALONE = Ranks()
 ExpertParameters = Mapping[ExpertKey, Mapping[str, nn.Parameter]]
 """Parameters of experts by tensor name."""
 
@@ -48,6 +56,32 @@ def _join_own_world() -> None:
     for name, value in world.items():
         os.environ.setdefault(name, value)
     torch.distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+
+
+class _Members:
+    """What DeepSpeed asks, as of Megatron's `mpu`, to learn which processes an engine spans."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
+
+    def get_data_parallel_group(self) -> Any:
+        return self._ranks.group
+
+    def get_data_parallel_world_size(self) -> int:
+        return self._ranks.size
+
+    def get_data_parallel_rank(self) -> int:
+        return self._ranks.rank
+
+    def get_model_parallel_group(self) -> Any:
+        # None would be taken for all ranks, and a norm be added up as if each had another part of the model.
+        return self._ranks.own
+
+    def get_model_parallel_world_size(self) -> int:
+        return 1
+
+    def get_model_parallel_rank(self) -> int:
+        return 0
 
 
 class _MaskedAdamW(torch.optim.AdamW):
@@ -82,6 +116,8 @@ class Engine:
         experts: ExpertParameters,
         local: LocalTraining,
         config: dict[str, Any],
+        *,
+        ranks: Ranks = _ALONE,
     ) -> None:
         """Builds a DeepSpeed engine around `module` whose optimizer holds exactly these parameters.
 
@@ -91,6 +127,7 @@ class Engine:
             experts: Parameters of every expert that may train, by tensor name.
             local: Learning rate and weight decay.
             config: DeepSpeed's, from `deepspeed_config`.
+            ranks: The client's; this process alone, even where it is one of several that have joined.
         """
         _join_own_world()
         self._module = module
@@ -107,9 +144,10 @@ class Engine:
         optimizer = _MaskedAdamW(list(groups.values()), local)
         self._groups = dict(zip(groups, optimizer.param_groups, strict=True))
         self._active: set[ExpertKey | None] = set()
-        self._engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
+        mpu = None if ranks.group is None else _Members(ranks)
+        self._engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, mpu=mpu)
         if not self._partitions:
-            # Reduction between ranks would fill in gradients of zeros. There is one rank: nothing to reduce.
+            # DeepSpeed's reduction between ranks would fill in gradients of zeros.
             self._engine.enable_backward_allreduce = False
 
     def __enter__(self) -> Self:
@@ -146,11 +184,18 @@ class Engine:
         backward pass would not do: the products would be computed and thrown away.) DeepSpeed's own `backward` cannot
         be told; it supports a backward pass of the caller's where it partitions, and at stage 0 does nothing more.
         """
-        wanted = [*self._shared, *(p for key in active for p in self._experts[key])]
+        wanted = self._wanted(active)
         if not wanted:
             return
         torch.autograd.backward(self._engine.scale(loss) if self._partitions else loss, inputs=wanted)
         self._active |= {None, *active}
+
+    def reduce(self, active: Collection[ExpertKey]) -> None:
+        """Adds the gradients of `backward` up over the client's ranks, before `step`.
+
+        Args:
+            active: The experts that some rank had in `backward`, the same on all.
+        """
 
     def step(self) -> None:
         """Moves the parameters that `backward` was asked for since the last step.
@@ -163,3 +208,101 @@ class Engine:
             group["active"] = key in self._active
         self._engine.step()
         self._active.clear()
+
+    def _wanted(self, active: Collection[ExpertKey]) -> list[nn.Parameter]:
+        return [*self._shared, *(p for key in active for p in self._experts[key])]
+
+
+class RankedEngine(Engine):
+    """The engine of one of several ranks, which makes the same steps as those of the others."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        shared: Sequence[nn.Parameter],
+        experts: ExpertParameters,
+        local: LocalTraining,
+        config: dict[str, Any],
+        *,
+        ranks: Ranks,
+    ) -> None:
+        """Builds the engine together with the other ranks.
+
+        DeepSpeed knows only what trains: it copies the first rank's parameters to all, and the frozen ones are mapped
+        from memory that no rank may write.
+        """
+        trained = [*shared, *(parameter for named in experts.values() for parameter in named.values())]
+        super().__init__(_Handover(trained), shared, experts, local, config, ranks=ranks)
+        self._computes = module
+        self._ranks = ranks
+        self._gradients: dict[nn.Parameter, Tensor] = {}
+
+    def forward(self, **inputs: Any) -> Any:
+        """See `Engine.forward`."""
+        return self._computes(**inputs)
+
+    def backward(self, loss: Tensor, active: Collection[ExpertKey]) -> None:
+        """See `Engine.backward`; the gradients are this rank's own until `reduce`."""
+        wanted = self._wanted(active)
+        if not wanted:
+            return
+        for parameter, gradient in zip(wanted, torch.autograd.grad(loss, wanted, allow_unused=True), strict=True):
+            if gradient is not None:
+                earlier = self._gradients.get(parameter)
+                self._gradients[parameter] = gradient if earlier is None else earlier + gradient
+
+    def reduce(self, active: Collection[ExpertKey]) -> None:
+        """See `Engine.reduce`. Where ZeRO partitions, DeepSpeed adds them up, in `step`.
+
+        An expert that no token of this rank's was sent to has a gradient of zeros here.
+        """
+        wanted = self._wanted(active)
+        if not wanted:
+            return
+        self._active |= {None, *active}
+        self._gradients = {
+            one: self._gradients[one] if one in self._gradients else torch.zeros_like(one) for one in wanted
+        }
+        if not self._partitions:
+            self._ranks.add_up(list(self._gradients.values()))
+            for parameter, gradient in self._gradients.items():
+                parameter.grad = gradient
+            self._gradients = {}
+
+    def step(self) -> None:
+        """See `Engine.step`."""
+        if self._gradients:
+            # ZeRO takes the mean over ranks, but each has only its part of the loss.
+            handed = self._engine(self._gradients) * self._ranks.size
+            torch.autograd.backward(self._engine.scale(handed), inputs=list(self._gradients))
+            self._gradients = {}
+        super().step()
+
+
+class _Handover(nn.Module):
+    """Gives each parameter a gradient that has been computed already."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        super().__init__()
+        self.trained = nn.ParameterList(parameters)
+
+    def forward(self, gradients: Mapping[nn.Parameter, Tensor]) -> Tensor:
+        """Returns 0, with these gradients."""
+        total = torch.zeros((), device=next(iter(gradients)).device)
+        for parameter, gradient in gradients.items():
+            total = total + _Given.apply(parameter, gradient)  # type: ignore[no-untyped-call]
+        return total
+
+
+class _Given(torch.autograd.Function):
+    """0, with a given gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, parameter: Tensor, gradient: Tensor) -> Tensor:
+        ctx.gradient = gradient
+        return parameter.new_zeros(())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.gradient * grad, None

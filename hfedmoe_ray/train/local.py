@@ -30,12 +30,13 @@ from hfedmoe_ray.seeds import derive_seed, generator
 from hfedmoe_ray.strategies import build_strategy
 from hfedmoe_ray.train.activations import checkpointed_layers
 from hfedmoe_ray.train.deepspeed_config import deepspeed_config
-from hfedmoe_ray.train.engine import Engine
+from hfedmoe_ray.train.engine import Engine, RankedEngine
 from hfedmoe_ray.train.explore import squared_gradients
 from hfedmoe_ray.train.frozen import check_unwritten, frozen_versions
 from hfedmoe_ray.train.memory import PeakMemory, return_freed_memory
 from hfedmoe_ray.train.prefix import PrefixStates, prefix_states
 from hfedmoe_ray.train.proximal import Proximity
+from hfedmoe_ray.train.ranks import JoinedRanks, Ranks
 from hfedmoe_ray.train.steps import LocalSteps, Run, batch_labels
 from hfedmoe_ray.types import Array, ClientMetrics, ClientTask, ExpertKey, Prototypes, Role, TaskWeights
 from hfedmoe_ray.wire import Upload, checksum, dump_metrics, expert_name, make_upload, pack_update
@@ -73,6 +74,8 @@ class ClientWorker:
         self._experiment = context.experiment
         self._local = context.experiment.local
         self._tiers = tier_of(context.experiment.clients)
+        self._alone = Ranks()
+        self._joined: JoinedRanks | None = None
         with _one_thread():
             self._model = SparseModel(context.model.path, lora=context.experiment.model.lora, frozen=frozen)
             self._data = FederatedDataset(context.data, context.experiment.data)
@@ -87,8 +90,12 @@ class ClientWorker:
         """Where this worker computes."""
         return self._model.device
 
+    def join(self, ranks: JoinedRanks) -> None:
+        """Makes this worker one of several ranks, for clients whose tier has so many."""
+        self._joined, self._alone = ranks, ranks.alone
+
     def execute(self, task: ClientTask, weights: TaskWeights, should_stop: ShouldStop) -> tuple[bytes, bytes, bytes]:
-        """Runs one task.
+        """Runs one task; with several ranks, as the first of them.
 
         Args:
             task: What to do.
@@ -105,27 +112,54 @@ class ClientWorker:
         """
         started = time.perf_counter()
         state = b""
+        with self._bound(task, weights) as examples:
+            match task.kind:
+                case "profile":
+                    payload, metrics = self._profile(task, examples, should_stop)
+                case "train":
+                    upload, metrics = self._train(task, weights, examples, should_stop)
+                    payload, state = upload.payload, upload.state
+                case "evaluate":
+                    payload, metrics = self._evaluate(task, examples, should_stop)
+                case "personalise":
+                    payload, metrics = self._personalise(task, weights, examples, should_stop)
+        seconds = time.perf_counter() - started
+        return payload, dump_metrics(replace(metrics, seconds=seconds)), state
+
+    def follow(self, task: ClientTask, weights: TaskWeights) -> None:
+        """Takes a further rank's part in a task that the first one executes: in its local steps.
+
+        Raises:
+            Stopped: The first rank was asked to stop.
+        """
+        with self._bound(task, weights) as examples:
+            if task.kind == "train":
+                self._local_steps(task, weights, examples, _never)
+            elif len(examples.split) > 0:
+                task = _next_round(task)
+                self._local_steps(task, weights, self._examples(task), _never)
+
+    @contextmanager
+    def _bound(self, task: ClientTask, weights: TaskWeights) -> Iterator[_Examples]:
+        """Gives the model a task's weights within a block, and yields the task's examples."""
+        # Ranks draw dropout for different examples; that of a single one is the first's.
+        rank = self._ranks_of(task).rank
+        seed = derive_seed(task.seed, "torch", task.round, task.client, *((rank,) if rank else ()))
         # Models with dropout draw from torch's generator: forked, so that neither callers nor tasks share it.
         with _one_thread(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive_seed(task.seed, "torch", task.round, task.client))
+            torch.manual_seed(seed)
             try:
                 self._model.bind(task.plan, weights, self._experiment.model.trainable)
-                examples = self._examples(task)
-                match task.kind:
-                    case "profile":
-                        payload, metrics = self._profile(task, examples, should_stop)
-                    case "train":
-                        upload, metrics = self._train(task, weights, examples, should_stop)
-                        payload, state = upload.payload, upload.state
-                    case "evaluate":
-                        payload, metrics = self._evaluate(task, examples, should_stop)
-                    case "personalise":
-                        payload, metrics = self._personalise(task, weights, examples, should_stop)
+                yield self._examples(task)
             finally:
                 self._model.release()
                 return_freed_memory()
-        seconds = time.perf_counter() - started
-        return payload, dump_metrics(replace(metrics, seconds=seconds)), state
+
+    def _ranks_of(self, task: ClientTask) -> Ranks:
+        """Who takes the local steps of a task's client together."""
+        if self._joined is None or self._tiers[task.client].ranks == 1:
+            return self._alone
+        return self._joined
 
     # ------------------------------------------------------------------------------------------- the four tasks
 
@@ -215,8 +249,7 @@ class ClientWorker:
         """One more round of local training, then loss and accuracy on a split; the trained weights are forgotten."""
         if len(examples.split) == 0:
             return self._evaluate(task, examples, should_stop)
-        # The draws of the round that would have come next: the last one's batches have been seen.
-        next_round = replace(task, round=task.round + 1, split="train")
+        next_round = _next_round(task)
         done, peak_mib = self._local_steps(next_round, weights, self._examples(next_round), should_stop)
         payload, metrics = self._evaluate(task, examples, should_stop)
         trained = {expert_name(key): steps for key, steps in done.trained.items() if steps}
@@ -230,9 +263,12 @@ class ClientWorker:
         if not self._strategy.probes or not keys:
             return {}
         indices = next(self._batches(task, len(examples.split)))
+        # Other ranks wait for this one in the first step: it stops there, together with them.
+        alone = self._ranks_of(task).size == 1
 
         def loss() -> float:
-            self._poll(should_stop)
+            if alone:
+                self._poll(should_stop)
             batch, logits = self._forward(examples, indices, precision="fp32")
             return float(cross_entropy(logits.double(), batch_labels(batch, self._model.device)))
 
@@ -244,7 +280,7 @@ class ClientWorker:
         self, task: ClientTask, weights: TaskWeights, examples: _Examples, should_stop: ShouldStop
     ) -> tuple[LocalSteps, float]:
         """Takes a round's optimizer steps on the bound model; returns what they told, and their peak memory in MiB."""
-        model, tier = self._model, self._tiers[task.client]
+        model, tier, ranks = self._model, self._tiers[task.client], self._ranks_of(task)
         if task.micro_batch is not None:
             tier = tier.model_copy(update={"micro_batch": task.micro_batch})
         done = LocalSteps(
@@ -256,6 +292,7 @@ class ClientWorker:
             rng=generator(task.seed, "select", task.round, task.client),
             specific=self._specific,
             proximity=Proximity(self._strategy.proximal, model, weights),
+            ranks=ranks,
         )
         shared = [*model.shared_parameters.values(), *model.scales]
         model.module.train()
@@ -263,14 +300,16 @@ class ClientWorker:
         return_freed_memory()
         frozen = frozen_versions(model)
         config = deepspeed_config(self._local, tier, model.device.type)
+        build = RankedEngine if ranks.size > 1 else Engine
         with (
             checkpointed_layers(model.module, tier.checkpoint_activations),
-            Engine(model.module, shared, model.expert_parameters, self._local, config) as engine,
+            build(model.module, shared, model.expert_parameters, self._local, config, ranks=ranks) as engine,
             PeakMemory(model.device) as peak,
         ):
             for indices in self._batches(task, len(examples.split)):
-                self._poll(should_stop)
+                self._poll(lambda: ranks.any(should_stop()))
                 done.take(engine, indices)
+            done.finish()
         check_unwritten(frozen)
         # Gradients and moments are gone; what is packed now must not come on top of the room they took.
         return_freed_memory()
@@ -360,6 +399,15 @@ class ClientWorker:
 def _metrics(task: ClientTask, split: Split, **measured: Any) -> ClientMetrics:
     """Metrics of a task with what was measured in it."""
     return ClientMetrics(client=task.client, round=task.round, kind=task.kind, samples=len(split), **measured)
+
+
+def _never() -> bool:
+    return False
+
+
+def _next_round(task: ClientTask) -> ClientTask:
+    """A task with the draws of the round that would come next: the batches of its own have been seen."""
+    return replace(task, round=task.round + 1, split="train")
 
 
 def _without_counts(means: Mapping[ExpertKey, tuple[Array, int]]) -> dict[ExpertKey, Array]:

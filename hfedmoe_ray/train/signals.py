@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from hfedmoe_ray.moe.routing import RoutingTape
+from hfedmoe_ray.train.ranks import Ranks
 from hfedmoe_ray.types import ExpertKey, FloatArray, Signal
 
 
@@ -67,6 +68,13 @@ class Signals:
         for key, value in squared.items():
             self._sums["gradient"][key] += value
             self._steps[key] += 1
+
+    def become_all(self, ranks: Ranks) -> None:
+        """Adds up over a client's ranks what each has measured on its examples; they have the same gradients."""
+        own = [self._weight, *(self._sums[signal] for signal in sorted(self._sums) if signal != "gradient")]
+        if self._wanted:
+            for one, summed in zip(own, ranks.gather(np.stack(own)).sum(axis=0), strict=True):
+                one[:] = summed
 
     def result(self) -> dict[Signal, FloatArray]:
         """The signals, in the order of their names."""

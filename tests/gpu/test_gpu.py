@@ -5,17 +5,24 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from moe_models import batch, plan, prepare, save_bert, save_mixtral, task_weights
+from ranked_clients import alone, pair
+from tiny_federation import experiment, write_sources
 from torch.nn.functional import cross_entropy
 
 from hfedmoe_ray.config.schema import LocalTraining, Tier
+from hfedmoe_ray.moe.prepare import initial_weights
 from hfedmoe_ray.moe.sharing import alias, export, read_frozen
 from hfedmoe_ray.moe.subset import SparseModel
+from hfedmoe_ray.prepare import prepare_run
 from hfedmoe_ray.runtime.client import cap_gpu_memory
 from hfedmoe_ray.train.deepspeed_config import deepspeed_config
 from hfedmoe_ray.train.engine import Engine
+from hfedmoe_ray.types import ClientTask, TaskWeights
+from hfedmoe_ray.wire import unpack_update
 
 pytestmark = pytest.mark.gpu
 PLAN = plan("TF.T..", ".TF.T.")
@@ -100,3 +107,31 @@ def test_clients_of_a_gpu_share_one_frozen_base(tmp_path: Path):
             allocated, total = one.result()
             assert total == expected
             assert allocated < size / 2, "the client has a copy of the base"
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("stage", [0, 2])
+def test_two_ranks_over_nccl_are_one_within_rounding(tmp_path: Path, stage: int):
+    write_sources(tmp_path)
+    local = {"steps": 3, "batch_size": 5, "learning_rate": 1e-3, "cache": "off"}
+    found = []
+    for devices in (2, 1):
+        tier = {"name": "any", "share": 1, "experts": 1, "device": devices, "zero_stage": stage}
+        made = experiment(tmp_path, "mixtral", clients={"count": 4, "tiers": [tier]}, local=local)
+        context = prepare_run(made, tmp_path / f"run-{devices}")
+        weights = initial_weights(context.model, "experts", None)
+        task = ClientTask(kind="train", round=1, client=0, seed=0, plan=PLAN, version=0)
+        needed = TaskWeights(shared=weights.shared, experts={key: weights.experts[key] for key in PLAN.present})
+        if devices == 1:
+            found.append(alone(context, task, needed))
+            continue
+        with pair(gpus=True) as two:
+            payload, metrics, ends = two.work(context, task, needed)
+        assert ends[0] == ends[1]
+        found.append((payload, metrics))
+    (ours, told), (theirs, expected) = found
+    assert told.trained == expected.trained
+    one, other = unpack_update(ours, told), unpack_update(theirs, expected)
+    for key, named in other.experts.items():
+        for name, array in named.items():
+            assert float(np.quantile(np.abs(one.experts[key][name] - array), 0.95)) <= 1e-4

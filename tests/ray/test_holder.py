@@ -20,7 +20,7 @@ from hfedmoe_ray.context import PreparedModel
 from hfedmoe_ray.moe.prepare import initial_weights
 from hfedmoe_ray.moe.sharing import alias, part, read_frozen
 from hfedmoe_ray.moe.subset import SparseModel
-from hfedmoe_ray.runtime import slot
+from hfedmoe_ray.runtime import gang
 from hfedmoe_ray.runtime.client import capped_fraction
 from hfedmoe_ray.runtime.holder import start_holder
 from hfedmoe_ray.runtime.pool import RayExecutor
@@ -110,7 +110,7 @@ def test_shares_are_of_what_the_holder_leaves():
 @pytest.fixture
 def executor(prepared: PreparedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RayExecutor]:
     groups = {"health": 1, "lifeline": 1}
-    monkeypatch.setattr(slot, "RemoteClient", ray.remote(max_restarts=0, concurrency_groups=groups)(GpuClient))
+    monkeypatch.setattr(gang, "RemoteClient", ray.remote(max_restarts=0, concurrency_groups=groups)(GpuClient))
     run = replace(context(tmp_path, runtime={"slots": 2}), model=prepared)
     made = RayExecutor(run, worker_factory=FrozenReader)
     made.publish(weights())

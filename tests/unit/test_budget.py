@@ -2,6 +2,7 @@
 
 import random
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -53,6 +54,50 @@ def sizes(slots: tuple[SlotSpec, ...]) -> list[float]:
 
 
 # ---------------------------------------------------------------------------------------------------- one client
+
+
+def gang(ranks: int, cpus: float = 0.0, gpus: float = 0.0, gib: float = 0.0) -> ResourceSpec:
+    return replace(spec(cpus, gpus, gib), ranks=ranks)
+
+
+def test_a_client_of_several_whole_devices_has_a_rank_on_each():
+    assert resources(tier(device=2), False) == gang(2, 2, gib=2)
+    assert resources(tier(device=2), True) == gang(2, 2 * GPU_CLIENT_CPUS, 2, gib=2)
+    assert resources(tier(device=2, num_cpus=0.4), False) == gang(2, 0.4, gib=2)
+    assert resources(tier(num_gpus=4), True).ranks == 4
+    assert resources(tier(device=2, num_gpus=1), True).ranks == 1
+    assert resources(tier(device=1), True).ranks == 1
+    assert str(resources(tier(device=2), True)) == "2 ranks of 1 GPU, 0.25 CPU, 1.0 GiB"
+
+
+def test_a_gang_serves_gangs_of_its_size_and_single_clients_that_fit_its_first_rank():
+    pair = gang(2, 0.4, gib=2)
+    assert pair.covers(gang(2, 0.2, gib=2))
+    assert pair.covers(spec(0.2, gib=1))
+    assert not pair.covers(spec(0.3, gib=1)), "it would not fit one rank"
+    assert not gang(4, 4, gib=4).covers(pair)
+    assert not spec(8, gib=8).covers(pair)
+    assert pair.joined(spec(0.3, gib=1)) == gang(2, 0.6, gib=2)
+    assert pair.joined(gang(3, 3)) is None
+
+
+def test_all_gpus_of_a_gang_are_on_one_node():
+    clients = {"count": 2, "tiers": [tier(device=2).model_dump()]}
+    experiment = Experiment.model_validate(
+        {"name": "x", "clients": clients, "model": {"source": "package:none"}, "data": {"source": "none.jsonl"}}
+    )
+    nodes = [node(8, 1, name="one"), node(8, 2, name="two"), node(8, 1, name="other")]
+    assert [(slot.node, slot.resources.ranks) for slot in plan_actors(experiment, nodes)] == [("two", 2)]
+    with pytest.raises(CapacityError, match="2 ranks of 1 GPU"):
+        plan_actors(experiment, [nodes[0], nodes[2]])
+    assert Counter(slot.node for slot in plan_actors(experiment, [node(8, 4)])) == {"n0": 2}
+
+
+def test_slots_that_gangs_of_other_sizes_would_share_are_refused():
+    pair, four = demand("pair", gang(2, 2, gib=2)), demand("four", gang(4, 4, gib=4))
+    assert len(plan_slots([pair, four], [node(8)], 2)) == 2
+    with pytest.raises(CapacityError, match="numbers of whole devices"):
+        plan_slots([pair, four], [node(8)], 1)
 
 
 def test_device_is_a_share_of_a_core_or_of_a_gpu():

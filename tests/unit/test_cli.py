@@ -168,6 +168,15 @@ def test_plan_shows_every_client_and_the_total(quickstart: Path, capsys: pytest.
     assert any(line.startswith("a round of 10 clients: ") for line in lines)
 
 
+def test_plan_shows_the_ranks_of_a_client_of_several_devices(quickstart: Path, capsys: pytest.CaptureFixture[str]):
+    plan = ["plan", str(quickstart), "clients.tiers.2.device=2", "--cpus", "8", "--memory-gib", "64"]
+    assert main([*plan, "--gpus", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "2 ranks of 1 GPU, 0.25 CPU" in out
+    assert main([*plan, "--gpus", "1"]) == 5
+    assert "has 1 GPU free of 1" in capsys.readouterr().err
+
+
 def test_plan_shows_tiers_where_clients_are_many(quickstart: Path, capsys: pytest.CaptureFixture[str]):
     main(["plan", str(quickstart), "clients.count=1000", "--cpus", "2", "--gpus", "0", "--memory-gib", "16"])
     rows = [line.split()[:2] for line in capsys.readouterr().out.splitlines() if line[:1].isdecimal()]
