@@ -1,5 +1,6 @@
 """Frozen tensors of one process in others: the protocol of GPU sharing, as far as a machine without one shows it."""
 
+import gc
 import json
 from collections.abc import Iterator
 from dataclasses import replace
@@ -40,6 +41,8 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> PreparedModel:
 def holder(prepared: PreparedModel) -> Iterator[Any]:
     made = start_holder(prepared.path, Lora(rank=2), ray.get_runtime_context().get_node_id(), "")
     yield made
+    # What this process maps of it goes first: torch cannot let go of a file whose keeper is gone, and would abort.
+    gc.collect()
     ray.kill(made)
 
 
