@@ -90,6 +90,7 @@ def test_what_must_not_be_averaged_is_as_if_it_had_never_been_sent(sources: Path
         "failed": 0,
         "rejected": len(LIES),
         "dropped": 0,
+        "memory": 0,
     }
     told = {fields["client"]: fields for name, fields in recorder.events if name == "client" and fields["round"] == 1}
     for (_, client), lie in lies.items():
