@@ -121,9 +121,8 @@ class AsynchronousFederation(Federation):
         room = self.options.in_flight - len(self.state.flights)
         if not len(idle) or not room:
             return
-        examples = [sum(counts) for counts in self.context.data.counts]
         rng = generator(self.experiment.seed, "asynchronous", round, len(landed))
-        cohort = draw_clients(self.experiment.clients, idle, room, examples, rng)
+        cohort = draw_clients(self.experiment.clients, idle, room, self.examples, rng)
         self.strategy.study(self.state.weights)
         plans = self.strategy.plan(round, [self.client_info(client) for client in cohort], self.state.profiles)
         for client, plan in plans.items():

@@ -18,6 +18,8 @@ from pathlib import Path
 
 from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_exists, _internal_kv_put
 
+from hfedmoe_ray.train.memory import private_bytes
+
 _STATUS = Path("/proc/self/status")
 _LEEWAY = 128 * 2**20
 """What a task maps and does not write: the stacks of the threads it starts first of all, 8 MiB each (measured: 76 MiB
@@ -64,8 +66,6 @@ def marked(actor: str, budget: int) -> Iterator[None]:
     if not _STATUS.exists():
         yield
         return
-    from hfedmoe_ray.train.memory import private_bytes
-
     over, close = threading.Event(), threading.Event()
 
     def watch() -> None:

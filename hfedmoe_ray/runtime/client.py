@@ -25,6 +25,7 @@ from hfedmoe_ray.runtime.cap import capped, marked
 from hfedmoe_ray.runtime.transfer import Directory
 from hfedmoe_ray.runtime.weights import TaskRefs
 from hfedmoe_ray.runtime.worker import Worker, WorkerFactory, last_line, out_of_memory
+from hfedmoe_ray.train.memory import return_freed_memory
 from hfedmoe_ray.types import Array, ClientTask
 
 Answer = tuple[Literal["ok", "stopped", "failed", "memory"], bytes, str]
@@ -117,8 +118,6 @@ class ClientActor:
             if canceled():
                 answer = ("stopped", b"", last_line(error))
         # Only now that its traceback is gone is what the task held garbage; the next one needs the room.
-        from hfedmoe_ray.train.memory import return_freed_memory
-
         gc.collect()
         return_freed_memory()
         return NOTHING, NOTHING, answer

@@ -2,17 +2,19 @@
 
 A process's own memory is what it has written: anonymous pages, which cannot be shared, nor read again from a file.
 Mapped weights, data and cached states are not in it: the page cache holds them once for all processes of a node, and
-drops them when it must.
+drops them when it must. Torch-free, but for what is asked of a GPU.
 """
 
 import ctypes
 import os
 import threading
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import psutil
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 _STATM = Path("/proc/self/statm")
 _SAMPLE_S = 0.002
@@ -31,7 +33,7 @@ def private_bytes() -> int:
 class PeakMemory:
     """Watches the peak of a client's own memory during a block; on a GPU, that of its allocator on the device."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: "torch.device") -> None:
         """Takes note of where the client computes."""
         self._device = device
         self._peak = 0
@@ -41,6 +43,8 @@ class PeakMemory:
     def __enter__(self) -> Self:
         """Starts watching."""
         if self._device.type == "cuda":
+            import torch
+
             torch.cuda.reset_peak_memory_stats(self._device)
         else:
             self._watcher.start()
@@ -49,6 +53,8 @@ class PeakMemory:
     def __exit__(self, *exception: object) -> None:
         """Stops watching; `mib` stays."""
         if self._device.type == "cuda":
+            import torch
+
             self._peak = torch.cuda.max_memory_reserved(self._device)
         else:
             self._over.set()
