@@ -67,9 +67,10 @@ def learning(run: RunRecord) -> str:
         else ""
     )
     if timed:
+        waits = "waits for nobody" if run.config.get("asynchronous") else "waits for its slowest client"
         intro += (
             " Simulated time is arithmetic, not measured: what each round's work would take on the devices that the "
-            "tiers stand for, where a round waits for its slowest client and evaluation takes no time."
+            f"tiers stand for, where a round {waits} and evaluation takes no time."
         )
     return section("Learning", intro, f'<div class="pair">{"".join(figures)}</div>')
 
