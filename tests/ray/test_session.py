@@ -50,7 +50,7 @@ def test_an_error_in_the_server_is_the_same_error_in_the_driver(tmp_path: Path):
     missing = f"data.source={tmp_path}/missing.jsonl"
     with pytest.raises(DataError, match=r"missing\.jsonl"):
         run(tmp_path / "broken", missing)
-    with pytest.raises(CapacityError, match=r"server .*64 CPU"):
+    with pytest.raises(CapacityError, match=r"server .*64 ranks of 1 CPU"):
         run(tmp_path / "large", missing, "clients.tiers.2.device=64")
     assert not ray.is_initialized()
 
