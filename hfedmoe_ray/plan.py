@@ -180,12 +180,15 @@ def predict_memory(
 def predict_seconds(
     experiment: Experiment, shape: ModelShape, tier: Tier, resident: int, present: int, *, gpu: bool
 ) -> float | None:
-    """Returns the predicted seconds of a client's optimizer steps in a round; None where nothing was measured."""
+    """Returns the predicted seconds of a client's optimizer steps in a round; None where nothing was measured.
+
+    Ranks share a batch; what they exchange is not counted.
+    """
     measured = calibration.read(experiment, tier, shape, gpu=gpu)
     if measured is None:
         return None
     share = present / shape.total_experts * _activated(experiment, shape, tier)
-    return experiment.local.steps * measured.step.of(resident, share, experiment.local.batch_size)
+    return experiment.local.steps * measured.step.of(resident, share, ceil(experiment.local.batch_size / tier.ranks))
 
 
 def predict_upload(experiment: Experiment, shape: ModelShape, resident: int, present: int) -> int:

@@ -40,8 +40,8 @@ def plan(
     """Show who gets what, whether it fits this machine, and what it costs.
 
     Nothing is started. With --cpus, --gpus and --memory-gib the plan is made for another machine. With --measure the
-    model and data are prepared and a small client trains for half a minute; later plans remember
-    what it occupied and how long it took.
+    model and data are prepared and a small client trains for half a minute; later plans remember what it occupied and
+    how long it took.
     """
     from rich.console import Console
 

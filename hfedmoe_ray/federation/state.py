@@ -58,7 +58,7 @@ class FederationState:
     simulated: list[float] = field(default_factory=list)
     """The simulated clock at the end of each round, from round 0; empty where the tiers name no device."""
     flights: list[Flight] = field(default_factory=list)
-    """Tasks under way; none between the rounds of a run that has such."""
+    """Tasks under way, where rounds wait for nobody; else none."""
     older: dict[int, Weights] = field(default_factory=dict)
     """Earlier versions of the weights, by number, that tasks under way started from."""
 

@@ -4,7 +4,6 @@
 clients take turns. Both are the same loop over slots; they differ in which tasks a slot serves.
 """
 
-import re
 import time
 import uuid
 from collections.abc import Generator, Sequence
@@ -20,16 +19,16 @@ from hfedmoe_ray.federation.executor import Further, Notify, nothing_further
 from hfedmoe_ray.runtime import cluster, timeouts
 from hfedmoe_ray.runtime.client import Loading
 from hfedmoe_ray.runtime.holder import alive, start_holder
+from hfedmoe_ray.runtime.results import Payload, about, finished, told
 from hfedmoe_ray.runtime.scaling import free_room, further_slots, plan_when_there, release
 from hfedmoe_ray.runtime.slot import ActorRecipe, Attempt, Slot, State
 from hfedmoe_ray.runtime.transfer import Directory, directory_hash
 from hfedmoe_ray.runtime.weights import WeightStore
-from hfedmoe_ray.runtime.worker import WorkerFactory, client_worker, last_line, late_reason
-from hfedmoe_ray.types import ClientMetrics, ClientTask, Fetch, Status, TaskResult, Weights
+from hfedmoe_ray.runtime.worker import WorkerFactory, client_worker, late_reason
+from hfedmoe_ray.types import ClientTask, TaskResult, Weights
 from hfedmoe_ray.wire import parse_metrics
 
 _SHOWN = ("CPU", "GPU", "memory")
-_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 START_ATTEMPTS = 2
 """A slot whose actors die so often before they are loaded is given up."""
 
@@ -128,7 +127,7 @@ class RayExecutor:
             idle.remove(slot)
             ready.remove(attempt)
             slot.assign(attempt, self._store.refs(attempt.task), self._runtime.deadline_s)
-            notify("task_started", _about(attempt.task) | {"slot": slot.number, "attempt": attempt.number})
+            notify("task_started", about(attempt.task) | {"slot": slot.number, "attempt": attempt.number})
 
     def _events(self, ready: Sequence[Attempt]) -> list[tuple[Slot, bool]]:
         """Waits until some slot has an answer or is past its deadline; returns (slot, whether it has answered).
@@ -163,7 +162,7 @@ class RayExecutor:
                 free = {name: amount for name, amount in ray.available_resources().items() if name in _SHOWN}
                 self._give_up(slot, f"no actor within {timeouts.CLIENT_START:g} s; free in the cluster: {free}", notify)
             case State.IDLE if answered:
-                self._replace(slot, _told(slot.cause_of_death()), notify)
+                self._replace(slot, told(slot.cause_of_death()), notify)
             case State.BUSY if answered:
                 return self._finish_task(slot, ready, notify)
             case State.BUSY:
@@ -185,13 +184,13 @@ class RayExecutor:
             if isinstance(cause, HFedMoEError):
                 raise cause from None
             if cause is not None and not isinstance(cause, RayError):
-                raise TrainingError(f"A client actor cannot load the model or the data: {_told(error)}") from error
+                raise TrainingError(f"A client actor cannot load the model or the data: {told(error)}") from error
             self._forget_dead_holders(slot.spec.node)
             slot.failed_starts += 1
             if slot.failed_starts < START_ATTEMPTS:
-                self._replace(slot, _told(error), notify)
+                self._replace(slot, told(error), notify)
             else:
-                self._give_up(slot, _told(error), notify)
+                self._give_up(slot, told(error), notify)
             return
         if loading.missing:
             for name in loading.missing:
@@ -224,17 +223,17 @@ class RayExecutor:
             except ValueError as error:
                 reason = f"its metrics cannot be read: {error}"
         elif body:
-            notify("task_error", _about(attempt.task) | {"traceback": body.decode()})
+            notify("task_error", about(attempt.task) | {"traceback": body.decode()})
         if metrics is None:
-            return _result(attempt, "memory" if status == "memory" else "failed", reason, seconds, notify)
-        return _result(attempt, "ok", "", seconds, notify, metrics=metrics, payload=_Payload(payload), state=state)
+            return finished(attempt, "memory" if status == "memory" else "failed", reason, seconds, notify)
+        return finished(attempt, "ok", "", seconds, notify, metrics=metrics, payload=Payload(payload), state=state)
 
     def _leave_behind(self, slot: Slot, notify: Notify) -> TaskResult:
         """BUSY → STOPPING: the round goes on without this client."""
         assert slot.attempt is not None
         attempt, seconds = slot.attempt, time.monotonic() - slot.since
         slot.ask_to_stop()
-        return _result(attempt, "late", late_reason(self._runtime.deadline_s), seconds, notify)
+        return finished(attempt, "late", late_reason(self._runtime.deadline_s), seconds, notify)
 
     def _finish_stop(self, slot: Slot, notify: Notify) -> None:
         """STOPPING → IDLE, whatever the late task answered."""
@@ -243,7 +242,7 @@ class RayExecutor:
         except (RayTaskError, TaskCancelledError):
             self._settle(slot, notify)
         except RayError as error:
-            self._replace(slot, _told(error), notify)
+            self._replace(slot, told(error), notify)
         else:
             self._settle(slot, notify)
 
@@ -264,15 +263,15 @@ class RayExecutor:
         If memory was the cause (Ray says so where it ended the process for its node's sake), it is not tried again as
         it is. Of a process within its budget that the kernel ended nobody knows; that is like any death.
         """
-        seconds, reason = time.monotonic() - slot.since, _told(error)
+        seconds, reason = time.monotonic() - slot.since, told(error)
         of_memory = isinstance(error, OutOfMemoryError) or slot.died_of_memory()
         self._replace(slot, reason, notify)
         if of_memory:
-            return _result(attempt, "memory", f"its process died out of memory: {reason}", seconds, notify)
+            return finished(attempt, "memory", f"its process died out of memory: {reason}", seconds, notify)
         if attempt.number > self._runtime.retries:
-            return _result(attempt, "failed", f"its process died {attempt.number} times: {reason}", seconds, notify)
+            return finished(attempt, "failed", f"its process died {attempt.number} times: {reason}", seconds, notify)
         ready.insert(0, Attempt(attempt.task, attempt.number + 1))
-        notify("task_retried", _about(attempt.task) | {"attempt": attempt.number + 1, "reason": reason})
+        notify("task_retried", about(attempt.task) | {"attempt": attempt.number + 1, "reason": reason})
         return None
 
     def _replace(self, slot: Slot, reason: str, notify: Notify) -> None:
@@ -294,7 +293,7 @@ class RayExecutor:
         self._follow_cluster(notify)
         for slot in self.slots:
             if slot.state is State.IDLE and slot.dead:
-                self._replace(slot, _told(slot.cause_of_death()), notify)
+                self._replace(slot, told(slot.cause_of_death()), notify)
 
     def _follow_cluster(self, notify: Notify) -> None:
         """Where nodes have joined: brings back slots that were given up, and adds those the larger cluster holds."""
@@ -346,59 +345,6 @@ class RayExecutor:
         return self._directories
 
 
-class _Payload:
-    """The bytes of an update, left in the object store until they are asked for, once."""
-
-    def __init__(self, ref: Any) -> None:
-        self._ref = ref
-
-    def __call__(self) -> bytes:
-        ref, self._ref = self._ref, None
-        if ref is None:
-            raise RuntimeError("this payload has been fetched before")
-        data: bytes = ray.get(ref, timeout=timeouts.FETCH).tobytes()
-        return data
-
-
 def _turn(attempt: Attempt) -> tuple[bool, float, int]:
     """What is tried again comes first, then what takes longest."""
     return attempt.number == 1, -attempt.task.weight, attempt.task.client
-
-
-def _about(task: ClientTask) -> dict[str, Any]:
-    return {"client": task.client, "round": task.round, "kind": task.kind}
-
-
-def _result(
-    attempt: Attempt,
-    status: Status,
-    reason: str,
-    seconds: float,
-    notify: Notify,
-    *,
-    metrics: ClientMetrics | None = None,
-    payload: Fetch | None = None,
-    state: Fetch | None = None,
-) -> TaskResult:
-    """The result of a task, told to `notify` as well."""
-    outcome = {"status": status, "reason": reason, "attempts": attempt.number, "seconds": seconds}
-    notify("task_finished", _about(attempt.task) | outcome)
-    return TaskResult(
-        task=attempt.task,
-        status=status,
-        metrics=metrics,
-        payload=payload,
-        state=state,
-        reason=reason,
-        attempts=attempt.number,
-    )
-
-
-def _told(error: RayError) -> str:
-    """Ray's error in one line: the client's own last line where there is one."""
-    cause = error.cause if isinstance(error, RayTaskError) else None
-    if isinstance(cause, BaseException):
-        return last_line(cause)
-    lines = _COLOURS.sub("", str(error)).strip().splitlines() or [""]
-    # What failed in the actor's creation stands in the last line, why a process died in the first.
-    return f"{type(error).__name__}: {lines[-1 if 'creation task' in lines[0] else 0].strip()}"

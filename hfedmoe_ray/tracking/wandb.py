@@ -64,9 +64,9 @@ class WandbTracker:
     def _attempt(self, what: str, action: Callable[[], None]) -> None:
         """Does something with W&B, or, if that fails, says so once and is silent from then on.
 
-        Any exception is caught, here and in `_start`, as nowhere else in this package: they come from a network, a
-        service process and a library of many versions, none can be named in advance, and none is worth a training run
-        whose record is complete without W&B.
+        Any exception is caught and the run goes on, here and in `_start`: they come from a network, a service process
+        and a library of many versions, none can be named in advance, and none is worth a training run whose record is
+        complete without W&B.
         """
         if self._silent:
             return

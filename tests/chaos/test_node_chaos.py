@@ -6,11 +6,13 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from ray.cluster_utils import Cluster
 from tiny_worker import TIERS, Log, TinyWorker, context, outcome, task, weights
 
+from hfedmoe_ray.context import RunContext
 from hfedmoe_ray.errors import CapacityError, ClusterError
 from hfedmoe_ray.runtime.cluster import capacity, connected
 from hfedmoe_ray.runtime.local import LocalExecutor
@@ -49,19 +51,24 @@ def continued(results: list[TaskResult]) -> list[ClientTask]:
     return [replace(result.task, state=result.state) for result in results]
 
 
-def test_work_of_a_lost_node_moves_to_another(cluster: Cluster, tmp_path: Path):
-    made = context(tmp_path)
+def undisturbed(made: RunContext) -> tuple[Any, Any]:
+    """What the tasks give in one process, and what they give once more with the states their clients were left in."""
     local = LocalExecutor(made, worker_factory=TinyWorker)
     local.publish(weights())
     first = list(local.run(TASKS, Log()))
-    expected = outcome(list(local.run(continued(first), Log())))
+    return outcome(first), outcome(list(local.run(continued(first), Log())))
+
+
+def test_work_of_a_lost_node_moves_to_another(cluster: Cluster, tmp_path: Path):
+    made = context(tmp_path)
+    first, expected = undisturbed(made)
     executor = RayExecutor(made, worker_factory=TinyWorker)
     executor.publish(weights())
     log = Log()
     try:
         assert {slot.spec.node for slot in executor.slots} == {node.node for node in capacity() if node.cpus}
         before = list(executor.run(TASKS, log))
-        assert outcome(before) == outcome(first)
+        assert outcome(before) == first
         lost = executor.slots[0].spec.node
         lose(cluster, lost)
         # The other slots may finish a round before the loss is noticed; every round's results are the same.
@@ -121,10 +128,7 @@ def test_a_run_waits_for_a_node_that_the_cluster_is_to_get(cluster: Cluster, ray
 def test_what_clients_of_a_lost_node_had_sent_is_there(cluster: Cluster, tmp_path: Path):
     """Neither updates that nobody has read yet nor states are lost with it, nor what it had of the weights."""
     made = context(tmp_path)
-    local = LocalExecutor(made, worker_factory=TinyWorker)
-    local.publish(weights())
-    first = list(local.run(TASKS, Log()))
-    expected = outcome(list(local.run(continued(first), Log())))
+    first, expected = undisturbed(made)
     executor = RayExecutor(made, worker_factory=TinyWorker)
     executor.publish(weights())
     log = Log()
@@ -137,7 +141,7 @@ def test_what_clients_of_a_lost_node_had_sent_is_there(cluster: Cluster, tmp_pat
         while lost in {node.node for node in capacity()} and time.monotonic() < noticed_by:
             list(executor.run([task(0)], Log()))
         assert lost not in {node.node for node in capacity()}
-        assert outcome(before) == outcome(first)
+        assert outcome(before) == first
         assert outcome(list(executor.run(continued(before), log))) == expected
     finally:
         executor.close()

@@ -113,6 +113,16 @@ def test_a_round_takes_what_the_busiest_actor_does(quickstart: Path, tmp_path: P
     assert planned(quickstart, "actors=dedicated").seconds == pytest.approx(max(each))
 
 
+def test_ranks_share_what_the_examples_of_a_batch_cost(quickstart: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("HFEDMOE_CACHE", str(tmp_path))
+    experiment = load_experiment(quickstart)
+    step = Cost(fixed=0.0, expert=0.0, example=0.01, routed=0.0)
+    calibration.write(experiment, experiment.clients.tiers[0], SHAPE, Calibration(peak=step, step=step), gpu=False)
+    one, gang = (planned(quickstart, f"clients.tiers.2.device={d}", "actors=pooled").tiers[2] for d in (1, 2))
+    assert gang.asked.ranks == 2
+    assert gang.train_seconds == pytest.approx(one.train_seconds / 2)
+
+
 def test_the_same_actors_are_planned_as_a_run_would_make(quickstart: Path):
     experiment = load_experiment(quickstart)
     assert planned(quickstart).slots == budget.plan_slots(
