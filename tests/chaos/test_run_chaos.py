@@ -1,6 +1,7 @@
 """Whole runs that are disturbed end with the model of the undisturbed run.
 
-Their uploads are top-k with error feedback: then clients have a state, which must neither be lost nor used twice.
+Their uploads are top-k with error feedback: then clients have a state, which must neither be lost nor used twice. Their
+rounds take a second or two, so that there is time to disturb one.
 """
 
 import json
@@ -31,7 +32,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.chaos]
 GONE_WITHIN = 120
 SLACK = 10
 """Seconds that other work on the machine may take from what is timed."""
-LOSSY = ("wire.upload=topk", "wire.share=0.05")
+LOSSY = ("wire.upload=topk", "wire.share=0.05", "local.steps=6")
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +115,7 @@ def test_a_server_killed_while_it_saves_loses_nothing(tmp_path: Path, undisturbe
 
     def kill_when_saving() -> None:
         """Between the reduction of round 2 and the renaming of its checkpoint."""
-        while not over.is_set() and not killed:
+        while not over.wait(0.001) and not killed:
             if any((tmp_path / "checkpoints").glob(".round-0002.*")):
                 family = psutil.Process().children(recursive=True)
                 (server,) = [p.pid for p in family if p.name().startswith("ray::ServerActor")]
