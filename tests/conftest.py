@@ -1,6 +1,7 @@
 """What every test may rely on: no network, one cache of prepared models, further datasets where there are any."""
 
 import os
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,9 @@ REPOSITORY = Path(__file__).parents[1]
 def pytest_configure() -> None:
     # Read by huggingface_hub when it is imported, which collecting the tests already does.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    # A shell's background jobs ignore Ctrl-C, and so would every process that a test starts.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -66,12 +66,7 @@ def start(output: Path) -> subprocess.Popen[str]:
     """`hfedmoe run` in a process of its own, watched until it has finished round 1."""
     keys = [*OVERRIDES, *LOSSY, f"output={output}"]
     command = [sys.executable, "-u", "-m", "hfedmoe_ray.cli", "run", str(CONFIG), *keys]
-    # Jobs in the background of a shell ignore Ctrl-C, and so would what they start; what is handled here is not.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY, start_new_session=True)
-    finally:
-        signal.signal(signal.SIGINT, before)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY, start_new_session=True)
     assert process.stdout is not None
     for line in process.stdout:
         if "round 1/3" in line:
