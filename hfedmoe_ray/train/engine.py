@@ -1,8 +1,7 @@
 """The DeepSpeed engine of one client. The only module that imports deepspeed.
 
-A client is one rank of its own world: it joins a process group whose rendezvous lives in its own memory, so there is
-no master port to agree on or to collide over, and any number of clients start on one machine at once. (Gloo still binds
-loopback sockets on ports that the kernel picks.)
+A client is one rank of its own world (`train.alone`): there is no master port to agree on or to collide over, and any
+number of clients start on one machine at once.
 
 The engine is built for the round's trainable parameters and thrown away after it, so nothing of one client's optimizer
 reaches the next. That costs 0.012 s where 24 of a benchmark model's 96 experts train and 0.03 s where all do
@@ -24,10 +23,10 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch._C._distributed_c10d import HashStore
 from torch.autograd.function import once_differentiable
 
 from hfedmoe_ray.config.schema import LocalTraining
+from hfedmoe_ray.train.alone import join_own_world
 from hfedmoe_ray.train.ranks import Ranks
 from hfedmoe_ray.types import ExpertKey
 
@@ -46,16 +45,6 @@ deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 _ALONE = Ranks()
 ExpertParameters = Mapping[ExpertKey, Mapping[str, nn.Parameter]]
 """Parameters of experts by tensor name."""
-
-
-def _join_own_world() -> None:
-    """Makes this process the only rank of an in-memory process group, once."""
-    if torch.distributed.is_initialized():
-        return
-    world = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    for name, value in world.items():
-        os.environ.setdefault(name, value)
-    torch.distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
 
 
 class _Members:
@@ -129,7 +118,7 @@ class Engine:
             config: DeepSpeed's, from `deepspeed_config`.
             ranks: The client's; this process alone, even where it is one of several that have joined.
         """
-        _join_own_world()
+        join_own_world()
         self._module = module
         self._shared = tuple(shared)
         self._experts = {key: tuple(named.values()) for key, named in experts.items()}

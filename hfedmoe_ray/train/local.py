@@ -309,6 +309,7 @@ class ClientWorker:
             for indices in self._batches(task, len(examples.split)):
                 self._poll(lambda: ranks.any(should_stop()))
                 done.take(engine, indices)
+                peak.look()
             done.finish()
         check_unwritten(frozen)
         # Gradients and moments are gone; what is packed now must not come on top of the room they took.
