@@ -4,9 +4,9 @@ from collections.abc import Generator, Iterable, Mapping, Sequence
 from typing import Any
 
 from hfedmoe_ray.federation.executor import Executor, Further, Notify, nothing_further
-from hfedmoe_ray.types import ClientTask, TaskKind, TaskResult, Weights
+from hfedmoe_ray.types import ClientTask, TaskResult, Weights
 
-_About = tuple[TaskKind, int, int]
+_About = tuple[str | None, int | None, int | None]
 """(kind, round, client): what events say of a task. Tasks that are told apart by less have one listener."""
 _Results = dict[int, TaskResult]
 """By the identity of their tasks."""
@@ -127,7 +127,7 @@ class Stream:
         return queued
 
     def _tell(self, name: str, fields: Mapping[str, Any]) -> None:
-        listeners = self._listeners.get((fields.get("kind"), fields.get("round"), fields.get("client")))  # type: ignore[arg-type]
+        listeners = self._listeners.get((fields.get("kind"), fields.get("round"), fields.get("client")))
         (listeners[-1] if listeners else self._otherwise)(name, fields)
 
 

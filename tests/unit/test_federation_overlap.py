@@ -5,13 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_federation import HFEDMOE, Recorder, experiment, run
+from tiny_federation import HFEDMOE, Elsewhere, Recorder, experiment, run
 
 from hfedmoe_ray.config.schema import Experiment
 from hfedmoe_ray.context import RunContext
 from hfedmoe_ray.errors import TrainingError
 from hfedmoe_ray.records import RoundReport
-from hfedmoe_ray.runtime.local import LocalExecutor
 from hfedmoe_ray.runtime.worker import Worker, client_worker
 from hfedmoe_ray.tracking.files import FileTracker
 from hfedmoe_ray.tracking.jsonl import plain
@@ -19,12 +18,6 @@ from hfedmoe_ray.tracking.record import read_run
 
 TIMES = {"seconds", "step_seconds", "peak_mib", "phases", "clients"}
 """What no two runs have alike; clients are compared by themselves."""
-
-
-class Elsewhere(LocalExecutor):
-    """Runs tasks in whatever thread asks, as an executor with processes of its own lets callers do."""
-
-    runs_elsewhere = True
 
 
 class Killed(BaseException):
@@ -144,14 +137,10 @@ def test_an_evaluation_that_fails_ends_the_run_and_is_made_up_for(sources: Path,
             return self._worker.execute(task, *rest)
 
     with pytest.raises(TrainingError, match=r"round 1: evaluation of slice 4/8 .*the disk is gone.*hfedmoe resume"):
-        run(made(sources), tmp_path, where=lambda context: _with_worker(context, Broken))
+        run(made(sources), tmp_path, where=lambda context: Elsewhere(context, worker_factory=Broken))
     _, summary, rest = run(made(sources), tmp_path, where=Elsewhere, resume=True)
     assert same(summary, whole[0])
     assert told(rest.rounds) == whole[1][1:]
-
-
-def _with_worker(context: RunContext, worker: Any) -> LocalExecutor:
-    return Elsewhere(context, worker_factory=worker)
 
 
 def test_where_nothing_is_evaluated_a_round_is_told_at_once(sources: Path, tmp_path: Path):
