@@ -7,7 +7,7 @@ from hfedmoe_ray.federation.executor import Executor, Further, Notify, nothing_f
 from hfedmoe_ray.types import ClientTask, TaskResult, Weights
 
 _About = tuple[str | None, int | None, int | None]
-"""(kind, round, client): what events say of a task. Tasks that are told apart by less have one listener."""
+"""(kind, round, client): what events say of a task. Tasks of which the same is said have the same listener."""
 _Results = dict[int, TaskResult]
 """By the identity of their tasks."""
 
