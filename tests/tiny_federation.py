@@ -24,6 +24,12 @@ SLOWISH = {"tflops": 4e-3, "down_mbps": 400.0, "up_mbps": 400.0}
 """Takes about two and a half times as long as SERVER."""
 
 
+class Elsewhere(LocalExecutor):
+    """Runs tasks in whatever thread asks, as an executor with processes of its own lets callers do."""
+
+    runs_elsewhere = True
+
+
 class Recorder:
     """Keeps what a run reports."""
 

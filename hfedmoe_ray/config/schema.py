@@ -334,6 +334,10 @@ class Evaluation(Section):
     personalised: bool = False
     """Whether, after the last round, each client also trains for one more round by itself, from the final weights and
     with the experts it holds, and evaluates again: its accuracy before and after making the model its own."""
+    overlap: bool = True
+    """Evaluate a round while the next one trains, in slots that have nothing else to do: what is found is the same, but
+    told that much later, and the round's seconds do not contain it. With `backend: local` or `asynchronous`, and after
+    the last round, it is evaluated at once."""
     batch_size: PositiveInt = 32
     """Examples of one forward pass. Clients evaluate too, and 64 texts of 64 tokens took more memory than training."""
     target: UnitInterval | None = None

@@ -10,7 +10,6 @@ An update that is rejected is found out when its buffer is averaged, and counts 
 """
 
 from collections.abc import Callable, Mapping
-from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
@@ -26,7 +25,6 @@ from hfedmoe_ray.federation.flight import Flight
 from hfedmoe_ray.federation.quorum import raise_common_failure
 from hfedmoe_ray.federation.reporting import published_bytes
 from hfedmoe_ray.federation.rounds import Federation
-from hfedmoe_ray.federation.stream import Stream
 from hfedmoe_ray.plan import predict_upload
 from hfedmoe_ray.records import ClientRecord
 from hfedmoe_ray.seeds import generator
@@ -43,20 +41,18 @@ class AsynchronousFederation(Federation):
         """Starts from the prepared model, or from the last checkpoint with the tasks that were under way then."""
         assert context.experiment.asynchronous is not None
         self.options = context.experiment.asynchronous
-        self.stream = Stream(executor, tracker.event)
-        super().__init__(context, self.stream, tracker, resume=resume)
+        super().__init__(context, executor, tracker, resume=resume)
         self._tasks: dict[int, ClientTask] = {}
         """Under way, by client."""
         self._tracebacks: dict[int, str] = {}
 
     def run(self, should_stop: Callable[[], bool]) -> bool:
         """See `Federation.run`. Tasks still under way at the end are stopped; a checkpoint knows them."""
-        with closing(self.stream):
-            for flight in self.state.flights:
-                self._submit(flight)
-            for _, older in sorted(self.state.older.items()):
-                self.stream.publish(older)
-            return super().run(should_stop)
+        for flight in self.state.flights:
+            self._submit(flight)
+        for _, older in sorted(self.state.older.items()):
+            self.executor.publish(older)
+        return super().run(should_stop)
 
     def train_round(self, round: int) -> None:
         """Fills a buffer and averages it."""
@@ -101,7 +97,7 @@ class AsynchronousFederation(Federation):
             if not flights:
                 break
             flight = min(flights, key=lambda one: (one.ends, one.client))
-            result = self.stream.result(self._tasks.pop(flight.client))
+            result = self.executor.result(self._tasks.pop(flight.client))
             flights.remove(flight)
             now = flight.ends
             landed[flight.client], results[flight.client] = flight, self._judged(result)
@@ -152,7 +148,7 @@ class AsynchronousFederation(Federation):
         task = self.task("train", flight.round, flight.client, flight.plan)
         task = replace(task, version=flight.version, weight=-flight.ends)
         self._tasks[flight.client] = task
-        self.stream.submit([task], self._note)
+        self.executor.submit([task], self._note)
 
     def _judged(self, result: TaskResult) -> TaskResult:
         """A result as the buffer takes it: dropped where it is too stale, or where its client drops out."""

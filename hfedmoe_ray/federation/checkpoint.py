@@ -22,6 +22,8 @@ from hfedmoe_ray.context import RunContext
 from hfedmoe_ray.errors import CheckpointError
 from hfedmoe_ray.federation.flight import flight_fields, read_flight
 from hfedmoe_ray.federation.state import Demotion, FederationState
+from hfedmoe_ray.tracking.jsonl import plain
+from hfedmoe_ray.tracking.record import round_report
 from hfedmoe_ray.types import Array, ExpertKey, Fetch, PersonalWeights, RoutingProfile, Weights
 from hfedmoe_ray.wire import PROFILE_FIELDS, expert_key, expert_name
 
@@ -96,6 +98,7 @@ def _write(partial: Path, state: FederationState, identity: str) -> None:
         "demotions": {str(client): asdict(demotion) for client, demotion in state.demotions.items()},
         "clients": sorted(state.clients),
         "flights": [flight_fields(flight) for flight in state.flights],
+        "unmeasured": plain(state.unmeasured),
         **{scalar: getattr(state, scalar) for scalar in _PLAIN},
     }
     (partial / "state.json").write_text(json.dumps(fields, indent=1))
@@ -207,6 +210,7 @@ def _state(fields: Mapping[str, Any], tensors: Mapping[str, Array], clients: Map
         weights=weights.pop("global"),
         older={older.version: older for older in weights.values()},
         flights=[read_flight(flight) for flight in fields["flights"]],
+        unmeasured=None if fields["unmeasured"] is None else round_report(fields["unmeasured"]),
         profiles={
             client: RoutingProfile(**named, tokens=fields["profile_tokens"][str(client)])
             for client, named in sorted(profiles.items())

@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from typing import Any
 
@@ -124,7 +124,6 @@ def round_report(
     round: int,
     records: Sequence[ClientRecord],
     updates: Mapping[int, ClientUpdate],
-    evaluation: Evaluation,
     *,
     shape: tuple[int, int],
     seconds: float,
@@ -133,7 +132,10 @@ def round_report(
     simulated: float | None,
     ahead: Sequence[ClientRecord] = (),
 ) -> RoundReport:
-    """Returns the report of a round from its parts; of what was done ahead for the next one, the bytes count here."""
+    """Returns the report of a round that is not evaluated yet (`with_evaluation`) from its parts.
+
+    Of what was done ahead for the next one, the bytes count here.
+    """
     selected = Counter(key for update in updates.values() for key in update.trained)
     profiles = [update.profile for update in updates.values() if update.profile is not None]
     cohort = mean_profile(profiles)
@@ -143,9 +145,9 @@ def round_report(
     return RoundReport(
         round=round,
         loss=sum(losses) / len(losses) if losses else None,
-        accuracy=evaluation.accuracy,
-        test_loss=evaluation.loss,
-        own_accuracy=evaluation.own_accuracy,
+        accuracy=None,
+        test_loss=None,
+        own_accuracy=None,
         clients=tuple(records),
         selected=tuple(tuple(selected[ExpertKey(layer, e)] for e in range(experts)) for layer in range(layers)),
         usage=tuple(tuple(float(value) for value in row) for row in usage),
@@ -155,8 +157,18 @@ def round_report(
         phases=dict(phases),
         agreement=agreement(profiles),
         participation=participation,
-        personalised_accuracy=evaluation.personalised_accuracy,
         simulated_seconds=simulated,
+    )
+
+
+def with_evaluation(report: RoundReport, found: Evaluation) -> RoundReport:
+    """The report of a round with what its evaluation has found."""
+    return replace(
+        report,
+        accuracy=found.accuracy,
+        test_loss=found.loss,
+        own_accuracy=found.own_accuracy,
+        personalised_accuracy=found.personalised_accuracy,
     )
 
 

@@ -1,14 +1,14 @@
 """The round loop: plan, train, reduce, prove, evaluate, checkpoint, report.
 
 Reads like the algorithm: `Federation.train_round` is one round. Where clients run is the executor's business, what
-they hold the strategy's, and who is told the tracker's.
+they hold the strategy's, and who is told the tracker's. A round may be evaluated while the one after it trains
+(`federation.evaluator`): then its checkpoint says that this is still due, and its report comes before that of the next.
 """
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, replace
-from functools import partial
 from typing import Any
 
 from hfedmoe_ray import budget
@@ -22,13 +22,15 @@ from hfedmoe_ray.federation.cohort import select_cohort
 from hfedmoe_ray.federation.collecting import Collector
 from hfedmoe_ray.federation.demotion import Ladder
 from hfedmoe_ray.federation.dropout import without_dropouts
-from hfedmoe_ray.federation.evaluation import Evaluation, evaluation_tasks, own_tasks, summarise
+from hfedmoe_ray.federation.evaluation import Evaluation
+from hfedmoe_ray.federation.evaluator import Evaluator
 from hfedmoe_ray.federation.executor import Executor
 from hfedmoe_ray.federation.phases import Phases
 from hfedmoe_ray.federation.quorum import below_quorum
 from hfedmoe_ray.federation.state import FederationState
+from hfedmoe_ray.federation.stream import Stream
 from hfedmoe_ray.moe.prepare import head_parameters, initial_weights, router_layers
-from hfedmoe_ray.records import ClientRecord
+from hfedmoe_ray.records import ClientRecord, RoundReport
 from hfedmoe_ray.strategies import build_strategy
 from hfedmoe_ray.strategies.aggregation import ClassMeans, MeanOutputs, Reducer
 from hfedmoe_ray.strategies.scores import uniform_plan
@@ -93,7 +95,7 @@ class Federation:
         """Starts from the prepared model, or from the last checkpoint."""
         self.context = context
         self.experiment = context.experiment
-        self.executor = executor
+        self.executor = Stream(executor, tracker.event)
         self.tracker = tracker
         self.strategy = build_strategy(
             self.experiment.strategy, context.model.shape, self.experiment.seed, self.experiment.rules
@@ -120,7 +122,16 @@ class Federation:
         self.optimizer = ServerOptimizer(self.experiment.server, self.state.server)
         self.resumed_from = self.state.round if resume else None
         self.ladder = Ladder(
-            self.experiment, executor, self.strategy, self.state, tiers=self.tiers, client_info=self.client_info
+            self.experiment, self.executor, self.strategy, self.state, tiers=self.tiers, client_info=self.client_info
+        )
+        self.evaluator = Evaluator(
+            self.experiment,
+            self.executor,
+            self.strategy,
+            self.state,
+            ladder=self.ladder,
+            client_info=self.client_info,
+            notify=tracker.event,
         )
         self.collector = Collector(
             self.experiment, self.ladder, self.strategy, self.tiers, clock=self.clock, notify=tracker.event
@@ -128,14 +139,16 @@ class Federation:
 
     def run(self, should_stop: Callable[[], bool]) -> bool:
         """Runs the remaining rounds; returns whether all are done."""
-        self.executor.publish(self.state.weights)
-        if self.state.round < 0:
-            self.profile_round()
-        while self.state.round < self.experiment.rounds:
-            if should_stop():
-                return False
-            self.train_round(self.state.round + 1)
-        return True
+        with closing(self.executor):
+            self.executor.publish(self.state.weights)
+            if self.state.unmeasured is not None:
+                self.evaluator.begin(self.state.round)
+            if self.state.round < 0:
+                self.profile_round()
+            while self.state.round < self.experiment.rounds and not should_stop():
+                self.train_round(self.state.round + 1)
+            self.report_last()
+        return self.state.round >= self.experiment.rounds
 
     # ------------------------------------------------------------------------------------------------ the rounds
 
@@ -217,6 +230,8 @@ class Federation:
         plan = uniform_plan(self.strategy.shape, Role.FROZEN, frozen_as=self.strategy.profiles_as)
         cohort = self.cohort(round) if wanted else ()
         tasks = [self.task("profile", round, client, plan) for client in cohort]
+        if tasks:
+            self.report_last()  # while they run in another thread, nobody may be told anything
         with meanwhile(self.executor, tasks, self.tracker.event) as results:
             yield records
             waited = time.perf_counter()
@@ -275,21 +290,12 @@ class Federation:
         everyone = len(reducer.participants)
         return records, updates, sum(taken) / (everyone * len(taken)) if everyone else None
 
-    def evaluate(self, round: int) -> Evaluation:
-        """Accuracy of the global model, and of clients holding only what their budget allows, where due."""
-        when = self.experiment.evaluate
-        last = round == self.experiment.rounds
-        tasks: list[ClientTask] = []
-        if last or round % when.every == 0:
-            tasks += evaluation_tasks(self.experiment, round, self.strategy, self.state.weights)
-        if when.own == "always" or (when.own == "final" and last):
-            clients = [self.client_info(client) for client in range(self.experiment.clients.count)]
-            known = {c.client: c for c in clients if not self.strategy.needs_profile or c.client in self.state.profiles}
-            self.strategy.study(self.state.weights)
-            plans = self.strategy.deploy(round, list(known.values()), self.state.profiles)
-            own = partial(own_tasks, self.experiment, round, self.strategy, self.state.weights, plans)
-            tasks += own() + ([self.ladder.demoted(t) for t in own(trains=known)] if when.personalised and last else [])
-        return summarise(self.executor.run(tasks, self.tracker.event))
+    def report_last(self) -> None:
+        """Waits for the evaluation of the last round where that is still due, and reports the round."""
+        if self.state.unmeasured is not None:
+            with self._phase("evaluate"):
+                found = self.evaluator.result()
+            self._report(self.state.unmeasured, found)
 
     # --------------------------------------------------------------------------------------------------- details
 
@@ -354,25 +360,34 @@ class Federation:
         simulated: float | None,
         ahead: Sequence[ClientRecord] = (),
     ) -> None:
-        """Evaluates, saves and reports a round; of what was done ahead for the next, only bytes and status count."""
+        """Evaluates, reports and saves a round; of what was done ahead for the next, only bytes and status count."""
+        self.report_last()
         with self._phase("evaluate"):
-            evaluation = self.evaluate(round)
-        self.state.record(round, [*records, *ahead], evaluation, time.perf_counter() - started, simulated)
+            self.evaluator.begin(round)
+            found = None if self.evaluator.overlaps else self.evaluator.result()
+        seconds = time.perf_counter() - started
+        self.state.record(round, [*records, *ahead], seconds, simulated)
         for record in records:
             self.tracker.event("client", asdict(record))
-        self.tracker.round(
-            reporting.round_report(
-                round,
-                records,
-                updates,
-                evaluation,
-                shape=self.strategy.shape,
-                seconds=time.perf_counter() - started,
-                phases=self._phase.seconds,
-                participation=participation,
-                simulated=simulated,
-                ahead=ahead,
-            )
+        report = reporting.round_report(
+            round,
+            records,
+            updates,
+            shape=self.strategy.shape,
+            seconds=seconds,
+            phases=self._phase.seconds,
+            participation=participation,
+            simulated=simulated,
+            ahead=ahead,
         )
+        if found is None:
+            self.state.unmeasured = report
+        else:
+            self._report(report, found)
         # Last: a server killed in between repeats the round, and the trackers drop what it had reported of it.
         save_checkpoint(self.checkpoints, self.state, self.identity, self.experiment.runtime.keep_checkpoints)
+
+    def _report(self, report: RoundReport, found: Evaluation) -> None:
+        self.state.unmeasured = None
+        self.state.measured(report.round, found)
+        self.tracker.round(reporting.with_evaluation(report, found))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from hfedmoe_ray.federation.evaluation import Evaluation
 from hfedmoe_ray.federation.flight import Flight
-from hfedmoe_ray.records import ClientRecord
+from hfedmoe_ray.records import ClientRecord, RoundReport
 from hfedmoe_ray.types import Array, Fetch, RoutingProfile, Weights
 from hfedmoe_ray.wire import checksum, expert_name
 
@@ -61,6 +61,8 @@ class FederationState:
     """Tasks under way, where rounds wait for nobody; else none."""
     older: dict[int, Weights] = field(default_factory=dict)
     """Earlier versions of the weights, by number, that tasks under way started from."""
+    unmeasured: RoundReport | None = None
+    """What is to be reported of the last round once it is evaluated, where that is still due."""
 
     def version(self, number: int) -> Weights:
         """The version of the weights that a task started from."""
@@ -74,11 +76,10 @@ class FederationState:
         self,
         round: int,
         records: Iterable[ClientRecord],
-        evaluation: Evaluation,
         seconds: float,
         simulated: float | None = None,
     ) -> None:
-        """Closes a round: counts what its clients did and keeps what was measured; it took so long, and simulated."""
+        """Closes a round: counts what its clients did; it took so long, and simulated."""
         self.round = round
         self.seconds += seconds
         if simulated is not None:
@@ -91,6 +92,9 @@ class FederationState:
             self.bytes_up += record.bytes_up
             self.bytes_down += record.bytes_down
             self.peak_client_mib = max(self.peak_client_mib, record.peak_mib)
+
+    def measured(self, round: int, evaluation: Evaluation) -> None:
+        """Keeps what the evaluation of a round has found."""
         if evaluation.accuracy is not None:
             self.accuracies.append((round, evaluation.accuracy))
         self.own_accuracies |= evaluation.own

@@ -95,6 +95,7 @@ class RayExecutor:
                             left += len(more)
                             ready[:] = sorted([*ready, *map(Attempt, more)], key=_turn)
                             self._look_around(notify)
+                            break  # slots may have been replaced: what else has happened is asked again
         finally:
             for slot in self.slots:
                 if slot.state is State.BUSY:

@@ -32,6 +32,8 @@ class ConsoleRenderer:
         self._console = console or Console(highlight=False)
         self._live: Live | None = None
         self._progress = Progress()
+        self._retried: Counter[int] = Counter()
+        """Tasks tried again, by round, of those that are not reported yet."""
         self._rounds = 0
         self._total_experts = 0
         self._tiers: dict[int, str] = {}
@@ -96,19 +98,25 @@ class ConsoleRenderer:
             case "round_started":
                 self._progress = Progress(round=fields["round"], cohort=_count(fields.get("cohort")))
                 self._show()
+            case "task_started" | "task_finished" if self._is_behind(fields):
+                pass
             case "task_started":
                 self._progress.started(str(fields.get("kind", "train")))
             case "task_finished":
                 tier = self._tiers.get(fields["client"], "")
                 self._progress.finished(str(fields.get("kind", "train")), tier, str(fields.get("status", "ok")))
+            case "task_retried" if self._is_behind(fields):
+                self._retried[fields["round"]] += 1
             case "task_retried":
+                self._retried[self._progress.round] += 1
                 self._progress.retried()
             case "warning":
                 self._print(Text(f"warning: {fields.get('message', '')}", style="yellow"))
 
     def round(self, report: RoundReport) -> None:
-        """Replaces the bar by the round's line."""
-        self.close()
+        """Replaces the bar by the round's line; the bar of a later round stays, below it."""
+        if report.round >= self._progress.round:
+            self.close()
         self._results.extend(report.clients)
         if report.accuracy is not None:
             self._accuracies.append((report.round, report.accuracy))
@@ -139,6 +147,10 @@ class ConsoleRenderer:
         if self._console.is_terminal and not self._console.is_dumb_terminal and self._live is None:
             self._live = Live(get_renderable=self._bar, console=self._console, transient=True, refresh_per_second=8)
             self._live.start()
+
+    def _is_behind(self, fields: Mapping[str, Any]) -> bool:
+        """Whether a task evaluates an earlier round than the one that has the bar."""
+        return fields.get("kind") == "evaluate" and fields.get("round", 0) < self._progress.round
 
     def _bar(self) -> Text:
         return self._progress.bar(self._rounds, self._order)
@@ -180,8 +192,7 @@ class ConsoleRenderer:
         ]
         troubles: Counter[str] = Counter(client.status for client in report.clients if client.status != "ok")
         troubles["over memory"] = sum(client.over_mib > 0 for client in report.clients)
-        if self._progress.round == report.round:
-            troubles["retried"] = self._progress.counts["retried"]
+        troubles["retried"] = self._retried.pop(report.round, 0)
         cells += [(f"{count} {kind}", "yellow") for kind, count in sorted(troubles.items()) if count]
         return Text("  ").join(Text(words, style=style) for words, style in cells)
 

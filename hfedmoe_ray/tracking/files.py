@@ -66,6 +66,11 @@ class FileTracker:
         for name in (METRICS, EVENTS):
             self._rewrite(name, keep)
         self._rounds = {line["round"] for line in read_lines(self._dir / METRICS)}
+        # The last round may still have to be evaluated, and is then reported (again), with its clients.
+        told = [line for line in read_lines(self._dir / EVENTS) if line["event"] == "client" and line["round"] == last]
+        for line in told:
+            del line["time"], line["event"]
+            self._clients[line["round"], line["client"]] = line
 
     def event(self, name: str, fields: Mapping[str, Any]) -> None:
         """Appends one line; a "client" event that repeats the last one of its client and round is left out."""

@@ -35,43 +35,59 @@ LOSSY = ("wire.upload=topk", "wire.share=0.05")
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
+def calm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a run that nothing disturbs, and that evaluates each round at once."""
     run_dir = tmp_path_factory.mktemp("undisturbed")
     experiment = small_experiment(["backend=local", *LOSSY])
-    summary = session.run(experiment, run_dir, resume=False, render=lambda _name, _fields: None)
-    return str(summary["model_sha256"])
+    session.run(experiment, run_dir, resume=False, render=lambda _name, _fields: None)
+    return run_dir
 
 
-def test_killing_a_client_in_round_two_changes_nothing(tmp_path: Path, undisturbed: str):
+@pytest.fixture(scope="module")
+def undisturbed(calm: Path) -> str:
+    return str(json.loads((calm / "summary.json").read_text())["model_sha256"])
+
+
+def measured(run_dir: Path) -> list[tuple[int, float, float]]:
+    """(round, accuracy, loss) of every line of its record."""
+    lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    return [(line["round"], line["accuracy"], line["test_loss"]) for line in lines]
+
+
+def test_killing_clients_in_round_two_changes_nothing(tmp_path: Path, undisturbed: str, calm: Path):
+    """One while it trains, and one while it evaluates the round before."""
     pids: dict[int, int] = {}
-    killed: list[int] = []
+    killed: list[tuple[str, int]] = []
     told: list[str] = []
 
     def render(name: str, fields: Any) -> None:
         told.append(name)
         if name == "slot_ready":
             pids[fields["slot"]] = fields["pid"]
-        if name == "task_started" and (fields["kind"], fields["round"]) == ("train", 2) and not killed:
-            killed.append(fields["client"])
-            os.kill(pids[fields["slot"]], signal.SIGKILL)
+        if name == "task_started":
+            what = fields["kind"], fields["round"]
+            if what in (("train", 2), ("evaluate", 1)) and what not in killed:
+                killed.append(what)
+                os.kill(pids[fields["slot"]], signal.SIGKILL)
 
     experiment = small_experiment(["runtime.slots=2", *LOSSY])
     summary = session.run(experiment, tmp_path, resume=False, render=render)
-    assert killed
-    assert told.count("slot_lost") == 1
+    assert killed == [("train", 2), ("evaluate", 1)]
+    assert told.count("slot_lost") == 2
     assert summary["model_sha256"] == undisturbed
+    assert measured(tmp_path) == measured(calm)
 
 
 def start(output: Path) -> subprocess.Popen[str]:
-    """`hfedmoe run` in a process of its own, watched until it has finished round 1."""
+    """`hfedmoe run` in a process of its own, watched until round 0 is told, which is when round 1 has trained."""
     keys = [*OVERRIDES, *LOSSY, f"output={output}"]
     command = [sys.executable, "-u", "-m", "hfedmoe_ray.cli", "run", str(CONFIG), *keys]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY, start_new_session=True)
     assert process.stdout is not None
     for line in process.stdout:
-        if "round 1/3" in line:
+        if "round 0/3" in line:
             return process
-    raise AssertionError("the run ended before round 1")
+    raise AssertionError("the run ended before it told of round 0")
 
 
 def resume(run_dir: Path) -> dict[str, Any]:
@@ -82,7 +98,7 @@ def resume(run_dir: Path) -> dict[str, Any]:
     return summary
 
 
-def test_killing_the_driver_kills_everything_and_the_run_can_be_resumed(tmp_path: Path, undisturbed: str):
+def test_killing_the_driver_kills_everything_and_the_run_can_be_resumed(tmp_path: Path, undisturbed: str, calm: Path):
     process = start(tmp_path)
     # Ray's own agents end by themselves too, but take a minute or more to notice.
     family = [p for p in psutil.Process(process.pid).children(recursive=True) if "Agent" not in p.name()]
@@ -92,6 +108,7 @@ def test_killing_the_driver_kills_everything_and_the_run_can_be_resumed(tmp_path
     _, alive = psutil.wait_procs(family, timeout=GONE_WITHIN)
     assert not alive, "processes outlived their driver"
     assert resume(tmp_path / "quickstart")["model_sha256"] == undisturbed
+    assert measured(tmp_path / "quickstart") == measured(calm)
 
 
 def test_ctrl_c_stops_after_a_checkpoint_and_another_backend_can_resume(tmp_path: Path, undisturbed: str):
@@ -103,12 +120,15 @@ def test_ctrl_c_stops_after_a_checkpoint_and_another_backend_can_resume(tmp_path
     assert "stopping after this round" in rest
     stopped = json.loads((tmp_path / "quickstart" / "summary.json").read_text())
     assert stopped["status"] == "stopped"
+    assert [round for round, accuracy, _ in measured(tmp_path / "quickstart") if accuracy is not None] == list(
+        range(stopped["rounds"] + 1)
+    )
     experiment = load_experiment(tmp_path / "quickstart" / "config.yaml", ["backend=local"])
     summary = session.run(experiment, tmp_path / "quickstart", resume=True, render=lambda _name, _fields: None)
     assert summary["model_sha256"] == undisturbed
 
 
-def test_a_server_killed_while_it_saves_loses_nothing(tmp_path: Path, undisturbed: str):
+def test_a_server_killed_while_it_saves_loses_nothing(tmp_path: Path, undisturbed: str, calm: Path):
     killed: list[int] = []
     over = threading.Event()
 
@@ -133,6 +153,7 @@ def test_a_server_killed_while_it_saves_loses_nothing(tmp_path: Path, undisturbe
     assert (tmp_path / "checkpoints" / "LATEST").read_text().strip() in ("round-0001", "round-0002")
     summary = session.run(small_experiment(LOSSY), tmp_path, resume=True, render=lambda *_: None)
     assert summary["model_sha256"] == undisturbed
+    assert measured(tmp_path) == measured(calm)
 
 
 CONTINUE = """

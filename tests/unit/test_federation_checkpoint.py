@@ -4,10 +4,12 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from recorded_run import round_report
 
 from hfedmoe_ray.errors import CheckpointError
 from hfedmoe_ray.federation.checkpoint import load_checkpoint, save_checkpoint
 from hfedmoe_ray.federation.state import FederationState, model_sha256
+from hfedmoe_ray.tracking.jsonl import plain
 from hfedmoe_ray.types import ExpertKey, PersonalWeights, RoutingProfile, Weights
 
 
@@ -44,6 +46,7 @@ def state(round=3, personal=True):
         bytes_down=13,
         seconds=1.5,
         peak_client_mib=100.0,
+        unmeasured=round_report(3),
     )
 
 
@@ -62,6 +65,7 @@ def test_a_state_comes_back_to_the_last_bit(tmp_path, personal):
     assert {client: fetch() for client, fetch in loaded.clients.items()} == {7: b"its own", 11: b""}
     for name in ("round", "samples", "accuracies", "own_accuracies", "statuses", "bytes_up", "seconds"):
         assert getattr(loaded, name) == getattr(saved, name), name
+    assert plain(loaded.unmeasured) == plain(saved.unmeasured)
 
 
 def test_only_the_newest_are_kept_and_a_half_written_one_is_never_read(tmp_path):

@@ -94,9 +94,9 @@ def test_over_selection_asks_more_and_drops_whoever_is_still_at_work(sources: Pa
     ended: list[list[int]] = []
 
     class Watched(LocalExecutor):
-        def run(self, tasks, notify):
+        def run(self, tasks, notify, further):
             try:
-                yield from super().run(tasks, notify)
+                yield from super().run(tasks, notify, further)
             finally:
                 ended.append([one.client for one in tasks])
                 assert all((one.weight < 0) == (one.kind == "train") for one in tasks), "the quickest first"

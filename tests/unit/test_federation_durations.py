@@ -34,10 +34,10 @@ def test_tasks_are_given_out_with_what_they_took_and_end_in_the_same_model(sourc
     seen: list[dict[int, float]] = []
 
     class Watched(LocalExecutor):
-        def run(self, tasks, notify):
+        def run(self, tasks, notify, further):
             if tasks and all(one.kind == "train" for one in tasks):
                 seen.append({one.client: one.weight for one in tasks})
-            return super().run(tasks, notify)
+            return super().run(tasks, notify, further)
 
     context, _, recorder = run(experiment(sources), tmp_path / "watched", where=Watched)
     took = {record.client: record.seconds for record in recorder.rounds[1].clients}

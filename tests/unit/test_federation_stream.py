@@ -58,3 +58,16 @@ def test_what_is_closed_is_forgotten_and_the_executor_goes_on(executor: LocalExe
     stream.submit([task(0), task(1)], Log())
     stream.close()
     assert sorted(outcome(list(stream.run([task(2)], Log())))) == [2]
+
+
+def test_closing_a_run_stops_its_own_tasks_and_no_others(executor: LocalExecutor):
+    beside, own = [task(0), task(4)], [task(1), task(2), task(3)]
+    expected = outcome(list(executor.run([*beside, *own], Log())))
+    stream, log, other = Stream(executor, Log()), Log(), Log()
+    stream.submit(beside, log)
+    running = stream.run(own, other)
+    assert next(running).task is own[0]
+    running.close()
+    assert outcome([stream.result(one) for one in beside]) == {client: expected[client] for client in (0, 4)}
+    assert outcome(list(stream.run([own[2]], other))) == {3: expected[3]}
+    assert [fields["client"] for fields in other.named("task_started")] == [1, 3]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from moe_models import LABELS, batch, plan, prepare, save_bert, save_family, task_weights
-from tiny_federation import Recorder, experiment, final_weights, run
+from tiny_federation import Elsewhere, Recorder, experiment, final_weights, run
 from torch.nn.functional import cross_entropy
 
 from hfedmoe_ray.config import strategies as configs
@@ -173,17 +173,10 @@ def all_keys() -> list[ExpertKey]:
     return [ExpertKey(layer, expert) for layer in range(2) for expert in range(6)]
 
 
-class Elsewhere(local.LocalExecutor):
-    """Runs tasks in whatever thread asks, as an executor with processes of its own lets callers do."""
-
-    runs_elsewhere = True
-
-
-def test_profiles_taken_while_the_server_reduces_are_those_taken_before(finished, tmp_path: Path, monkeypatch):
+def test_profiles_taken_while_the_server_reduces_are_those_taken_before(finished, tmp_path: Path):
     """The overlap changes no bit, and no byte counted."""
     made, _, summary, recorder = finished
-    monkeypatch.setattr("tiny_federation.LocalExecutor", Elsewhere)
-    _, overlapped, again = run(made, tmp_path / "overlapped")
+    _, overlapped, again = run(made, tmp_path / "overlapped", where=Elsewhere)
     assert overlapped["model_sha256"] == summary["model_sha256"]
     assert overlapped["bytes_down"] == summary["bytes_down"]
     assert [r.accuracy for r in again.rounds] == [r.accuracy for r in recorder.rounds]

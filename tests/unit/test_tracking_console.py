@@ -78,6 +78,22 @@ def test_calls_through_a_queue_draw_the_same(tmp_path: Path) -> None:
     assert raw.getvalue().decode().splitlines()[1:] == told(tmp_path)
 
 
+def test_an_evaluation_beside_the_next_round_leaves_its_bar_alone(tmp_path: Path) -> None:
+    stream = io.StringIO()
+    console = Console(file=stream, force_terminal=True, width=100, color_system="truecolor", legacy_windows=False)
+    with ConsoleRenderer(tmp_path, console) as renderer:
+        renderer.start(CONFIG, facts())
+        renderer.event("round_started", {"round": 3, "cohort": 2})
+        renderer.event("task_started", {"round": 3, "client": 0, "kind": "train"})
+        for name in ("task_started", "task_retried", "task_started", "task_finished"):
+            renderer.event(name, {"round": 2, "client": 1, "kind": "evaluate", "status": "ok"})
+        assert f"round 3/{ROUNDS} training" in renderer._bar().plain
+        assert " 0/2 " in renderer._bar().plain
+        renderer.round(round_report(2))
+        assert renderer._live is not None, "the bar of round 3 stays"
+    assert "1 retried" in stream.getvalue()
+
+
 def test_a_warning_is_printed_at_once(tmp_path: Path) -> None:
     console, raw = plain_console()
     ConsoleRenderer(tmp_path, console).event("warning", {"message": "[red] is not markup here"})

@@ -145,6 +145,7 @@ def test_resuming_takes_back_later_rounds_and_repeats_none(tmp_path: Path) -> No
 
     tracker = FileTracker(resumed)
     tracker.start(CONFIG, facts(resumed_from=3))
+    tracker.round(round_report(3))  # as where it was still to be evaluated
     assert rounds_in(resumed / "metrics.jsonl") == [0, 1, 2, 3]
     assert max(line.get("round", 0) for line in read_lines(resumed / "events.jsonl")) == 3
     assert not (resumed / "summary.json").exists()
