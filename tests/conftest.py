@@ -4,6 +4,7 @@ import os
 import signal
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,11 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips tests marked `gpu` where there is none; torch is only imported if some test is so marked."""
+    """Puts those that share one Ray last, and skips those marked `gpu` where there is none.
+
+    Others need a process that no Ray is connected to. Torch is only imported if some test is so marked.
+    """
+    items.sort(key=lambda item: isinstance(item, pytest.Function) and "cluster" in item.fixturenames)
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return
@@ -79,11 +84,18 @@ def quickstart() -> Path:
     return REPOSITORY / "configs" / "quickstart.yaml"
 
 
-@pytest.fixture(scope="module")
-def workers_import_tests() -> Iterator[None]:
+@contextmanager
+def importable_by_actors() -> Iterator[None]:
     """Actors inherit PYTHONPATH, and unpickle `tiny_worker` by its name."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+        yield
+
+
+@pytest.fixture(scope="module")
+def workers_import_tests() -> Iterator[None]:
+    """The actors of a test's own cluster can import what is beside this file."""
+    with importable_by_actors():
         yield
 
 
@@ -101,11 +113,11 @@ def ray_directory() -> Iterator[str]:
             yield directory
 
 
-@pytest.fixture(scope="module")
-def cluster(request: pytest.FixtureRequest) -> Iterator[None]:
-    """One private Ray instance per module."""
-    request.getfixturevalue("workers_import_tests")
+@pytest.fixture(scope="session")
+def cluster(cache: Path) -> Iterator[None]:
+    """A private Ray instance, the same for all tests that use it, which is why they come last."""
+    del cache  # set before Ray starts: its processes inherit it
     from hfedmoe_ray.runtime.cluster import connected
 
-    with connected(None):
+    with importable_by_actors(), connected(None):
         yield
