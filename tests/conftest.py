@@ -1,5 +1,6 @@
 """What every test may rely on: no network, one cache of prepared models, further datasets where there are any."""
 
+import gc
 import os
 import signal
 import tempfile
@@ -18,6 +19,13 @@ def pytest_configure() -> None:
     # A shell's background jobs ignore Ctrl-C, and so would every process that a test starts.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    # Collecting the tests imports torch and the rest, which stays: garbage is looked for afterwards, and not in there.
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -46,7 +46,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def start(output: Path) -> subprocess.Popen[str]:
     """`hfedmoe run` in a process of its own, watched until it has finished round 1."""
-    keys = [*OVERRIDES, *LOSSY, f"output={output}"]
+    keys = [*OVERRIDES, *LOSSY, "runtime.slots=1", f"output={output}"]
     command = [sys.executable, "-u", "-m", "hfedmoe_ray.cli", "run", str(CONFIG), *keys]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY, start_new_session=True)
     assert process.stdout is not None
