@@ -23,17 +23,15 @@ def pytest_configure() -> None:
     gc.disable()
 
 
-def pytest_collection_finish() -> None:
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Puts tests that share one Ray last: others need a process that no Ray is connected to."""
+    session.items.sort(key=lambda item: isinstance(item, pytest.Function) and "cluster" in item.fixturenames)
     gc.freeze()
     gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Puts those that share one Ray last, and skips those marked `gpu` where there is none.
-
-    Others need a process that no Ray is connected to. Torch is only imported if some test is so marked.
-    """
-    items.sort(key=lambda item: isinstance(item, pytest.Function) and "cluster" in item.fixturenames)
+    """Skips tests marked `gpu` where there is none; torch is only imported if some test is so marked."""
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return
