@@ -1,9 +1,11 @@
 """What every test may rely on: no network, one cache of prepared models, further datasets where there are any."""
 
+import gc
 import os
 import signal
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,15 @@ def pytest_configure() -> None:
     # A shell's background jobs ignore Ctrl-C, and so would every process that a test starts.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    # Collecting the tests imports torch and the rest, which stays: garbage is looked for afterwards, and not in there.
+    gc.disable()
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Puts tests that share one Ray last: others need a process that no Ray is connected to."""
+    session.items.sort(key=lambda item: isinstance(item, pytest.Function) and "cluster" in item.fixturenames)
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -79,11 +90,18 @@ def quickstart() -> Path:
     return REPOSITORY / "configs" / "quickstart.yaml"
 
 
-@pytest.fixture(scope="module")
-def workers_import_tests() -> Iterator[None]:
+@contextmanager
+def importable_by_actors() -> Iterator[None]:
     """Actors inherit PYTHONPATH, and unpickle `tiny_worker` by its name."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+        yield
+
+
+@pytest.fixture(scope="module")
+def workers_import_tests() -> Iterator[None]:
+    """The actors of a test's own cluster can import what is beside this file."""
+    with importable_by_actors():
         yield
 
 
@@ -101,11 +119,11 @@ def ray_directory() -> Iterator[str]:
             yield directory
 
 
-@pytest.fixture(scope="module")
-def cluster(request: pytest.FixtureRequest) -> Iterator[None]:
-    """One private Ray instance per module."""
-    request.getfixturevalue("workers_import_tests")
+@pytest.fixture(scope="session")
+def cluster(cache: Path) -> Iterator[None]:
+    """A private Ray instance, the same for all tests that use it, which is why they come last."""
+    del cache  # set before Ray starts: its processes inherit it
     from hfedmoe_ray.runtime.cluster import connected
 
-    with connected(None):
+    with importable_by_actors(), connected(None):
         yield

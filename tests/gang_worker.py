@@ -6,8 +6,11 @@ import threading
 from collections.abc import Iterator
 
 from hfedmoe_ray.context import RunContext
-from hfedmoe_ray.train.local import ClientWorker
+from hfedmoe_ray.train.environment import quick_imports
 from hfedmoe_ray.types import Array, ClientTask
+
+with quick_imports():
+    from hfedmoe_ray.train.local import ClientWorker
 
 NEVER = threading.Event()
 SLOW_S = 2.0

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from hfedmoe_ray.context import RunContext
-from hfedmoe_ray.train.environment import inherited
+from hfedmoe_ray.train.environment import inherited, quick_imports
 from hfedmoe_ray.types import ClientMetrics, ClientTask, TaskWeights
 from hfedmoe_ray.wire import checksum, expert_name, parse_metrics
 
@@ -92,8 +92,9 @@ def client_of_two(
     rank: int, context: RunContext, task: ClientTask, weights: TaskWeights, *, die: bool = False
 ) -> tuple[bytes, bytes, dict[str, str]]:
     """Takes one rank's part in a task; returns what the first answers, and the checksums of its experts at the end."""
-    from hfedmoe_ray.train.local import ClientWorker
-    from hfedmoe_ray.train.steps import LocalSteps
+    with quick_imports():
+        from hfedmoe_ray.train.local import ClientWorker
+        from hfedmoe_ray.train.steps import LocalSteps
 
     worker = ClientWorker(context)
     worker.join(_joined[0])

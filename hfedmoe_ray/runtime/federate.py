@@ -13,6 +13,7 @@ from hfedmoe_ray.records import RoundReport
 from hfedmoe_ray.tracking.files import FileTracker
 from hfedmoe_ray.tracking.tracker import Trackers
 from hfedmoe_ray.tracking.wandb import WandbTracker
+from hfedmoe_ray.train.environment import quick_imports
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """What writing to a full disk, or beyond a quota or limit, ends with."""
@@ -35,8 +36,9 @@ def federate(
         HFedMoEError: it cannot be prepared, or cannot go on.
     """
     # Imported here: these bring torch and transformers, which the command line does not wait for.
-    from hfedmoe_ray.federation.rounds import run_experiment
-    from hfedmoe_ray.prepare import prepare_run
+    with quick_imports():
+        from hfedmoe_ray.federation.rounds import run_experiment
+        from hfedmoe_ray.prepare import prepare_run
 
     def warn(message: str) -> None:
         trackers.event("warning", {"message": message})

@@ -7,6 +7,7 @@ from errno import ENOMEM
 from typing import Any, Protocol
 
 from hfedmoe_ray.context import RunContext
+from hfedmoe_ray.train.environment import quick_imports
 from hfedmoe_ray.types import ClientTask, TaskWeights
 
 
@@ -28,7 +29,8 @@ WorkerFactory = Callable[..., Worker]
 
 def client_worker(context: RunContext, frozen: Mapping[str, Any] | None = None) -> Worker:
     """The real worker. Imports torch, transformers and DeepSpeed on its first call in a process."""
-    from hfedmoe_ray.train.local import ClientWorker
+    with quick_imports():
+        from hfedmoe_ray.train.local import ClientWorker
 
     return ClientWorker(context, frozen)
 

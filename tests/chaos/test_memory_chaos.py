@@ -9,10 +9,10 @@ from greedy_worker import GREEDY, GreedyWorker
 from small_run import small_experiment
 from tiny_worker import Log, context, task, weights
 
-from hfedmoe_ray.runtime import session
+from hfedmoe_ray.runtime.federate import federate
 from hfedmoe_ray.runtime.pool import RayExecutor
 
-pytestmark = [pytest.mark.ray, pytest.mark.chaos]
+pytestmark = [pytest.mark.ray, pytest.mark.chaos, pytest.mark.usefixtures("cluster")]
 SCARCE, HOPELESS = 1, 2
 BATCH = 256
 ROOM = {"ample": 8.0, "scarce": 0.45, "hopeless": 0.15}
@@ -41,7 +41,14 @@ def run(directory: Path, overrides: list[str]) -> tuple[dict[str, Any], list[tup
         if isinstance(fields, Mapping):
             events.append((name, fields))
 
-    summary = session.run(small_experiment(overrides), directory, resume=False, render=render)
+    summary = federate(
+        small_experiment(overrides),
+        directory,
+        resume=False,
+        make_executor=RayExecutor,
+        render=render,
+        should_stop=lambda: False,
+    )
     return summary, events
 
 
@@ -67,7 +74,6 @@ def test_activations_that_do_not_fit_are_made_to_and_the_model_is_that_of_a_run_
     assert reason.startswith("out of memory even with one example at once")
 
 
-@pytest.mark.usefixtures("cluster")
 @pytest.mark.parametrize("native", [False, True], ids=["python", "native"])
 def test_what_is_beyond_a_client_s_memory_fails_in_it_alone_and_once(tmp_path: Path, native: bool):
     """An allocation fails; where that ends the process, it still counts as memory and is not tried again."""

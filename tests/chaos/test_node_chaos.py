@@ -28,7 +28,7 @@ QUICK = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "hea
 
 
 @pytest.fixture(scope="module")
-def cluster(request: pytest.FixtureRequest, ray_directory: str) -> Iterator[Cluster]:
+def nodes(request: pytest.FixtureRequest, ray_directory: str) -> Iterator[Cluster]:
     """A head without CPUs that notices lost nodes quickly, and three nodes with one CPU each."""
     request.getfixturevalue("workers_import_tests")
     made = Cluster()
@@ -59,7 +59,7 @@ def undisturbed(made: RunContext) -> tuple[Any, Any]:
     return outcome(first), outcome(list(local.run(continued(first), Log())))
 
 
-def test_work_of_a_lost_node_moves_to_another(cluster: Cluster, tmp_path: Path):
+def test_work_of_a_lost_node_moves_to_another(nodes: Cluster, tmp_path: Path):
     made = context(tmp_path)
     first, expected = undisturbed(made)
     executor = RayExecutor(made, worker_factory=TinyWorker)
@@ -70,7 +70,7 @@ def test_work_of_a_lost_node_moves_to_another(cluster: Cluster, tmp_path: Path):
         before = list(executor.run(TASKS, log))
         assert outcome(before) == first
         lost = executor.slots[0].spec.node
-        lose(cluster, lost)
+        lose(nodes, lost)
         # The other slots may finish a round before the loss is noticed; every round's results are the same.
         for _ in range(ROUNDS_UNTIL_NOTICED):
             assert outcome(list(executor.run(continued(before), log))) == expected
@@ -86,14 +86,14 @@ def add(cluster: Cluster, ray_directory: str, site: str) -> str:
     return str(cluster.add_node(**size, labels={"site": site}, temp_dir=ray_directory).node_id)
 
 
-def test_a_node_that_joins_is_used_from_the_next_round_on(cluster: Cluster, ray_directory: str, tmp_path: Path):
+def test_a_node_that_joins_is_used_from_the_next_round_on(nodes: Cluster, ray_directory: str, tmp_path: Path):
     executor = RayExecutor(context(tmp_path), worker_factory=TinyWorker)
     executor.publish(weights())
     log = Log()
     try:
         before = outcome(list(executor.run(TASKS, log)))
         first = len(executor.slots)
-        joined = add(cluster, ray_directory, "late")
+        joined = add(nodes, ray_directory, "late")
         for _ in range(ROUNDS_UNTIL_NOTICED):
             assert outcome(list(executor.run(TASKS, log))) == before
             if [one for one in log.named("slot_ready") if one["node"] == joined]:
@@ -104,7 +104,7 @@ def test_a_node_that_joins_is_used_from_the_next_round_on(cluster: Cluster, ray_
         executor.close()
 
 
-def test_a_run_waits_for_a_node_that_the_cluster_is_to_get(cluster: Cluster, ray_directory: str, tmp_path: Path):
+def test_a_run_waits_for_a_node_that_the_cluster_is_to_get(nodes: Cluster, ray_directory: str, tmp_path: Path):
     tiers = [TIERS[0] | {"labels": {"site": "coming"}}, TIERS[1]]
     keys = {"clients": {"count": 6, "tiers": tiers}}
     with pytest.raises(
@@ -116,7 +116,7 @@ def test_a_run_waits_for_a_node_that_the_cluster_is_to_get(cluster: Cluster, ray
         coming = thread.submit(RayExecutor, patient, worker_factory=TinyWorker)
         time.sleep(1.5)
         assert not coming.done(), "there was no node for it yet"
-        add(cluster, ray_directory, "coming")
+        add(nodes, ray_directory, "coming")
         executor = coming.result(60)
     executor.publish(weights())
     try:
@@ -125,7 +125,7 @@ def test_a_run_waits_for_a_node_that_the_cluster_is_to_get(cluster: Cluster, ray
         executor.close()
 
 
-def test_what_clients_of_a_lost_node_had_sent_is_there(cluster: Cluster, tmp_path: Path):
+def test_what_clients_of_a_lost_node_had_sent_is_there(nodes: Cluster, tmp_path: Path):
     """Neither updates that nobody has read yet nor states are lost with it, nor what it had of the weights."""
     made = context(tmp_path)
     first, expected = undisturbed(made)
@@ -136,7 +136,7 @@ def test_what_clients_of_a_lost_node_had_sent_is_there(cluster: Cluster, tmp_pat
         before = list(executor.run(TASKS, log))
         served = Counter(int(str(fields["slot"])) for fields in log.named("task_started"))
         lost = executor.slots[served.most_common(1)[0][0]].spec.node
-        lose(cluster, lost)
+        lose(nodes, lost)
         noticed_by = time.monotonic() + 60
         while lost in {node.node for node in capacity()} and time.monotonic() < noticed_by:
             list(executor.run([task(0)], Log()))
@@ -147,7 +147,7 @@ def test_what_clients_of_a_lost_node_had_sent_is_there(cluster: Cluster, tmp_pat
         executor.close()
 
 
-def test_clients_bound_to_a_lost_node_end_the_run_with_the_reason(cluster: Cluster, tmp_path: Path):
+def test_clients_bound_to_a_lost_node_end_the_run_with_the_reason(nodes: Cluster, tmp_path: Path):
     left = [node.labels["site"] for node in capacity() if node.cpus]
     tiers = [TIERS[0] | {"labels": {"site": left[0]}}, TIERS[1] | {"labels": {"site": left[1]}}]
     executor = RayExecutor(context(tmp_path, clients={"count": 6, "tiers": tiers}), worker_factory=TinyWorker)
@@ -155,7 +155,7 @@ def test_clients_bound_to_a_lost_node_end_the_run_with_the_reason(cluster: Clust
     log = Log()
     try:
         assert len(list(executor.run(TASKS, log))) == 6
-        lose(cluster, executor.slots[0].spec.node)
+        lose(nodes, executor.slots[0].spec.node)
         with pytest.raises(ClusterError, match=r"No actor is left .*node is lost.*hfedmoe resume"):
             list(executor.run(TASKS, log))
     finally:

@@ -12,6 +12,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from small_run import CONFIG, OVERRIDES, REPOSITORY, small_experiment
 
 from hfedmoe_ray.cli import main
 from hfedmoe_ray.config.load import load_experiment
-from hfedmoe_ray.errors import ClusterError
+from hfedmoe_ray.errors import CheckpointError, ClusterError
 from hfedmoe_ray.runtime import session
 from hfedmoe_ray.tracking import wandb as tracking
 from hfedmoe_ray.train.local import ClientWorker
@@ -31,7 +33,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.chaos]
 GONE_WITHIN = 120
 SLACK = 10
 """Seconds that other work on the machine may take from what is timed."""
-LOSSY = ("wire.upload=topk", "wire.share=0.05")
+LOSSY = ("rounds=4", "wire.upload=topk", "wire.share=0.05")
 
 
 @pytest.fixture(scope="module")
@@ -54,48 +56,16 @@ def measured(run_dir: Path) -> list[tuple[int, float, float]]:
     return [(line["round"], line["accuracy"], line["test_loss"]) for line in lines]
 
 
-def test_killing_clients_in_round_two_changes_nothing(tmp_path: Path, undisturbed: str, calm: Path):
-    """One while it trains, and one while it evaluates the round before."""
-    pids: dict[int, int] = {}
-    killed: list[tuple[str, int]] = []
-    told: list[str] = []
-
-    def render(name: str, fields: Any) -> None:
-        told.append(name)
-        if name == "slot_ready":
-            pids[fields["slot"]] = fields["pid"]
-        if name == "task_started":
-            what = fields["kind"], fields["round"]
-            if what in (("train", 2), ("evaluate", 1)) and what not in killed:
-                killed.append(what)
-                os.kill(pids[fields["slot"]], signal.SIGKILL)
-
-    experiment = small_experiment(["runtime.slots=2", *LOSSY])
-    summary = session.run(experiment, tmp_path, resume=False, render=render)
-    assert killed == [("train", 2), ("evaluate", 1)]
-    assert told.count("slot_lost") == 2
-    assert summary["model_sha256"] == undisturbed
-    assert measured(tmp_path) == measured(calm)
-
-
 def start(output: Path) -> subprocess.Popen[str]:
     """`hfedmoe run` in a process of its own, watched until round 0 is told, which is when round 1 has trained."""
-    keys = [*OVERRIDES, *LOSSY, f"output={output}"]
+    keys = [*OVERRIDES, *LOSSY, "runtime.slots=1", f"output={output}"]
     command = [sys.executable, "-u", "-m", "hfedmoe_ray.cli", "run", str(CONFIG), *keys]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY, start_new_session=True)
     assert process.stdout is not None
     for line in process.stdout:
-        if "round 0/3" in line:
+        if "round 0/4" in line:
             return process
     raise AssertionError("the run ended before it told of round 0")
-
-
-def resume(run_dir: Path) -> dict[str, Any]:
-    """`hfedmoe resume` and the summary it leaves."""
-    command = [sys.executable, "-m", "hfedmoe_ray.cli", "resume", str(run_dir)]
-    subprocess.run(command, check=True, cwd=REPOSITORY, stdout=subprocess.PIPE)
-    summary: dict[str, Any] = json.loads((run_dir / "summary.json").read_text())
-    return summary
 
 
 def test_killing_the_driver_kills_everything_and_the_run_can_be_resumed(tmp_path: Path, undisturbed: str, calm: Path):
@@ -107,7 +77,8 @@ def test_killing_the_driver_kills_everything_and_the_run_can_be_resumed(tmp_path
     process.wait(timeout=GONE_WITHIN)
     _, alive = psutil.wait_procs(family, timeout=GONE_WITHIN)
     assert not alive, "processes outlived their driver"
-    assert resume(tmp_path / "quickstart")["model_sha256"] == undisturbed
+    assert main(["resume", str(tmp_path / "quickstart")]) == 0
+    assert json.loads((tmp_path / "quickstart" / "summary.json").read_text())["model_sha256"] == undisturbed
     assert measured(tmp_path / "quickstart") == measured(calm)
 
 
@@ -128,68 +99,70 @@ def test_ctrl_c_stops_after_a_checkpoint_and_another_backend_can_resume(tmp_path
     assert summary["model_sha256"] == undisturbed
 
 
-def test_a_server_killed_while_it_saves_loses_nothing(tmp_path: Path, undisturbed: str, calm: Path):
-    killed: list[int] = []
+def test_killed_clients_change_nothing_and_a_server_killed_while_it_saves_loses_nothing(
+    tmp_path: Path, undisturbed: str, calm: Path
+):
+    """A client that trains in round 2 and one that evaluates round 1, in either order; the server between the reduction
+    of round 3 and the renaming of its checkpoint.
+    """
+    pids: dict[int, int] = {}
+    clients: set[tuple[str, int]] = set()
+    told: list[str] = []
+    server: list[int] = []
     over = threading.Event()
 
+    def render(name: str, fields: Any) -> None:
+        told.append(name)
+        if name == "slot_ready":
+            pids[fields["slot"]] = fields["pid"]
+        if name == "task_started":
+            what = fields["kind"], fields["round"]
+            if what in (("train", 2), ("evaluate", 1)) and what not in clients:
+                clients.add(what)
+                os.kill(pids[fields["slot"]], signal.SIGKILL)
+
     def kill_when_saving() -> None:
-        """Between the reduction of round 2 and the renaming of its checkpoint."""
-        while not over.wait(0.001) and not killed:
-            if any((tmp_path / "checkpoints").glob(".round-0002.*")):
+        while not over.wait(0.001) and not server:
+            if any((tmp_path / "checkpoints").glob(".round-0003.*")):
                 family = psutil.Process().children(recursive=True)
-                (server,) = [p.pid for p in family if p.name().startswith("ray::ServerActor")]
-                os.kill(server, signal.SIGKILL)
-                killed.append(server)
+                (found,) = [p.pid for p in family if p.name().startswith("ray::ServerActor")]
+                os.kill(found, signal.SIGKILL)
+                server.append(found)
 
     watcher = threading.Thread(target=kill_when_saving)
     watcher.start()
     try:
         with pytest.raises(ClusterError, match=r"server process of the run died.*hfedmoe resume"):
-            session.run(small_experiment(LOSSY), tmp_path, resume=False, render=lambda *_: None)
+            session.run(small_experiment(["runtime.slots=2", *LOSSY]), tmp_path, resume=False, render=render)
     finally:
         over.set()
         watcher.join()
-    assert killed
-    assert (tmp_path / "checkpoints" / "LATEST").read_text().strip() in ("round-0001", "round-0002")
-    summary = session.run(small_experiment(LOSSY), tmp_path, resume=True, render=lambda *_: None)
+    assert server
+    assert len(clients) == told.count("slot_lost") == 2
+    assert (tmp_path / "checkpoints" / "LATEST").read_text().strip() in ("round-0002", "round-0003")
+    local = small_experiment(["backend=local", *LOSSY])
+    summary = session.run(local, tmp_path, resume=True, render=lambda *_: None)
     assert summary["model_sha256"] == undisturbed
     assert measured(tmp_path) == measured(calm)
 
 
-CONTINUE = """
-import sys
-from pathlib import Path
-from small_run import small_experiment
-from hfedmoe_ray.errors import HFedMoEError
-from hfedmoe_ray.runtime import session
-from hfedmoe_ray.tracking import wandb as tracking
-from hfedmoe_ray.train.local import ClientWorker
-from hfedmoe_ray.types import ClientTask
-try:
-    session.run(small_experiment(sys.argv[2:]), Path(sys.argv[1]), resume=True, render=lambda *_: None)
-except HFedMoEError as error:
-    print(error)
-    sys.exit(error.exit_code)
-"""
+@contextmanager
+def no_file_beyond(size: int) -> Iterator[None]:
+    """Whoever writes more into a file is refused, as by a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_full_disk_ends_the_run_with_the_checkpoint_before_and_it_can_go_on(tmp_path: Path, undisturbed: str):
     """No file may grow beyond a few hundred kilobytes, as on a disk with so much left."""
     local = ["backend=local", *LOSSY]
     session.run(small_experiment([*local, "rounds=1"]), tmp_path, resume=False, render=lambda *_: None)
-    room = 300_000
-    done = subprocess.run(
-        [sys.executable, "-c", CONTINUE, str(tmp_path), *local],
-        check=False,
-        capture_output=True,
-        text=True,
-        cwd=REPOSITORY,
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY / "tests")},
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (room, room)),
-    )
-    assert done.returncode == 8, done.stderr
-    assert "make room" in done.stdout
-    assert "hfedmoe resume" in done.stdout
+    with no_file_beyond(300_000), pytest.raises(CheckpointError, match=r"make room.*hfedmoe resume"):
+        session.run(small_experiment(local), tmp_path, resume=True, render=lambda *_: None)
     assert sorted(one.name for one in (tmp_path / "checkpoints").iterdir()) == ["LATEST", "round-0000", "round-0001"]
     assert (tmp_path / "checkpoints" / "LATEST").read_text() == "round-0001\n"
     summary = session.run(small_experiment(local), tmp_path, resume=True, render=lambda *_: None)
@@ -254,6 +227,6 @@ def test_without_its_wandb_server_a_run_is_held_up_once_and_complete(
     assert began - told[0][2] < tracking.INIT_TIMEOUT_S + SLACK
     rounds = sum(fields.seconds for name, fields, _ in told if name == "round")
     assert ended - began < rounds + SLACK
-    for name, lines in (("metrics.jsonl", 4), ("events.jsonl", 4 * 4)):
+    for name, lines in (("metrics.jsonl", 5), ("events.jsonl", 5 * 4)):
         assert len((tmp_path / name).read_text().splitlines()) >= lines
     assert json.loads((tmp_path / "summary.json").read_text())["model_sha256"] == undisturbed

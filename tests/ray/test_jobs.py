@@ -88,7 +88,9 @@ def test_a_submitted_run_succeeds_and_its_record_comes_home(
 ):
     monkeypatch.chdir(tmp_path)
     log: list[str] = []
-    code = submit(CONFIG, [*OVERRIDES, "rounds=1", "name=job"], head, python=sys.executable, show=log.append)
+    code = submit(
+        CONFIG, [*OVERRIDES, "rounds=1", "runtime.slots=1", "name=job"], head, python=sys.executable, show=log.append
+    )
     text = "".join(log)
     assert code == 0, text
     assert "round 1/1" in text
@@ -117,7 +119,7 @@ def test_a_failed_job_has_its_exit_code_and_its_paragraph(head: str, tmp_path: P
 @pytest.mark.usefixtures("token")
 def test_a_comparison_is_a_job_too(head: str, home: Path):
     client = JobSubmissionClient(head, headers=auth_headers())
-    overrides = [*OVERRIDES, "rounds=1", "name=two", "data.test_examples=20"]
+    overrides = [*OVERRIDES, "rounds=1", "runtime.slots=1", "name=two", "data.test_examples=20"]
     command = [sys.executable, "-u", "jobs/compare.py", "configs/quickstart.yaml", *overrides]
     command += ["--strategies", "hfedmoe,random", "--seeds", "0"]
     environment = yaml.safe_load((REPOSITORY / "jobs" / "runtime_env.yaml").read_text())

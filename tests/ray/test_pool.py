@@ -38,11 +38,11 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[str, b
 
 @pytest.mark.parametrize(
     "executor",
-    [{"actors": "dedicated"}, {"runtime": {"slots": 1}}, {"runtime": {"slots": 4}}],
+    [{"runtime": {"slots": 1}}, {"runtime": {"slots": 4}}],
     indirect=True,
-    ids=["dedicated", "one slot", "four slots"],
+    ids=["one slot", "four slots"],
 )
-def test_same_results_in_every_mode(executor: RayExecutor, expected: dict[int, tuple[str, bytes]]):
+def test_same_results_in_however_many_slots(executor: RayExecutor, expected: dict[int, tuple[str, bytes]]):
     log = Log()
     assert outcome(list(executor.run(TASKS, log))) == expected
     assert all(status == "ok" for status, _ in expected.values())
@@ -50,8 +50,12 @@ def test_same_results_in_every_mode(executor: RayExecutor, expected: dict[int, t
 
 
 @pytest.mark.parametrize("executor", [{"actors": "dedicated"}], indirect=True)
-def test_a_dedicated_client_holds_what_its_tier_asks_for(executor: RayExecutor):
-    list(executor.run(TASKS, Log()))
+def test_a_dedicated_client_holds_what_its_tier_asks_for_and_gives_the_same_results(
+    executor: RayExecutor, expected: dict[int, tuple[str, bytes]]
+):
+    log = Log()
+    assert outcome(list(executor.run(TASKS, log))) == expected
+    assert {fields["client"] for fields in log.named("task_finished")} == set(range(6))
     for slot in executor.slots:
         assigned = ray.get(slot.ping(), timeout=30)["resources"]
         tier = {"phone": 0.1, "server": 0.2}[slot.spec.tiers[0]]

@@ -1,4 +1,4 @@
-"""Whole comparisons: real runs in processes of their own, repeated, interrupted, failing; and the pages they make."""
+"""Whole comparisons: real runs, here and in processes of their own, interrupted, failing; and the pages they make."""
 
 import dataclasses
 import json
@@ -25,6 +25,7 @@ from hfedmoe_ray.comparison.running import carry_out, fitting_processes, stage_o
 from hfedmoe_ray.comparison.tables import escape_latex, latex, make_tables, markdown
 from hfedmoe_ray.config.load import dump_experiment
 from hfedmoe_ray.errors import ConfigError
+from hfedmoe_ray.runtime import session
 
 EVIL = "</title><script>alert('x')</script>\"'&|*_%$#~^\\{}"
 
@@ -53,9 +54,10 @@ def config(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def done(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Design:
-    """The comparison, carried out."""
+    """The comparison, its runs made in this process."""
     design = read_design(config, (), output=tmp_path_factory.mktemp("out") / "whole")
-    assert carry_out(design, processes=2, show=lambda *_: None) == []
+    for one in design.runs:
+        session.run(one.experiment, one.directory, resume=False, render=lambda *_: None)
     write_comparison(design, [])
     return design
 
@@ -98,7 +100,7 @@ def test_the_figures_are_those_of_the_runs(done: Design):
 
 
 def test_an_interrupted_comparison_goes_on_to_the_same_tables(done: Design, config: Path, tmp_path: Path):
-    """One run is missing, one is stopped in the middle; both are done again, in another process."""
+    """One run is missing, one is stopped in the middle; both are done again, each in a process of its own."""
     missing, cut = done.runs[1], done.runs[2]
     again = copy_of(done, config, tmp_path / "again", missing)
     half = next(run for run in again.runs if run.experiment.name == cut.experiment.name)
