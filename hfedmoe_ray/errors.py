@@ -36,7 +36,7 @@ class CapacityError(HFedMoEError):
 
 
 class ClusterError(HFedMoEError):
-    """A Ray cluster cannot be reached, refuses the token, or runs another version."""
+    """A Ray cluster cannot be reached, refuses the token, runs another version, or has lost nodes that clients need."""
 
     exit_code = 6
 

@@ -35,6 +35,12 @@ class ResourceSpec:
             labels=self.labels,
         )
 
+    @property
+    def bundle(self) -> dict[str, float]:
+        """What it asks for, as Ray names it."""
+        named = {"CPU": self.num_cpus, "GPU": self.num_gpus, "memory": float(self.memory_bytes)}
+        return {name: amount for name, amount in named.items() if amount}
+
     def covers(self, other: "ResourceSpec") -> bool:
         """Whether what has these resources can do the work of a client that asks for `other`.
 

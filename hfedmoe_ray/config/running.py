@@ -15,8 +15,10 @@ class Runtime(Section):
     slots: PositiveInt | Literal["auto"] = "auto"
     """pooled: client actors alive at once. auto: as many as fit and have a core to run on."""
     scale_up_s: NonNegativeFloat = 0.0
-    """On a cluster with an autoscaler: seconds to wait for nodes, which it is asked for once, until the clients fit.
-    Say `num_gpus` and `num_cpus` in the tiers where no GPU node is there at the start. 0: what is there must do."""
+    """On a cluster with an autoscaler: seconds to wait for nodes, which it is asked for once, until the clients fit;
+    and for others, when those that some clients need are lost. Room that other work holds is waited for as long, if
+    this is more than a minute. Say `num_gpus` and `num_cpus` in the tiers where no GPU node is there at the start.
+    0: what is there must do."""
     deadline_s: PositiveFloat = 600.0
     """Seconds a client may take for one task before it counts as late."""
     memory_cap: bool = True

@@ -220,7 +220,13 @@ class Processes:
 
 
 def start_processes(
-    spec: SlotSpec, context: RunContext, worker_factory: WorkerFactory, shared: frozenset[int], **named: str
+    spec: SlotSpec,
+    context: RunContext,
+    worker_factory: WorkerFactory,
+    shared: frozenset[int],
+    *,
+    queue: bool,
+    **named: str,
 ) -> Processes:
     """Creates a slot's actors on its node, a gang where its resources are several ranks'; does not wait.
 
@@ -229,23 +235,24 @@ def start_processes(
         context: The run.
         worker_factory: Makes the actors' workers.
         shared: Clients that run as a gang.
+        queue: Have a single actor, too, wait for room in a placement group, which tells when there is some (`room`).
         named: The first actor's `name` and `namespace`.
     """
     environment = {"runtime_env": {"env_vars": ENVIRONMENT}}
     ranks, one = spec.resources.ranks, spec.resources.of_a_rank
     asked = {"num_cpus": one.num_cpus, "num_gpus": one.num_gpus, "memory": one.memory_bytes} | environment
-    if ranks == 1:
+    if ranks == 1 and not queue:
         # The node was planned: left to Ray, fragments of several nodes could add up to a place that is none.
         here = NodeAffinitySchedulingStrategy(spec.node, soft=False)
         made = RemoteClient.options(scheduling_strategy=here, **asked, **named)
         return Processes(made.remote(context, worker_factory, one.num_gpus))
-    bundle = {"CPU": one.num_cpus, "GPU": one.num_gpus, "memory": float(one.memory_bytes)}
     group = ray.util.placement_group(
-        [{name: amount for name, amount in bundle.items() if amount}] * ranks,
-        strategy="STRICT_PACK",
-        bundle_label_selector=[{"ray.io/node-id": spec.node}] * ranks,
+        [one.bundle] * ranks, strategy="STRICT_PACK", bundle_label_selector=[{"ray.io/node-id": spec.node}] * ranks
     )
     places = [PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank) for rank in range(ranks)]
+    if ranks == 1:
+        made = RemoteClient.options(scheduling_strategy=places[0], **asked, **named)
+        return Processes(made.remote(context, worker_factory, one.num_gpus), (), group)
     followers = tuple(
         RemoteFollower.options(scheduling_strategy=place, **asked).remote(context, worker_factory, one.num_gpus)
         for place in places[1:]

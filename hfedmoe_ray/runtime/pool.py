@@ -14,13 +14,14 @@ from ray.exceptions import OutOfMemoryError, RayError, RayTaskError, TaskCancell
 
 from hfedmoe_ray.budget import tier_of
 from hfedmoe_ray.context import RunContext
-from hfedmoe_ray.errors import ClusterError, HFedMoEError, TrainingError
+from hfedmoe_ray.errors import HFedMoEError, TrainingError
 from hfedmoe_ray.federation.executor import Further, Notify, nothing_further
 from hfedmoe_ray.runtime import cluster, timeouts
 from hfedmoe_ray.runtime.client import Loading
 from hfedmoe_ray.runtime.holder import alive, start_holder
 from hfedmoe_ray.runtime.results import Payload, about, finished, told
-from hfedmoe_ray.runtime.scaling import free_room, further_slots, plan_when_there, release
+from hfedmoe_ray.runtime.room import FreeRoom, Queue
+from hfedmoe_ray.runtime.scaling import Stranded, free_room, further_slots, plan_when_there, release
 from hfedmoe_ray.runtime.slot import ActorRecipe, Attempt, Slot, State
 from hfedmoe_ray.runtime.transfer import Directory, directory_hash
 from hfedmoe_ray.runtime.weights import WeightStore
@@ -63,9 +64,12 @@ class RayExecutor:
         self._holders: dict[tuple[str, str], Any] = {}
         """Holder of the frozen tensors by (node, GPU), where clients share a GPU."""
         self._last_loss = ""
+        self._queue = Queue(self._runtime.scale_up_s)
+        self._stranded = Stranded(self._runtime.scale_up_s)
         self.slots = tuple(Slot(number, spec, self._recipe) for number, spec in enumerate(specs))
+        room = FreeRoom()
         for slot in self.slots:
-            slot.start(self._offer(slot))
+            slot.start(self._offer(slot), queue=not room.take(slot.spec))
 
     def publish(self, weights: Weights, keep: frozenset[int] = frozenset()) -> None:
         """See `Executor.publish`."""
@@ -77,6 +81,7 @@ class RayExecutor:
         """See `Executor.run`.
 
         Raises:
+            CapacityError: other work on the cluster holds all room for some clients, and went on doing so.
             ClusterError: no actor can be started, or the cluster has lost every place for one.
             HFedMoEError: what an actor said when it loaded the model or the data.
         """
@@ -86,7 +91,7 @@ class RayExecutor:
             self._look_around(notify)
             while left:
                 self._dispatch(ready, notify)
-                for slot, answered in self._events(ready):
+                for slot, answered in self._events(ready, notify):
                     result = self._advance(slot, answered, ready, notify)
                     if result is not None:
                         left -= 1
@@ -130,21 +135,28 @@ class RayExecutor:
             slot.assign(attempt, self._store.refs(attempt.task), self._runtime.deadline_s)
             notify("task_started", about(attempt.task) | {"slot": slot.number, "attempt": attempt.number})
 
-    def _events(self, ready: Sequence[Attempt]) -> list[tuple[Slot, bool]]:
+    def _events(self, ready: Sequence[Attempt], notify: Notify) -> list[tuple[Slot, bool]]:
         """Waits until some slot has an answer or is past its deadline; returns (slot, whether it has answered).
 
+        Returns nothing where the cluster is to be looked at once more.
+
         Raises:
-            ClusterError: a task is left that no slot will ever serve.
+            CapacityError: see `room.Queue`.
+            ClusterError: see `scaling.Stranded`.
         """
-        alive = [slot for slot in self.slots if slot.state is not State.GONE]
-        for attempt in ready if len(alive) < len(self.slots) else ():
-            if not any(slot.serves(attempt.task) for slot in alive):
-                raise ClusterError(
-                    f"No actor is left that could serve client {attempt.task.client}; the last was lost because: "
-                    f"{self._last_loss} The last checkpoint is complete: mend the cluster and `hfedmoe resume`."
-                )
-        waiting = {slot.watched: slot for slot in alive if slot.watched is not None}
+        for slot in self._queue.look(self.slots):
+            self._replace(slot, "its node is lost", notify)
+        looking = self._queue.goes_on(self.slots, ready, notify)
+        if self._stranded.wait(self.slots, ready, self._last_loss, notify):
+            looking = True
+            self._follow_cluster(notify)
+        waiting = {slot.watched: slot for slot in self.slots if slot.watched is not None}
+        if not waiting:
+            time.sleep(timeouts.CLUSTER_POLL)
+            return []
         patience = max(0.0, min(slot.deadline for slot in waiting.values()) - time.monotonic())
+        if looking:
+            patience = min(patience, timeouts.CLUSTER_POLL)
         answered, silent = ray.wait(list(waiting), num_returns=1, timeout=patience)
         if answered and silent:
             # Whoever else has answered by now: with many short tasks that saves most turns of the loop.
@@ -287,7 +299,8 @@ class RayExecutor:
                 self._give_up(slot, "its node is lost, and no other has room for it", notify)
                 return
             slot.move(place)
-        slot.start(self._offer(slot))
+        # Other work may have taken the room since.
+        slot.start(self._offer(slot), queue=True)
 
     def _look_around(self, notify: Notify) -> None:
         """Uses nodes that have joined; and no attempt is to be wasted on an actor that died while it was idle."""
@@ -314,7 +327,7 @@ class RayExecutor:
 
     def _add(self, slot: Slot, notify: Notify) -> None:
         notify("slot_added", {"slot": slot.number, "tiers": list(slot.spec.tiers), "node": slot.spec.node})
-        slot.start(self._offer(slot))
+        slot.start(self._offer(slot), queue=True)
 
     def _give_up(self, slot: Slot, reason: str, notify: Notify) -> None:
         """The slot will have no actor any more."""

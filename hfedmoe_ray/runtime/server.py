@@ -21,7 +21,7 @@ from hfedmoe_ray.errors import HFedMoEError
 from hfedmoe_ray.runtime import timeouts
 from hfedmoe_ray.runtime.federate import federate
 from hfedmoe_ray.runtime.pool import RayExecutor
-from hfedmoe_ray.runtime.scaling import plan_when_there
+from hfedmoe_ray.runtime.scaling import plan_when_there, release
 
 FORWARDED = ("HFEDMOE_", "WANDB_", "HF_", "TRANSFORMERS_")
 """Environment variables of the driver that hold for the server too: its cache, and its accounts."""
@@ -107,7 +107,7 @@ class ServerActor:
         """Runs the experiment to its end, whatever that is."""
         try:
             # Refused here if the clients do not fit, before minutes of preparation.
-            plan_when_there(self._experiment)
+            plan_when_there(self._experiment, self._news.add)
             summary = federate(
                 self._experiment,
                 self._run_dir,
@@ -121,6 +121,8 @@ class ServerActor:
         else:
             return Outcome(summary=summary)
         finally:
+            if self._experiment.runtime.scale_up_s:
+                release()  # nobody has where there was no executor yet to close
             self._news.close()
 
     @ray.method(concurrency_group="driver")

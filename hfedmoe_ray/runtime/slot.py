@@ -89,6 +89,7 @@ class Slot:
         self._answer: tuple[Any, Any] | None = None
         """References to the client's new state and to the small answer."""
         self._lifeline: Any = None
+        self._placed = False
 
     @property
     def name(self) -> str:
@@ -103,19 +104,36 @@ class Slot:
             return task.client == self.spec.client
         return self._recipe.tiers[task.client] in self.spec.tiers
 
-    def start(self, directories: Mapping[str, Directory]) -> None:
-        """Creates an actor on the slot's node and lets it load; does not wait."""
+    def start(self, directories: Mapping[str, Directory], *, queue: bool) -> None:
+        """Creates an actor on the slot's node and lets it load; does not wait.
+
+        Args:
+            directories: What it has to look for on that node.
+            queue: Whether room for it may be missing: see `start_processes`.
+        """
         self._generation += 1
         recipe = self._recipe
         ranked = frozenset(client for client, tier in enumerate(recipe.tiers) if tier in recipe.ranked)
         named = {"name": self.name, "namespace": recipe.namespace}
-        self.processes = start_processes(self.spec, recipe.context, recipe.worker_factory, ranked, **named)
+        self.processes = start_processes(self.spec, recipe.context, recipe.worker_factory, ranked, queue=queue, **named)
         self._actor = self.processes.leader
         self.parted = False
         self.fresh = True
         self._lifeline = self._actor.live.remote()
-        self._enter(State.STARTING, timeouts.CLIENT_START)
+        self._placed = self.processes.group is None
+        self._enter(State.STARTING, timeouts.CLIENT_START if self._placed else None)
         self.load(directories)
+
+    @property
+    def queued(self) -> bool:
+        """Whether its actors wait, as far as is known, for room that something else on the node holds."""
+        return self.state is State.STARTING and not self._placed
+
+    def look_for_room(self) -> None:
+        """Sees whether Ray has given queued actors their room: from then on they are starting."""
+        if self.processes is not None and self.processes.group is not None and self.processes.group.wait(0):
+            self._placed = True
+            self._enter(State.STARTING, timeouts.CLIENT_START)
 
     def load(self, directories: Mapping[str, Directory], holder: Any = None) -> None:
         """Asks the actor to load (again, with files it lacked, or with the holder of its GPU's frozen tensors)."""

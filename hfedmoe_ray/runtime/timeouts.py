@@ -12,7 +12,12 @@ CLIENT_START = 300.0
 FIRST_CALL_GRACE = 60.0
 """What an actor's first task may take beyond the deadline: it imports what loading did not, and fills caches."""
 CLUSTER_POLL = 1.0
-"""Between two looks at a cluster that is to grow (how long it may take is `runtime.scale_up_s`)."""
+"""Between two looks at a cluster that is to grow, or to give actors room that other work on it holds."""
+ROOM = 60.0
+"""How long clients may wait for room that other work on the cluster holds while none of their actors has any, or
+`runtime.scale_up_s` where that is longer. Starting is not waiting: it begins when Ray has given an actor its room."""
+ROOM_TOLD = 5.0
+"""From an actor's waiting for room until that is told: what a dead actor held is free only a moment later."""
 STOP_GRACE = 10.0
 """From asking a late client to stop until its process is killed."""
 FETCH = 120.0

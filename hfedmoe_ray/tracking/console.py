@@ -91,7 +91,7 @@ class ConsoleRenderer:
             self._print(Text(f"  resumed after round {facts['resumed_from']}", style="dim"))
 
     def event(self, name: str, fields: Mapping[str, Any]) -> None:
-        """Moves the bar; a warning is printed at once."""
+        """Moves the bar; a warning, or what is waited for, is printed at once."""
         match name:
             case "preparing":
                 self._print(Text("preparing the model and the data", style="dim"))
@@ -110,6 +110,9 @@ class ConsoleRenderer:
             case "task_retried":
                 self._retried[self._progress.round] += 1
                 self._progress.retried()
+            case "waiting":
+                words = f"waiting up to {duration(fields['seconds'])} {fields['message']}"
+                self._print(Text(words, style="yellow"))
             case "warning":
                 self._print(Text(f"warning: {fields.get('message', '')}", style="yellow"))
 

@@ -15,6 +15,7 @@ _TROUBLES = {
     "over_memory": "over its memory",
     "demoted": "out of memory, demoted",
     "bounds_relaxed": "bounds relaxed",
+    "waiting": "waited",
     "warning": "warning",
 }
 """Events that are told, and how they are called."""

@@ -147,16 +147,58 @@ def test_what_clients_of_a_lost_node_had_sent_is_there(nodes: Cluster, tmp_path:
         executor.close()
 
 
-def test_clients_bound_to_a_lost_node_end_the_run_with_the_reason(nodes: Cluster, tmp_path: Path):
+def bound_to_two_sites(cluster: Cluster, ray_directory: str) -> dict[str, Any]:
+    """Clients of either tier run at a site of their own, which has one node."""
+    for number in range(2 - sum(node.cpus > 0 for node in capacity())):
+        add(cluster, ray_directory, f"further{number}")
     left = [node.labels["site"] for node in capacity() if node.cpus]
     tiers = [TIERS[0] | {"labels": {"site": left[0]}}, TIERS[1] | {"labels": {"site": left[1]}}]
-    executor = RayExecutor(context(tmp_path, clients={"count": 6, "tiers": tiers}), worker_factory=TinyWorker)
+    return {"count": 6, "tiers": tiers}
+
+
+def test_clients_bound_to_a_lost_node_wait_for_another(nodes: Cluster, ray_directory: str, tmp_path: Path):
+    clients = bound_to_two_sites(nodes, ray_directory)
+    made = context(tmp_path, clients=clients, runtime={"scale_up_s": 120})
+    first, expected = undisturbed(made)
+    executor = RayExecutor(made, worker_factory=TinyWorker)
+    executor.publish(weights())
+
+    class Replacing(Log):
+        def __call__(self, name: str, fields: dict[str, object]) -> None:
+            super().__call__(name, fields)
+            if name == "waiting":
+                add(nodes, ray_directory, site)
+
+    log = Replacing()
+    try:
+        before = list(executor.run(TASKS, log))
+        assert outcome(before) == first
+        lost = executor.slots[0].spec.node
+        (site,) = [node.labels["site"] for node in capacity() if node.node == lost]
+        lose(nodes, lost)
+        assert outcome(list(executor.run(continued(before), log))) == expected
+        (waiting,) = log.named("waiting")
+        assert "its node is lost" in str(waiting["message"])
+        assert waiting["seconds"] == 120
+        assert [fields["slot"] for fields in log.named("slot_added")] == [0]
+        assert executor.slots[0].spec.node != lost
+    finally:
+        executor.close()
+
+
+@pytest.mark.parametrize(("patience", "waited"), [(0.0, ""), (0.5, r"after 0\.5 s \(runtime\.scale_up_s\) ")])
+def test_clients_bound_to_a_lost_node_end_the_run_with_the_reason(
+    nodes: Cluster, ray_directory: str, tmp_path: Path, patience: float, waited: str
+):
+    made = context(tmp_path, clients=bound_to_two_sites(nodes, ray_directory), runtime={"scale_up_s": patience})
+    executor = RayExecutor(made, worker_factory=TinyWorker)
     executor.publish(weights())
     log = Log()
     try:
         assert len(list(executor.run(TASKS, log))) == 6
         lose(nodes, executor.slots[0].spec.node)
-        with pytest.raises(ClusterError, match=r"No actor is left .*node is lost.*hfedmoe resume"):
+        with pytest.raises(ClusterError, match=rf"No actor is {waited}left .*node is lost.*hfedmoe resume"):
             list(executor.run(TASKS, log))
+        assert len(log.named("waiting")) == bool(patience)
     finally:
         executor.close()

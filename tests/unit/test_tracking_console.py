@@ -100,6 +100,12 @@ def test_a_warning_is_printed_at_once(tmp_path: Path) -> None:
     assert raw.getvalue().decode() == "warning: [red] is not markup here\n"
 
 
+def test_what_a_run_waits_for_is_printed_at_once(tmp_path: Path) -> None:
+    console, raw = plain_console()
+    ConsoleRenderer(tmp_path, console).event("waiting", {"message": "for [x] nodes", "seconds": 90.0})
+    assert raw.getvalue().decode() == "waiting up to 1 min 30 s for [x] nodes\n"
+
+
 def test_a_run_that_stopped_says_so_and_one_without_evaluation_claims_nothing(tmp_path: Path) -> None:
     assert any(line.endswith("stopped after round 2") for line in told(tmp_path, last=2))
     console, raw = plain_console()
