@@ -23,6 +23,14 @@ TWO = {"runtime": {"slots": 2}}
 """One of 0.2 CPU, which serves every client, and one of 0.1."""
 
 
+def settle(free: float) -> None:
+    """Waits until the cluster knows that so many CPUs are free: what was taken or left a moment ago it learns late."""
+    until = time.monotonic() + 60
+    while abs(ray.available_resources().get("CPU", 0.0) - free) > 1e-6:
+        assert time.monotonic() < until, "something else holds or frees CPUs"
+        time.sleep(0.05)
+
+
 class Others:
     """Actors of another job, which hold all CPUs but so many of each node."""
 
@@ -36,6 +44,7 @@ class Others:
         sizes = [whole] * bool(whole) + [1 - leave]
         self._actors = [ray.remote(Other).options(num_cpus=size).remote() for size in sizes]
         ray.get([actor.there.remote() for actor in self._actors], timeout=60)
+        settle(leave)
 
     def go(self) -> None:
         """Ends them."""
@@ -141,9 +150,7 @@ def test_an_actor_that_starts_slowly_does_not_wait_for_room(
     """Nothing but the room tells the two apart: with it, no process is there any sooner."""
     monkeypatch.setattr(timeouts, "ROOM", 0.0)
     monkeypatch.setattr(timeouts, "ROOM_TOLD", 0.0)
-    until = time.monotonic() + 60
-    while ray.available_resources().get("CPU") != capacity()[0].cpus and time.monotonic() < until:
-        time.sleep(timeouts.CLUSTER_POLL)  # what ran before is not free at once
+    settle(capacity()[0].cpus)
     executor, log = executors(**TWO), Log()
     assert outcome(list(executor.run(TASKS, log))) == expected
     assert not log.named("waiting")
