@@ -47,7 +47,13 @@ from hfedmoe_ray.tracking.tracker import Trackers
 from hfedmoe_ray.train.prefix import prefix_states
 
 CONFIG = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
-FIXED = ("evaluate.every=1000", "evaluate.own=never", "tracking.wandb.mode=disabled", "name=efficiency")
+FIXED = (
+    "evaluate.every=1000",
+    "evaluate.overlap=false",
+    "evaluate.own=never",
+    "tracking.wandb.mode=disabled",
+    "name=efficiency",
+)
 BAR = 0.85
 WARM_UP, COUNTED = 3, 12
 """Steps of bare PyTorch by tier and process."""
