@@ -20,14 +20,23 @@ ALLOWED = {"driver": 16.0, "ServerActor": 24.0, "ClientActor": 48.0, "object sto
 """MiB by which each may differ: what allocators keep moves up and down by some."""
 
 
+def own(process: psutil.Process) -> int:
+    """Bytes of a process's anonymous pages (see `train.memory`).
+
+    Not its unique set: files are in that, and become its own when the last other process that maps them ends.
+    """
+    memory = process.memory_info()
+    return int(memory.rss - memory.shared)
+
+
 def occupied() -> Mapping[str, float]:
     """MiB that each kind of process has to itself, all clients together, and what lies in the object store."""
     this = psutil.Process()
-    found = {"driver": float(this.memory_full_info().uss), "ServerActor": 0.0, "ClientActor": 0.0}
+    found = {"driver": float(own(this)), "ServerActor": 0.0, "ClientActor": 0.0}
     for process in this.children(recursive=True):
         kind = process.name().removeprefix("ray::").partition(".")[0].partition(" ")[0]
         if kind in found:
-            found[kind] += process.memory_full_info().uss
+            found[kind] += own(process)
     state = get_state_from_address(ray.get_runtime_context().gcs_address)
     found["object store"] = float(get_memory_info_reply(state).store_stats.object_store_bytes_used)
     return {name: size / 2**20 for name, size in found.items()}
