@@ -12,8 +12,8 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
+from hfedmoe_ray.config.evaluation import Evaluation
 from hfedmoe_ray.config.load import load_experiment
-from hfedmoe_ray.config.schema import Evaluation
 from hfedmoe_ray.errors import CheckpointError
 from hfedmoe_ray.types import Array
 

@@ -12,9 +12,10 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from hfedmoe_ray.config.asynchronous import Asynchronous
 from hfedmoe_ray.config.combinations import check_asynchronous, check_combinations
 from hfedmoe_ray.config.comparison import Comparison
+from hfedmoe_ray.config.evaluation import Evaluation
 from hfedmoe_ray.config.lora import Lora
 from hfedmoe_ray.config.running import Runtime, Tracking
-from hfedmoe_ray.config.section import Name, NonNegativeFloat, Precision, Section, Share, UnitInterval
+from hfedmoe_ray.config.section import Name, NonNegativeFloat, Precision, Section, Share
 from hfedmoe_ray.config.server import Rules, RulesConfig, ServerOptimizer
 from hfedmoe_ray.config.simulated import SimulatedDevice
 from hfedmoe_ray.config.strategies import HFedMoE, StrategyConfig
@@ -322,35 +323,6 @@ class LocalTraining(Section):
     take half the room."""
     cache_gib: PositiveFloat = 8.0
     """Room in GiB that the kept states of all clients and runs may take on a node; those used longest ago make way."""
-
-
-class Evaluation(Section):
-    """When and how accuracy is measured."""
-
-    every: PositiveInt = 1
-    """Evaluate the global model every so many rounds (the last round always)."""
-    own: Literal["never", "final", "always"] = "final"
-    """When clients evaluate on their own test split holding only their residents."""
-    personalised: bool = False
-    """Whether, after the last round, each client also trains for one more round by itself, from the final weights and
-    with the experts it holds, and evaluates again: its accuracy before and after making the model its own."""
-    overlap: bool = True
-    """Evaluate a round while the next one trains, in slots that have nothing else to do: what is found is the same, but
-    told that much later, and the round's seconds do not contain it. With `backend: local` or `asynchronous`, and after
-    the last round, it is evaluated at once."""
-    batch_size: PositiveInt = 32
-    """Examples of one forward pass. Clients evaluate too, and 64 texts of 64 tokens took more memory than training."""
-    target: UnitInterval | None = None
-    """Accuracy whose first reaching is reported as rounds_to_target."""
-
-    @model_validator(mode="after")
-    def _before_and_after(self) -> Self:
-        if self.personalised and self.own == "never":
-            raise ValueError(
-                "`personalised` compares with what clients reach before they train by themselves, which `own: never` "
-                "does not measure: write `own: final`, or leave personalised out"
-            )
-        return self
 
 
 # ---------------------------------------------------------------------------------------------------- all of it

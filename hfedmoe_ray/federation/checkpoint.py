@@ -110,7 +110,7 @@ def load_checkpoint(directory: Path, identity: str) -> FederationState:
     """Reads the checkpoint that LATEST names.
 
     Raises:
-        CheckpointError: There is none, it is damaged, or it belongs to another experiment.
+        CheckpointError: There is none, it is damaged, or it belongs to another experiment or version.
     """
     latest = directory / "LATEST"
     if not latest.exists():
@@ -133,7 +133,13 @@ def load_checkpoint(directory: Path, identity: str) -> FederationState:
             f"checkpoint {path} was written by another experiment (configuration, model or data differ), and "
             "continuing it would mix the two. Resume with the run's own config.yaml, or use another name."
         )
-    return _state(fields, tensors, clients)
+    try:
+        return _state(fields, tensors, clients)
+    except KeyError as missing:
+        raise CheckpointError(
+            f"checkpoint {path} was written by another version of hfedmoe_ray: it holds no {missing}. Resume with that "
+            "version (config.yaml names it), or start the run again."
+        ) from missing
 
 
 def _tensors(state: FederationState) -> dict[str, Array]:

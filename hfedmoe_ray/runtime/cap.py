@@ -27,7 +27,7 @@ in an actor's first training task, less in later ones)."""
 _CLOSE = 0.85
 """Share of budget and leeway above which a process that dies is taken to have died of it."""
 _SAMPLE_S = 0.05
-"""Between two looks at it: a process writes about 50 MiB in that time. Each wakes a thread, and costs a step 0.1 ms."""
+"""Between two looks at it: a process writes about 50 MiB in that time. Each look interrupts what is being computed."""
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """A process group of one rank, for DeepSpeed, which does not start without one.
 
 Gloo would do: it starts four threads in every client's process, two of which wake up a hundred times a second, and it
-sends each parameter of each engine through one of them. Between an only rank and itself there is nothing to send: what
+hands each parameter of each engine to them. Between an only rank and itself there is nothing to send: what
 a collective is given is its result already. So nothing runs here, no socket is bound and no port is agreed on.
 """
 
@@ -32,7 +32,7 @@ class AloneProcessGroup(dist.ProcessGroup):
         """The source is this rank."""
         return _done(tensors)
 
-    def barrier(self, *_options: Any) -> dist.Work:
+    def barrier(self, *_options: Any, **_named: Any) -> dist.Work:
         """Everyone is here."""
         return _done([])
 

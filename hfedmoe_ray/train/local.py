@@ -8,7 +8,7 @@ import gc
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -31,10 +31,10 @@ from hfedmoe_ray.strategies import build_strategy
 from hfedmoe_ray.train.activations import checkpointed_layers
 from hfedmoe_ray.train.deepspeed_config import deepspeed_config
 from hfedmoe_ray.train.engine import Engine, RankedEngine
+from hfedmoe_ray.train.examples import Examples, batches, task_examples
 from hfedmoe_ray.train.explore import squared_gradients
 from hfedmoe_ray.train.frozen import check_unwritten, frozen_versions
 from hfedmoe_ray.train.memory import PeakMemory, return_freed_memory
-from hfedmoe_ray.train.prefix import PrefixStates, prefix_states
 from hfedmoe_ray.train.proximal import Proximity
 from hfedmoe_ray.train.ranks import JoinedRanks, Ranks
 from hfedmoe_ray.train.steps import LocalSteps, Run, batch_labels
@@ -46,14 +46,6 @@ ShouldStop = Callable[[], bool]
 
 class Stopped(Exception):
     """The task was asked to stop between two steps; it leaves nothing behind."""
-
-
-@dataclass(frozen=True)
-class _Examples:
-    """A split with the cached states of its examples, if there are any."""
-
-    split: Split
-    states: PrefixStates | None
 
 
 class ClientWorker:
@@ -137,10 +129,10 @@ class ClientWorker:
                 self._local_steps(task, weights, examples, _never)
             elif len(examples.split) > 0:
                 task = _next_round(task)
-                self._local_steps(task, weights, self._examples(task), _never)
+                self._local_steps(task, weights, self._examples_of(task), _never)
 
     @contextmanager
-    def _bound(self, task: ClientTask, weights: TaskWeights) -> Iterator[_Examples]:
+    def _bound(self, task: ClientTask, weights: TaskWeights) -> Iterator[Examples]:
         """Gives the model a task's weights within a block, and yields the task's examples."""
         # Ranks draw dropout for different examples; that of a single one is the first's.
         rank = self._ranks_of(task).rank
@@ -150,7 +142,7 @@ class ClientWorker:
             torch.manual_seed(seed)
             try:
                 self._model.bind(task.plan, weights, self._experiment.model.trainable)
-                yield self._examples(task)
+                yield self._examples_of(task)
             finally:
                 self._model.release()
                 return_freed_memory()
@@ -163,7 +155,7 @@ class ClientWorker:
 
     # ------------------------------------------------------------------------------------------- the four tasks
 
-    def _profile(self, task: ClientTask, examples: _Examples, should_stop: ShouldStop) -> tuple[bytes, ClientMetrics]:
+    def _profile(self, task: ClientTask, examples: Examples, should_stop: ShouldStop) -> tuple[bytes, ClientMetrics]:
         """Forward passes over a sample of the client's data: its routing profile and the experts' mean outputs."""
         split = examples.split
         order = generator(task.seed, "profile", task.client).permutation(len(split))[: self._local.profile_examples]
@@ -188,7 +180,7 @@ class ClientWorker:
         return payload, _metrics(task, split, tokens=measured.tokens, loss=loss / len(order), examples=len(order))
 
     def _train(
-        self, task: ClientTask, weights: TaskWeights, examples: _Examples, should_stop: ShouldStop
+        self, task: ClientTask, weights: TaskWeights, examples: Examples, should_stop: ShouldStop
     ) -> tuple[Upload, ClientMetrics]:
         """Local steps: forward, choose the batch's experts, give only them a gradient (eq. 15)."""
         model, keys = self._model, task.plan.trainable
@@ -226,7 +218,7 @@ class ClientWorker:
         )
         return upload, metrics
 
-    def _evaluate(self, task: ClientTask, examples: _Examples, should_stop: ShouldStop) -> tuple[bytes, ClientMetrics]:
+    def _evaluate(self, task: ClientTask, examples: Examples, should_stop: ShouldStop) -> tuple[bytes, ClientMetrics]:
         """Loss and accuracy of the bound model on a split."""
         split = examples.split
         loss, correct, tokens = 0.0, 0, 0
@@ -244,25 +236,25 @@ class ClientWorker:
         return b"", _metrics(task, split, tokens=tokens, loss=mean, correct=correct, examples=len(split))
 
     def _personalise(
-        self, task: ClientTask, weights: TaskWeights, examples: _Examples, should_stop: ShouldStop
+        self, task: ClientTask, weights: TaskWeights, examples: Examples, should_stop: ShouldStop
     ) -> tuple[bytes, ClientMetrics]:
         """One more round of local training, then loss and accuracy on a split; the trained weights are forgotten."""
         if len(examples.split) == 0:
             return self._evaluate(task, examples, should_stop)
         next_round = _next_round(task)
-        done, peak_mib = self._local_steps(next_round, weights, self._examples(next_round), should_stop)
+        done, peak_mib = self._local_steps(next_round, weights, self._examples_of(next_round), should_stop)
         payload, metrics = self._evaluate(task, examples, should_stop)
         trained = {expert_name(key): steps for key, steps in done.trained.items() if steps}
         return payload, replace(metrics, trained=trained, step_seconds=done.seconds, peak_mib=peak_mib)
 
     # ------------------------------------------------------------------------------------------------- the parts
 
-    def _explore(self, task: ClientTask, examples: _Examples, should_stop: ShouldStop) -> dict[ExpertKey, float]:
+    def _explore(self, task: ClientTask, examples: Examples, should_stop: ShouldStop) -> dict[ExpertKey, float]:
         """Estimates the squared gradient of FROZEN experts on the round's first batch, if the strategy asks for it."""
         keys = task.plan.with_role(Role.FROZEN)
         if not self._strategy.probes or not keys:
             return {}
-        indices = next(self._batches(task, len(examples.split)))
+        indices = next(batches(self._local, task, len(examples.split)))
         # Other ranks wait for this one in the first step: it stops there, together with them.
         alone = self._ranks_of(task).size == 1
 
@@ -277,7 +269,7 @@ class ClientWorker:
         return squared_gradients(self._model, loss, keys, self._strategy.probes, seed)
 
     def _local_steps(
-        self, task: ClientTask, weights: TaskWeights, examples: _Examples, should_stop: ShouldStop
+        self, task: ClientTask, weights: TaskWeights, examples: Examples, should_stop: ShouldStop
     ) -> tuple[LocalSteps, float]:
         """Takes a round's optimizer steps on the bound model; returns what they told, and their peak memory in MiB."""
         model, tier, ranks = self._model, self._tiers[task.client], self._ranks_of(task)
@@ -306,7 +298,7 @@ class ClientWorker:
             build(model.module, shared, model.expert_parameters, self._local, config, ranks=ranks) as engine,
             PeakMemory(model.device) as peak,
         ):
-            for indices in self._batches(task, len(examples.split)):
+            for indices in batches(self._local, task, len(examples.split)):
                 self._poll(lambda: ranks.any(should_stop()))
                 done.take(engine, indices)
                 peak.look()
@@ -316,37 +308,12 @@ class ClientWorker:
         return_freed_memory()
         return done, peak.mib
 
-    def _examples(self, task: ClientTask) -> _Examples:
-        match task.split:
-            case "train":
-                split = self._data.train(task.client)
-            case "own_test":
-                split = self._data.own_test(task.client)
-            case "global_test":
-                split = self._data.global_test()
-        split = split.part(*task.part)
-        cached = (
-            self._local.cache == "auto" and self._model.supports_prefix and self._experiment.model.trainable != "full"
-        )
-        if not cached or len(split) == 0:
-            return _Examples(split, None)
-        self._model.module.eval()
-        return _Examples(split, prefix_states(self._model, self._context.model.sha256, split, self._local))
-
-    def _batches(self, task: ClientTask, count: int) -> Iterator[Array]:
-        """Yields the round's batches: passes over the client's examples, each in a fresh order."""
-        rng = generator(task.seed, "batches", task.round, task.client)
-        size = min(self._local.batch_size, count)
-        order = rng.permutation(count)
-        for _ in range(self._local.steps):
-            if len(order) < size:
-                order = np.concatenate([order, rng.permutation(count)])
-            yield order[:size]
-            order = order[size:]
+    def _examples_of(self, task: ClientTask) -> Examples:
+        return task_examples(self._model, self._context.model.sha256, self._data, self._experiment, task)
 
     def _forward(
         self,
-        examples: _Examples,
+        examples: Examples,
         indices: Array,
         *,
         precision: Precision | None = None,
@@ -360,14 +327,11 @@ class ClientWorker:
             precision: What to compute in. Default: the run's, which everything must be evaluated in.
             run: Stands in for the module, such as an engine around it.
         """
-        batch = examples.split.batch(indices)
         device = self._model.device
-        mask = torch.from_numpy(batch.attention_mask).to(device)
-        ids = torch.from_numpy(batch.input_ids).to(device)
-        hidden = None if examples.states is None else examples.states.batch(indices, mask.shape[1], device)
+        batch, inputs = examples.inputs(self._model, indices)
         bf16 = (precision or self._local.precision) == "bf16"
         with torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext():
-            return batch, (run or self._model.module)(**self._model.inputs(ids, mask, hidden)).logits
+            return batch, (run or self._model.module)(**inputs).logits
 
     def _new_profile(self) -> ProfileAccumulator:
         return ProfileAccumulator(self._model.shape, self._specific)

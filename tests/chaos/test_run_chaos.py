@@ -161,8 +161,9 @@ def test_a_full_disk_ends_the_run_with_the_checkpoint_before_and_it_can_go_on(tm
     """No file may grow beyond a few hundred kilobytes, as on a disk with so much left."""
     local = ["backend=local", *LOSSY]
     session.run(small_experiment([*local, "rounds=1"]), tmp_path, resume=False, render=lambda *_: None)
-    with no_file_beyond(300_000), pytest.raises(CheckpointError, match=r"make room.*hfedmoe resume"):
+    with no_file_beyond(300_000), pytest.raises(CheckpointError, match=r"make room.*hfedmoe resume") as ended:
         session.run(small_experiment(local), tmp_path, resume=True, render=lambda *_: None)
+    assert ended.value.exit_code == 8
     assert sorted(one.name for one in (tmp_path / "checkpoints").iterdir()) == ["LATEST", "round-0000", "round-0001"]
     assert (tmp_path / "checkpoints" / "LATEST").read_text() == "round-0001\n"
     summary = session.run(small_experiment(local), tmp_path, resume=True, render=lambda *_: None)

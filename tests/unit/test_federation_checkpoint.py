@@ -1,5 +1,6 @@
 """Checkpoints: exact, atomic, refused where they do not belong."""
 
+import json
 from collections import Counter
 
 import numpy as np
@@ -97,6 +98,12 @@ def test_what_does_not_belong_or_is_damaged_is_refused_in_words(tmp_path):
     path = save_checkpoint(tmp_path, state(), "id", keep=2)
     next(path.glob("client-7*")).unlink()
     with pytest.raises(CheckpointError, match="damaged"):
+        load_checkpoint(tmp_path, "id")
+    path = save_checkpoint(tmp_path, state(), "id", keep=2)
+    fields = json.loads((path / "state.json").read_text())
+    del fields["unmeasured"]
+    (path / "state.json").write_text(json.dumps(fields))
+    with pytest.raises(CheckpointError, match=r"another version of hfedmoe_ray: it holds no 'unmeasured'"):
         load_checkpoint(tmp_path, "id")
 
 

@@ -40,6 +40,18 @@ def test_a_peak_between_two_readings_of_the_caller_is_seen():
     assert 0.9 * SIZE < peak.mib * MIB - before < 1.5 * SIZE
 
 
+def test_a_peak_before_a_look_is_kept_and_what_is_read_of_a_file_is_not_in_it(tmp_path: Path):
+    states = np.lib.format.open_memmap(tmp_path / "states.npy", mode="w+", dtype=np.uint8, shape=(SIZE,))
+    return_freed_memory()
+    before = private_bytes()
+    with PeakMemory(torch.device("cpu")) as peak:
+        torch.ones(SIZE // 4).sum()
+        peak.look()
+        states[:] = 1
+        peak.look()
+    assert 0.9 * SIZE < peak.mib * MIB - before < 1.5 * SIZE
+
+
 def test_a_file_that_is_mapped_and_even_written_is_not_the_process_own(tmp_path: Path):
     mapped = np.lib.format.open_memmap(tmp_path / "states.npy", mode="w+", dtype=np.uint8, shape=(SIZE,))
     before = private_bytes()

@@ -1,0 +1,36 @@
+"""What is measured of a run's model, and when. Torch-free."""
+
+from typing import Literal, Self
+
+from pydantic import PositiveInt, model_validator
+
+from hfedmoe_ray.config.section import Section, UnitInterval
+
+
+class Evaluation(Section):
+    """When and how accuracy is measured."""
+
+    every: PositiveInt = 1
+    """Evaluate the global model every so many rounds (the last round always)."""
+    own: Literal["never", "final", "always"] = "final"
+    """When clients evaluate on their own test split holding only their residents."""
+    personalised: bool = False
+    """Whether, after the last round, each client also trains for one more round by itself, from the final weights and
+    with the experts it holds, and evaluates again: its accuracy before and after making the model its own."""
+    overlap: bool = True
+    """Evaluate a round while the next one trains, in slots that have nothing else to do: what is found is the same, but
+    told that much later, and the round's seconds do not contain it. With `backend: local` or `asynchronous`, and after
+    the last round, it is evaluated at once."""
+    batch_size: PositiveInt = 32
+    """Examples of one forward pass. Clients evaluate too, and 64 texts of 64 tokens took more memory than training."""
+    target: UnitInterval | None = None
+    """Accuracy whose first reaching is reported as rounds_to_target."""
+
+    @model_validator(mode="after")
+    def _before_and_after(self) -> Self:
+        if self.personalised and self.own == "never":
+            raise ValueError(
+                "`personalised` compares with what clients reach before they train by themselves, which `own: never` "
+                "does not measure: write `own: final`, or leave personalised out"
+            )
+        return self

@@ -1,0 +1,71 @@
+"""The examples of a task, in batches as the model takes them."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from hfedmoe_ray.config.schema import Experiment, LocalTraining
+from hfedmoe_ray.data.dataset import Batch, FederatedDataset, Split
+from hfedmoe_ray.moe.subset import SparseModel
+from hfedmoe_ray.seeds import generator
+from hfedmoe_ray.train.prefix import PrefixStates, prefix_states
+from hfedmoe_ray.types import Array, ClientTask
+
+
+@dataclass(frozen=True)
+class Examples:
+    """A split with the cached states of its examples, if there are any."""
+
+    split: Split
+    states: PrefixStates | None
+
+    def inputs(self, model: SparseModel, indices: Array) -> tuple[Batch, dict[str, Any]]:
+        """Returns the batch of some examples, and what the model's forward pass is called with."""
+        batch = self.split.batch(indices)
+        mask = torch.from_numpy(batch.attention_mask).to(model.device)
+        ids = torch.from_numpy(batch.input_ids).to(model.device)
+        hidden = None if self.states is None else self.states.batch(indices, mask.shape[1], model.device)
+        return batch, model.inputs(ids, mask, hidden)
+
+
+def task_examples(
+    model: SparseModel, model_key: str, data: FederatedDataset, experiment: Experiment, task: ClientTask
+) -> Examples:
+    """Returns a task's part of its split, with states where those are cached; left in evaluation mode then.
+
+    Args:
+        model: Bound to the task's weights.
+        model_key: Hash of its frozen weights.
+        data: Of all clients.
+        experiment: Says what is trained and cached.
+        task: Whose examples.
+    """
+    match task.split:
+        case "train":
+            split = data.train(task.client)
+        case "own_test":
+            split = data.own_test(task.client)
+        case "global_test":
+            split = data.global_test()
+    split = split.part(*task.part)
+    local = experiment.local
+    cached = local.cache == "auto" and model.supports_prefix and experiment.model.trainable != "full"
+    if not cached or len(split) == 0:
+        return Examples(split, None)
+    model.module.eval()
+    return Examples(split, prefix_states(model, model_key, split, local))
+
+
+def batches(local: LocalTraining, task: ClientTask, count: int) -> Iterator[Array]:
+    """Yields the indices of a round's batches: passes over the client's `count` examples, each in a fresh order."""
+    rng = generator(task.seed, "batches", task.round, task.client)
+    size = min(local.batch_size, count)
+    order = rng.permutation(count)
+    for _ in range(local.steps):
+        if len(order) < size:
+            order = np.concatenate([order, rng.permutation(count)])
+        yield order[:size]
+        order = order[size:]
