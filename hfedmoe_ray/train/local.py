@@ -129,7 +129,7 @@ class ClientWorker:
                 self._local_steps(task, weights, examples, _never)
             elif len(examples.split) > 0:
                 task = _next_round(task)
-                self._local_steps(task, weights, self._examples_of(task), _never)
+                self._local_steps(task, weights, self._examples(task), _never)
 
     @contextmanager
     def _bound(self, task: ClientTask, weights: TaskWeights) -> Iterator[Examples]:
@@ -142,7 +142,7 @@ class ClientWorker:
             torch.manual_seed(seed)
             try:
                 self._model.bind(task.plan, weights, self._experiment.model.trainable)
-                yield self._examples_of(task)
+                yield self._examples(task)
             finally:
                 self._model.release()
                 return_freed_memory()
@@ -242,7 +242,7 @@ class ClientWorker:
         if len(examples.split) == 0:
             return self._evaluate(task, examples, should_stop)
         next_round = _next_round(task)
-        done, peak_mib = self._local_steps(next_round, weights, self._examples_of(next_round), should_stop)
+        done, peak_mib = self._local_steps(next_round, weights, self._examples(next_round), should_stop)
         payload, metrics = self._evaluate(task, examples, should_stop)
         trained = {expert_name(key): steps for key, steps in done.trained.items() if steps}
         return payload, replace(metrics, trained=trained, step_seconds=done.seconds, peak_mib=peak_mib)
@@ -254,7 +254,7 @@ class ClientWorker:
         keys = task.plan.with_role(Role.FROZEN)
         if not self._strategy.probes or not keys:
             return {}
-        indices = next(batches(self._local, task, len(examples.split)))
+        indices = next(self._batches(task, len(examples.split)))
         # Other ranks wait for this one in the first step: it stops there, together with them.
         alone = self._ranks_of(task).size == 1
 
@@ -298,7 +298,7 @@ class ClientWorker:
             build(model.module, shared, model.expert_parameters, self._local, config, ranks=ranks) as engine,
             PeakMemory(model.device) as peak,
         ):
-            for indices in batches(self._local, task, len(examples.split)):
+            for indices in self._batches(task, len(examples.split)):
                 self._poll(lambda: ranks.any(should_stop()))
                 done.take(engine, indices)
                 peak.look()
@@ -308,8 +308,11 @@ class ClientWorker:
         return_freed_memory()
         return done, peak.mib
 
-    def _examples_of(self, task: ClientTask) -> Examples:
+    def _examples(self, task: ClientTask) -> Examples:
         return task_examples(self._model, self._context.model.sha256, self._data, self._experiment, task)
+
+    def _batches(self, task: ClientTask, count: int) -> Iterator[Array]:
+        return batches(self._local, task, count)
 
     def _forward(
         self,
