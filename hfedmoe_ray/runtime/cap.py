@@ -26,8 +26,10 @@ _LEEWAY = 128 * 2**20
 in an actor's first training task, less in later ones)."""
 _CLOSE = 0.85
 """Share of budget and leeway above which a process that dies is taken to have died of it."""
-_SAMPLE_S = 0.05
-"""Between two looks at it: a process writes about 50 MiB in that time. Each look interrupts what is being computed."""
+_WRITES = 4 * 2**30
+"""Bytes a second that a process is taken to write at most: from how far away it looks at the limit again."""
+_SAMPLE_S = 0.002
+"""The least time between two looks. Each interrupts what is being computed; far from the limit they are rare."""
 
 
 @contextmanager
@@ -67,13 +69,14 @@ def marked(actor: str, budget: int) -> Iterator[None]:
         yield
         return
     over, close = threading.Event(), threading.Event()
+    limit = _CLOSE * (budget + _LEEWAY)
 
     def watch() -> None:
-        while not over.wait(_SAMPLE_S):
-            if private_bytes() >= _CLOSE * (budget + _LEEWAY):
-                _internal_kv_put(_mark(actor), b"")
-                close.set()
+        while (left := limit - private_bytes()) > 0:
+            if over.wait(max(left / _WRITES, _SAMPLE_S)):
                 return
+        _internal_kv_put(_mark(actor), b"")
+        close.set()
 
     watcher = threading.Thread(target=watch, name="close-to-limit", daemon=True)
     watcher.start()
