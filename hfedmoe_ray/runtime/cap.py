@@ -7,26 +7,31 @@ is mapped when a task begins, what the process may still write, and a leeway. No
 what is beyond fails once it has used up the leeway and the gaps that earlier tasks left in the heap.
 
 Native code may end the process where an allocation fails, and a node without a swap its kernel. Then nothing is left
-to say why, so a process leaves a mark with Ray while it is close to the limit.
+to say why, so a process leaves a mark, a file on its node, while it is close to the limit. A message to Ray would take
+longer than a fast process takes from there to its end.
 """
 
 import resource
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_exists, _internal_kv_put
+import ray
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from hfedmoe_ray.train.memory import private_bytes
+from hfedmoe_ray.runtime import timeouts
+from hfedmoe_ray.train.memory import MIB, private_bytes
 
 _STATUS = Path("/proc/self/status")
-_LEEWAY = 128 * 2**20
+_LEEWAY = 128 * MIB
 """What a task maps and does not write: the stacks of the threads it starts first of all, 8 MiB each (measured: 76 MiB
 in an actor's first training task, less in later ones)."""
-_CLOSE = 0.85
-"""Share of budget and leeway above which a process that dies is taken to have died of it."""
-_WRITES = 4 * 2**30
+_CLOSE, _CLOSE_BYTES = 0.15, 64 * MIB
+"""A process that dies with less than this share of budget and leeway left, or these bytes, is taken to have died of it."""
+_WRITES = 8 * 2**30
 """Bytes a second that a process is taken to write at most: from how far away it looks at the limit again."""
 _SAMPLE_S = 0.002
 """The least time between two looks. Each interrupts what is being computed; far from the limit they are rare."""
@@ -68,15 +73,15 @@ def marked(actor: str, budget: int) -> Iterator[None]:
     if not _STATUS.exists():
         yield
         return
-    over, close = threading.Event(), threading.Event()
-    limit = _CLOSE * (budget + _LEEWAY)
+    over = threading.Event()
+    total = budget + _LEEWAY
+    close = total - max(_CLOSE * total, _CLOSE_BYTES)
 
     def watch() -> None:
-        while (left := limit - private_bytes()) > 0:
+        while (left := close - private_bytes()) > 0:
             if over.wait(max(left / _WRITES, _SAMPLE_S)):
                 return
-        _internal_kv_put(_mark(actor), b"")
-        close.set()
+        _mark(actor).touch()
 
     watcher = threading.Thread(target=watch, name="close-to-limit", daemon=True)
     watcher.start()
@@ -85,20 +90,29 @@ def marked(actor: str, budget: int) -> Iterator[None]:
     finally:
         over.set()
         watcher.join()
-        if close.is_set():
-            _internal_kv_del(_mark(actor))
+        _mark(actor).unlink(missing_ok=True)
 
 
-def died_of_memory(actor: str) -> bool:
-    """Whether an actor that has died was close to its limit."""
-    if not _internal_kv_exists(_mark(actor)):
+def died_of_memory(actor: str, node: str) -> bool:
+    """Whether an actor that has died was close to its limit; of one that died with its node nobody knows."""
+    there = NodeAffinitySchedulingStrategy(node, soft=False)
+    try:
+        return bool(ray.get(_was_marked.options(scheduling_strategy=there).remote(actor), timeout=timeouts.LAST_WORDS))
+    except RayError:
         return False
-    _internal_kv_del(_mark(actor))
-    return True
 
 
-def _mark(actor: str) -> str:
-    return f"hfedmoe-close-to-limit-{actor}"
+@ray.remote(num_cpus=0, max_retries=0)  # type: ignore[untyped-decorator,unused-ignore]
+def _was_marked(actor: str) -> bool:
+    """On the actor's node: whether it left a mark, which is taken away."""
+    mark = _mark(actor)
+    marked = mark.exists()
+    mark.unlink(missing_ok=True)
+    return marked
+
+
+def _mark(actor: str) -> Path:
+    return Path(tempfile.gettempdir()) / f"hfedmoe-close-to-limit-{actor}"
 
 
 def _own_bytes() -> tuple[int, int]:

@@ -176,7 +176,7 @@ class Slot:
 
     def died_of_memory(self) -> bool:
         """Whether the process, which has died, was close to the limit of its memory."""
-        return died_of_memory(self._actor._actor_id.hex())
+        return died_of_memory(self._actor._actor_id.hex(), self.spec.node)
 
     def answer(self) -> tuple[Any, StoredState | None, Answer]:
         """(reference to the payload, new state, answer) of the finished task. Raises what `ray.get` raises."""

@@ -37,3 +37,5 @@ GANG_LAST_WORDS = 5.0
 """From a rank's missing another until Ray knows whether that one has died."""
 LIFELINE_POLL = 10.0
 """Between two looks of a gang's first rank whether it still waits for the right thing: the others' deaths."""
+LAST_WORDS = 15.0
+"""For reading what a dead client left on its node: a process may have to be started for it."""
