@@ -30,7 +30,8 @@ _LEEWAY = 128 * MIB
 """What a task maps and does not write: the stacks of the threads it starts first of all, 8 MiB each (measured: 76 MiB
 in an actor's first training task, less in later ones)."""
 _CLOSE, _CLOSE_BYTES = 0.15, 64 * MIB
-"""A process that dies with less than this share of budget and leeway left, or these bytes, is taken to have died of it."""
+"""A process that dies with less than this share of budget and leeway left, or these bytes, is taken to have died of
+it."""
 _WRITES = 8 * 2**30
 """Bytes a second that a process is taken to write at most: from how far away it looks at the limit again."""
 _SAMPLE_S = 0.002
