@@ -27,7 +27,7 @@ def prepare_run(experiment: Experiment, run_dir: Path) -> RunContext:
     raw = load_raw(experiment.data)
     model = prepare_model(
         experiment.model,
-        num_labels=len(raw.label_names),
+        num_labels=len(raw.label_names) if experiment.model.task == "classification" else 0,
         seed=experiment.seed,
         calibration_texts=calibration_texts(raw, experiment.seed),
         cache=cache_dir(),
@@ -49,6 +49,8 @@ def calibration_texts(raw: RawDataset, seed: int) -> list[str]:
     Training texts, or where clients read their own files the global test texts; with neither, no texts: the routers
     then start uncalibrated.
     """
-    texts = raw.train_texts or raw.test_texts
+    texts, prompts = (raw.train_texts, raw.train_prompts) if raw.train_texts else (raw.test_texts, raw.test_prompts)
+    if prompts:
+        texts = tuple(f"{prompt}\n{text}".strip() for prompt, text in zip(prompts, texts, strict=True))
     order = generator(seed, "calibration").permutation(len(texts))[:_CALIBRATION_TEXTS]
     return [texts[int(index)] for index in sorted(order)]

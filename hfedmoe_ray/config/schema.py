@@ -210,18 +210,20 @@ class Model(Section):
     """The pretrained model and what of it trains."""
 
     source: str
-    """"package:NAME" (a Python package that carries a model), a local directory, or a hub name."""
+    """"package:NAME" (a Python package that carries a model), a local directory or .gguf file, or a hub name."""
     revision: str | None = None
     """Hub revision (commit) to pin."""
-    task: Literal["classification"] = "classification"
+    task: Literal["classification", "causal"] = "classification"
+    """classification: a new head on the model tells classes apart; causal: the language model itself goes on to learn
+    what to write after a prompt (`data.response`)."""
     upcycle: Upcycle | None = None
     """Needed for dense models; refused for models that are MoE already."""
     head: Literal["random", "prototypes"] = "random"
-    """Where the new task head starts: at random, or at the class means of the clients' features, of which each client
-    sends sums and counts with its routing profile (federated nearest-class-mean)."""
+    """classification: where the new task head starts: at random, or at the class means of the clients' features, of
+    which each client sends sums and counts with its routing profile (federated nearest-class-mean)."""
     trainable: Literal["experts", "top", "full"] = "top"
     """experts: routed experts, routers, task head; top: also attention and norms from the first MoE layer up;
-    full: everything."""
+    full: everything, the token embeddings and a language model's own head included."""
     lora: Lora | None = None
     """Train low-rank factors of the experts instead of the experts themselves. Default: whole experts train."""
 
@@ -236,6 +238,11 @@ class Model(Section):
             raise ValueError(
                 "`upcycle.how: adapters` adds small experts that train whole; low-rank factors of them would save "
                 "nothing. Leave `lora` out, and choose their size by `upcycle.adapter_hidden`"
+            )
+        if self.task == "causal" and self.head != "random":
+            raise ValueError(
+                f"`task: causal` keeps the language model's own head, so `head: {self.head}` has none to start: leave "
+                "`head` out"
             )
         return self
 
@@ -272,11 +279,20 @@ class Data(Section):
     subset: str | None = None
     """hub: configuration name."""
     text: str = "text"
-    """Column that holds the text."""
+    """classification: column that holds the text."""
     label: str = "label"
-    """Column that holds the label (a name or a number)."""
+    """Column that holds the label (a name or a number). With `response` it names kinds of examples, such as topics or
+    tasks, by which `partition` may deal them; it may be missing where nothing needs it."""
     labels: tuple[str, ...] | None = None
-    """All label names. Default: those found; required when clients read their own files."""
+    """All label names. Default: those found; required when clients read their own files, unless there is `response`."""
+    prompt: str | None = None
+    """causal: what the model is given: a column, or a pattern of columns such as "Question: {question}\\nAnswer:"."""
+    response: str | None = None
+    """causal: what it shall write, a column or a pattern like `prompt`; only its tokens count in the loss. Without
+    `prompt` it is plain text, all of whose tokens count."""
+    template: Literal["auto", "chat", "plain"] = "auto"
+    """causal: chat: the tokenizer's own chat template around prompt and response; plain: one after the other; auto:
+    chat where there is a prompt and the tokenizer has a template."""
     test: str | None = None
     """File with the global test split. Default: the source's own test split, else a tenth of the data."""
     max_length: Annotated[int, Field(ge=4, le=8192)] = 64
@@ -297,8 +313,19 @@ class Data(Section):
                 "a source with {client} is read by the clients themselves: it needs `partition.how: files`, "
                 "and that needs it"
             )
-        if pattern and self.labels is None:
+        if pattern and self.labels is None and self.response is None:
             raise ValueError("clients read their own files, so the server cannot find `labels`: list them")
+        return self
+
+    @model_validator(mode="after")
+    def _answers(self) -> Self:
+        if self.response is None and (self.prompt is not None or self.template != "auto"):
+            raise ValueError(
+                "`prompt` and `template` are for models that write: name the column with what they shall write in "
+                "`response`, or leave both out"
+            )
+        if self.prompt is None and self.template == "chat":
+            raise ValueError("`template: chat` needs `prompt`, which the user of the chat says: name its column")
         return self
 
 
@@ -364,6 +391,11 @@ class Experiment(Section):
 
     @model_validator(mode="after")
     def _fit_together(self) -> Self:
+        if (self.model.task == "causal") != (self.data.response is not None):
+            raise ValueError(
+                "`model.task: causal` and `data.response`, the column with what the model shall write, need each "
+                "other: write both or neither"
+            )
         zero = any(tier.zero_stage for tier in self.clients.tiers)
         if self.clients.sampling == "weighted" and self.data.partition.how == "files":
             raise ValueError(

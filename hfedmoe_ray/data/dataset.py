@@ -13,10 +13,11 @@ import numpy.typing as npt
 from hfedmoe_ray.config.schema import Data
 from hfedmoe_ray.context import PreparedData
 from hfedmoe_ray.data import store
+from hfedmoe_ray.data.instructions import tokenized
 from hfedmoe_ray.data.labels import IntArray
 from hfedmoe_ray.data.partition import split_own_test
 from hfedmoe_ray.data.sources import load_client_file
-from hfedmoe_ray.data.tokenize import TokenArray, load_tokenizer, tokenize
+from hfedmoe_ray.data.tokenize import TokenArray, load_tokenizer
 from hfedmoe_ray.errors import DataError
 from hfedmoe_ray.seeds import generator
 from hfedmoe_ray.types import Array
@@ -31,7 +32,9 @@ class Batch:
     attention_mask: IntArray
     """1 where there is a token of the text, 0 where there is padding [B, S']."""
     labels: IntArray
-    """Class numbers [B]."""
+    """Class numbers [B]; with `targets` the tokens that are to be written, [N], in the order of their places."""
+    targets: npt.NDArray[np.bool_] | None = None
+    """Where the next token is one that is to be written, [B, S'], N times; None for classification."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +47,8 @@ class Split:
     """Tokens of each text [N], at least 1."""
     labels: IntArray
     """Class numbers [N]."""
+    prompts: TokenArray | None = None
+    """Tokens of each prompt [N], after which a response is to be written; None for classification."""
     key: str
     """Names exactly these examples, in every process and run: for caches of what is computed from them."""
 
@@ -55,11 +60,18 @@ class Split:
         rows = np.asarray(indices)
         lengths = self.lengths[rows]
         longest = int(lengths.max())
-        return Batch(
-            input_ids=self.input_ids[rows, :longest].astype(np.int64),
-            attention_mask=(np.arange(longest) < lengths[:, None]).astype(np.int64),
-            labels=self.labels[rows],
-        )
+        ids = self.input_ids[rows, :longest].astype(np.int64)
+        mask = (np.arange(longest) < lengths[:, None]).astype(np.int64)
+        if self.prompts is None:
+            return Batch(input_ids=ids, attention_mask=mask, labels=self.labels[rows])
+        place = np.arange(longest) + 1  # of the token that is to come
+        targets = (place >= self.prompts[rows, None]) & (place < lengths[:, None])
+        return Batch(input_ids=ids, attention_mask=mask, labels=np.roll(ids, -1, axis=1)[targets], targets=targets)
+
+    def weight(self, indices: Sequence[int] | npt.NDArray[np.integer[Any]]) -> int:
+        """Returns how many predictions these examples ask for: classes, or tokens to be written."""
+        rows = np.asarray(indices)
+        return len(rows) if self.prompts is None else int((self.lengths[rows] - self.prompts[rows]).sum())
 
     def part(self, index: int, count: int) -> "Split":
         """Returns slice `index` of `count`: contiguous, in sizes that differ by at most one; all of them are the split.
@@ -73,7 +85,13 @@ class Split:
 
     def _rows(self, start: int, end: int, key: str) -> "Split":
         rows = slice(start, end)
-        return Split(input_ids=self.input_ids[rows], lengths=self.lengths[rows], labels=self.labels[rows], key=key)
+        return Split(
+            input_ids=self.input_ids[rows],
+            lengths=self.lengths[rows],
+            labels=self.labels[rows],
+            prompts=None if self.prompts is None else self.prompts[rows],
+            key=key,
+        )
 
 
 class FederatedDataset:
@@ -125,6 +143,7 @@ class FederatedDataset:
             input_ids=store.open_array(self._path, f"{split}.input_ids"),
             lengths=store.open_array(self._path, f"{split}.lengths"),
             labels=store.open_array(self._path, f"{split}.labels"),
+            prompts=store.open_array(self._path, f"{split}.prompts") if self._meta.written else None,
             key=f"{self._meta.sha256[:16]}/{split}",
         )
 
@@ -140,15 +159,14 @@ class FederatedDataset:
         return self._train._rows(start, own_test, f"{key}/train"), self._train._rows(own_test, end, f"{key}/own_test")
 
     def _read_own_file(self, client: int) -> tuple[Split, Split]:
-        texts, labels = load_client_file(self._data, client)
-        tokenizer = load_tokenizer(self._path / store.TOKENIZER)
-        input_ids, lengths = tokenize(tokenizer, texts, self._meta.max_length)
+        texts, labels, prompts = load_client_file(self._data, client)
+        tokens, _ = tokenized(load_tokenizer(self._path / store.TOKENIZER), texts, prompts, self._data)
         rows_of = split_own_test(labels, self._data.own_test, generator(self._meta.seed, "own-test", client))
         facts = {"data": self._meta.sha256, "client": client, "own_test": self._data.own_test}
-        arrays: dict[str, Array] = {"input_ids": input_ids, "lengths": lengths, "labels": labels}
+        arrays: dict[str, Array] = {**tokens, "labels": labels}
         key = f"{store.content_hash(arrays, facts)[:16]}/{client}"
         train, own_test = (
-            Split(input_ids=input_ids[rows], lengths=lengths[rows], labels=labels[rows], key=f"{key}/{name}")
+            Split(**{field: array[rows] for field, array in arrays.items()}, key=f"{key}/{name}")
             for rows, name in zip(rows_of, ("train", "own_test"), strict=True)
         )
         return train, own_test

@@ -13,10 +13,11 @@ import numpy as np
 from hfedmoe_ray.config.schema import Data
 from hfedmoe_ray.context import PreparedData
 from hfedmoe_ray.data import store
+from hfedmoe_ray.data.instructions import tokenized
 from hfedmoe_ray.data.labels import IntArray
 from hfedmoe_ray.data.partition import deal, split_own_test
 from hfedmoe_ray.data.sources import RawDataset, draw_subset
-from hfedmoe_ray.data.tokenize import load_tokenizer, pad_id, tokenize, tokenizer_hash
+from hfedmoe_ray.data.tokenize import load_tokenizer, pad_id, tokenizer_hash
 from hfedmoe_ray.seeds import generator
 from hfedmoe_ray.types import Array
 
@@ -51,13 +52,14 @@ def prepare_data(
 def _cache_key(data: Data, raw: RawDataset, tokenizer: str, clients: int, seed: int) -> str:
     # The texts themselves count, not the name of the file they came from.
     digest = hashlib.sha256()
-    for texts in (raw.train_texts, raw.test_texts, raw.train_groups or ()):
+    fields = (raw.train_texts, raw.test_texts, raw.train_groups, raw.train_prompts, raw.test_prompts)
+    for texts in (field or () for field in fields):
         for text in (str(len(texts)), *texts):
             encoded = text.encode("utf-8", "surrogatepass")
             digest.update(len(encoded).to_bytes(8, "big") + encoded)
     facts = {
         "format": store.FORMAT,
-        "data": data.model_dump(mode="json", exclude={"source", "subset", "text", "label", "test"}),
+        "data": data.model_dump(mode="json", exclude={"source", "subset", "text", "label", "test", "prompt"}),
         "label_names": raw.label_names,
         "texts": digest.hexdigest(),
         "tokenizer": tokenizer,
@@ -73,17 +75,16 @@ def _build(data: Data, raw: RawDataset, *, tokenizer_dir: Path, clients: int, se
     rows, bounds = _nothing_dealt(clients) if own_files else _deal_and_split(data, raw, clients, seed)
     labels = raw.train_labels[rows]
     tokenizer = load_tokenizer(tokenizer_dir)
-    train_ids, train_lengths = tokenize(tokenizer, [raw.train_texts[row] for row in rows], data.max_length)
-    test_ids, test_lengths = tokenize(tokenizer, raw.test_texts, data.max_length)
-    arrays: dict[str, Array] = {
-        "bounds": bounds,
-        "train.input_ids": train_ids,
-        "train.lengths": train_lengths,
-        "train.labels": labels,
-        "test.input_ids": test_ids,
-        "test.lengths": test_lengths,
-        "test.labels": raw.test_labels,
-    }
+    arrays: dict[str, Array] = {"bounds": bounds, "train.labels": labels, "test.labels": raw.test_labels}
+    train_prompts = None if raw.train_prompts is None else [raw.train_prompts[row] for row in rows]
+    cut = 0
+    for split, texts, prompts in (
+        ("train", [raw.train_texts[row] for row in rows], train_prompts),
+        ("test", raw.test_texts, raw.test_prompts),
+    ):
+        tokens, shortened = tokenized(tokenizer, texts, prompts, data)
+        arrays |= {f"{split}.{name}": array for name, array in tokens.items()}
+        cut += shortened
     classes = len(raw.label_names)
     meta = store.Meta(
         sha256="",
@@ -95,6 +96,8 @@ def _build(data: Data, raw: RawDataset, *, tokenizer_dir: Path, clients: int, se
         max_length=data.max_length,
         pad_id=pad_id(tokenizer),
         tokenizer_sha256=tokenizer_hash(tokenizer_dir),
+        written=raw.train_prompts is not None,
+        cut=cut,
     )
     meta = replace(meta, sha256=store.content_hash(arrays, asdict(meta)))
     store.write(path, arrays, meta, tokenizer if own_files else None)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from string import Formatter
 
 import numpy as np
 
@@ -15,6 +16,8 @@ from hfedmoe_ray.seeds import generator
 _TRAIN = ("train", "training")
 _TEST = ("test", "validation", "valid", "val", "dev")
 """Values of a `split` column, or names of the hub's splits, in the order in which a test split is looked for."""
+_ONE_KIND = ("all",)
+"""Class of examples that nothing tells apart."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +25,7 @@ class RawDataset:
     """A dataset as text, before anything is drawn from it or dealt."""
 
     train_texts: tuple[str, ...]
+    """What is read, or, where there are prompts, what is to be written after them."""
     train_labels: IntArray
     """Class numbers [N]."""
     train_groups: tuple[str, ...] | None
@@ -30,6 +34,9 @@ class RawDataset:
     test_labels: IntArray
     label_names: tuple[str, ...]
     """Name of each class number."""
+    train_prompts: tuple[str, ...] | None = None
+    """Prompt of each training example of a model that writes (may be empty); None for classification."""
+    test_prompts: tuple[str, ...] | None = None
 
 
 def load_raw(data: Data) -> RawDataset:
@@ -45,13 +52,12 @@ def load_raw(data: Data) -> RawDataset:
     train, test = (None, None) if data.partition.how == "files" else _read_source(data)
     if data.test is not None:
         test = _read_test_file(data.test, data)
-    names = data.labels or ()
-    if train is not None and not names:
-        values = train.column(data.label, "data.label")
-        names = train.classes.get(data.label) or label_names(values, train.where)
+    names = data.labels or _kinds(data, train, test)
     train_texts, train_labels = _examples(train, data, names)
     test_texts, test_labels = _examples(test, data, names)
     raw = RawDataset(
+        train_prompts=_prompts(train, data),
+        test_prompts=_prompts(test, data),
         train_texts=train_texts,
         train_labels=train_labels,
         train_groups=None if train is None or data.partition.key is None else _groups(train, data.partition.key),
@@ -62,25 +68,25 @@ def load_raw(data: Data) -> RawDataset:
     return _hold_out(raw) if train is not None and test is None else raw
 
 
-def load_client_file(data: Data, client: int) -> tuple[tuple[str, ...], IntArray]:
+def load_client_file(data: Data, client: int) -> tuple[tuple[str, ...], IntArray, tuple[str, ...] | None]:
     """Reads the file of one client, on the node where that client lives (`partition.how: files`).
 
     Returns:
-        Its texts and their class numbers [n] in `data.labels`.
+        Its texts, their class numbers [n] in `data.labels`, and their prompts (None for classification).
 
     Raises:
         DataError: the file is missing or wrong, or holds fewer than `min_examples` examples.
     """
     path = data.source.replace("{client}", str(client))
-    table = read_file(path, f"data.source of client {client}", (data.text, data.label))
-    texts, labels = _examples(table, data, data.labels or ())
+    table = read_file(path, f"data.source of client {client}", wanted_columns(data))
+    texts, labels = _examples(table, data, data.labels or (_ONE_KIND if data.response else ()))
     if len(texts) < data.partition.min_examples:
         raise DataError(
             f"data.source of client {client}: {path} holds {len(texts)} examples, fewer than "
             f"data.partition.min_examples ({data.partition.min_examples}). Add examples, lower min_examples, or leave "
             "the client out."
         )
-    return texts, labels
+    return texts, labels, _prompts(table, data)
 
 
 def draw_subset(raw: RawDataset, data: Data, seed: int) -> RawDataset:
@@ -95,10 +101,16 @@ def draw_subset(raw: RawDataset, data: Data, seed: int) -> RawDataset:
             train_texts=tuple(raw.train_texts[row] for row in rows),
             train_labels=raw.train_labels[rows],
             train_groups=raw.train_groups and tuple(raw.train_groups[row] for row in rows),
+            train_prompts=_of_rows(raw.train_prompts, rows),
         )
     if data.test_examples is not None and data.test_examples < len(raw.test_texts):
         rows = draw_examples(raw.test_labels, data.test_examples, generator(seed, "test-examples"))
-        raw = replace(raw, test_texts=tuple(raw.test_texts[row] for row in rows), test_labels=raw.test_labels[rows])
+        raw = replace(
+            raw,
+            test_texts=tuple(raw.test_texts[row] for row in rows),
+            test_labels=raw.test_labels[rows],
+            test_prompts=_of_rows(raw.test_prompts, rows),
+        )
     return raw
 
 
@@ -107,7 +119,7 @@ def draw_subset(raw: RawDataset, data: Data, seed: int) -> RawDataset:
 
 def _read_source(data: Data) -> tuple[Table, Table | None]:
     """Returns the training rows and, if the source has one, its own test split."""
-    wanted = (data.text, data.label, "split", *((data.partition.key,) if data.partition.key else ()))
+    wanted = (*wanted_columns(data), "split", *((data.partition.key,) if data.partition.key else ()))
     kind, _, name = data.source.partition(":")
     if kind == "package":
         return read_packaged(name)
@@ -118,7 +130,7 @@ def _read_source(data: Data) -> tuple[Table, Table | None]:
 
 def _read_test_file(path: str, data: Data) -> Table:
     """Returns the rows that a column `split` marks as test; all rows without such a column."""
-    table = read_file(path, "data.test", (data.text, data.label, "split"))
+    table = read_file(path, "data.test", (*wanted_columns(data), "split"))
     if not _has_split_column(table):
         return table
     test = _split_rows(table, _TEST)
@@ -190,26 +202,106 @@ def _hold_out(raw: RawDataset) -> RawDataset:
         train_texts=tuple(raw.train_texts[row] for row in train),
         train_labels=raw.train_labels[train],
         train_groups=raw.train_groups and tuple(raw.train_groups[row] for row in train),
+        train_prompts=_of_rows(raw.train_prompts, train),
         test_texts=tuple(raw.train_texts[row] for row in test),
         test_labels=raw.train_labels[test],
+        test_prompts=_of_rows(raw.train_prompts, test),
     )
 
 
 # -------------------------------------------------------------------------------------------------------- rows
 
 
+def wanted_columns(data: Data) -> tuple[str, ...]:
+    """Names of the columns that texts, prompts and labels are made of."""
+    if data.response is None:
+        return data.text, data.label
+    patterns = (data.response,) if data.prompt is None else (data.prompt, data.response)
+    return (*(name for pattern in patterns for name in columns_of(pattern)), data.label)
+
+
+def _kinds(data: Data, train: Table | None, test: Table | None) -> tuple[str, ...]:
+    """Names of the classes; of examples that are to be written, of their kinds: one where nothing tells them apart."""
+    if data.response is None:
+        if train is None:
+            return ()
+        return train.classes.get(data.label) or label_names(train.column(data.label, "data.label"), train.where)
+    tables = [table for table in (train, test) if table is not None and data.label in table.columns]
+    values = [value for table in tables for value in table.columns[data.label]]
+    needed = data.partition.how in ("dirichlet", "shards")
+    if train is not None and needed:
+        train.column(data.label, "data.label")
+    several = len(set(values)) > 1 or needed
+    return label_names(values, tables[0].where) if several and values else _ONE_KIND
+
+
 def _examples(table: Table | None, data: Data, names: Sequence[str]) -> tuple[tuple[str, ...], IntArray]:
     if table is None:
         return (), np.empty(0, dtype=np.int64)
+    if data.response is None:
+        texts = _texts(table, data.text, "data.text")
+    else:
+        texts = _texts(table, data.response, "data.response")
+        if tuple(names) == _ONE_KIND or data.label not in table.columns:
+            return texts, np.zeros(len(texts), dtype=np.int64)
+    return texts, encode_labels(table.column(data.label, "data.label"), names, table.where)
+
+
+def _prompts(table: Table | None, data: Data) -> tuple[str, ...] | None:
+    """The prompt of each row; None for classification."""
+    if data.response is None:
+        return None
+    if table is None:
+        return ()
+    if data.prompt is None:
+        return ("",) * len(table.column(columns_of(data.response)[0], "data.response"))
+    return _texts(table, data.prompt, "data.prompt")
+
+
+def _texts(table: Table, pattern: str, key: str) -> tuple[str, ...]:
+    """What a column, or a pattern of columns, says in each row."""
+    names = columns_of(pattern)
+    columns = {name: table.column(name, key) for name in names}
     texts = []
-    for row, text in enumerate(table.column(data.text, "data.text"), start=1):
-        if not isinstance(text, str):
-            raise DataError(
-                f"{table.where}, row {row}: {text!r} in column {data.text!r} is not text. Every row needs a text; "
-                "point data.text at the right column, or remove the row."
-            )
-        texts.append(text)
-    return tuple(texts), encode_labels(table.column(data.label, "data.label"), names, table.where)
+    for row in range(len(columns[names[0]])):
+        values = {name: column[row] for name, column in columns.items()}
+        if names == (pattern,):
+            text = values[pattern]
+            if not isinstance(text, str):
+                raise DataError(
+                    f"{table.where}, row {row + 1}: {text!r} in column {pattern!r} is not text. Every row needs a "
+                    f"text; point {key} at the right column, or remove the row."
+                )
+            texts.append(text)
+        else:
+            empty = next((name for name, value in values.items() if value is None), None)
+            if empty is not None:
+                raise DataError(
+                    f"{table.where}, row {row + 1}: nothing in column {empty!r}, which {key} puts into a text. Fill it "
+                    "in, or remove the row."
+                )
+            texts.append(pattern.format(**values))
+    return tuple(texts)
+
+
+def columns_of(pattern: str) -> tuple[str, ...]:
+    """Names of the columns in a pattern such as "Question: {question}"; a pattern without any is a column itself.
+
+    Raises:
+        DataError: Braces do not match.
+    """
+    try:
+        names = [name for _, name, _, _ in Formatter().parse(pattern) if name is not None]
+    except ValueError as error:
+        raise DataError(
+            f"data.prompt or data.response: {pattern!r} is no pattern ({error}). Write {{column}}, and braces that are "
+            "to stay twice."
+        ) from error
+    return tuple(dict.fromkeys(names)) or (pattern,)
+
+
+def _of_rows(values: tuple[str, ...] | None, rows: IntArray) -> tuple[str, ...] | None:
+    return None if values is None else tuple(values[row] for row in rows)
 
 
 def _groups(table: Table, key: str) -> tuple[str, ...]:

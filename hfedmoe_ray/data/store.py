@@ -1,7 +1,8 @@
 """How prepared data lies on disk: a directory of NumPy arrays and one `meta.json`, written whole or not at all.
 
     meta.json               what the arrays are, and their hash
-    train.input_ids.npy     int32 [N, S], padded on the right; train.lengths.npy [N]; train.labels.npy [N]
+    train.input_ids.npy     int32 [N, S], padded on the right; train.lengths.npy [N]; train.labels.npy [N];
+                            train.prompts.npy [N], tokens of each prompt, where responses are to be written
     test.*.npy              the same for the global test split
     bounds.npy              int64 [C, 3]: client c trains on rows b0..b1 and tests on rows b1..b2 of train
     tokenizer/              only where clients read their own files (then train is empty)
@@ -23,7 +24,7 @@ import numpy as np
 from hfedmoe_ray.errors import DataError
 from hfedmoe_ray.types import Array
 
-FORMAT = 1
+FORMAT = 2
 """Part of the cache key, raised whenever the layout above changes: data is then prepared anew."""
 
 TOKENIZER = "tokenizer"
@@ -46,6 +47,10 @@ class Meta:
     max_length: int
     pad_id: int
     tokenizer_sha256: str
+    written: bool
+    """Whether the examples are prompts and responses."""
+    cut: int
+    """Prompts and responses, own and global test split included, that were longer than `max_length`."""
 
 
 def content_hash(arrays: Mapping[str, Array], facts: object) -> str:

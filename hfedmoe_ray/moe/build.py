@@ -17,7 +17,14 @@ import torch
 from safetensors import safe_open
 from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from hfedmoe_ray.config.schema import Model
 from hfedmoe_ray.data.tokenize import load_tokenizer, pad_id, tokenize
@@ -47,7 +54,7 @@ def build(*, source: Path, model: Model, num_labels: int, seed: int, texts: Sequ
     Args:
         source: Directory of the source model.
         model: Section `model` of the configuration.
-        num_labels: Classes of the new head.
+        num_labels: Classes of the new head; not read where a language model keeps its own.
         seed: Run seed; decides clustering, noise, calibration batches and the head.
         texts: Calibration texts, unlabelled; may be empty.
         directory: Where to write.
@@ -58,14 +65,21 @@ def build(*, source: Path, model: Model, num_labels: int, seed: int, texts: Sequ
     tokenizer = load_tokenizer(source)
     tokenizer.save_pretrained(directory)
     upcycling: list[dict[str, Any]] = []
+    writes = model.task == "causal"
     with _one_thread(), quiet_transformers():
         if model.upcycle is not None:
-            dense = _load(AutoModel, source, ("pooler",), config=_full_precision(source))
-            module, reports = upcycle(dense, model.upcycle, num_labels, seed, _batches(tokenizer, texts))
+            loaded = _load(AutoModelForCausalLM if writes else AutoModel, source, ("pooler",), _full_precision(source))
+            dense = loaded.base_model
+            batches = _batches(tokenizer, texts)
+            module, reports = upcycle(dense, model.upcycle, num_labels, seed, batches, task=model.task)
+            if writes and not module.config.tie_word_embeddings:
+                module.get_output_embeddings().weight = loaded.get_output_embeddings().weight
             upcycling = [asdict(report) for report in reports]
+        elif writes:
+            module = _load(AutoModelForCausalLM, source, (), _full_precision(source))
         else:
             config = _full_precision(source, num_labels=num_labels)
-            module = _load(AutoModelForSequenceClassification, source, ("score", "classifier"), config=config)
+            module = _load(AutoModelForSequenceClassification, source, ("score", "classifier"), config)
         if module.config.pad_token_id is None:
             module.config.pad_token_id = pad_id(tokenizer)
         layout = layout_of(module.eval())
@@ -88,6 +102,7 @@ def build(*, source: Path, model: Model, num_labels: int, seed: int, texts: Sequ
         directory,
         Meta(
             family=layout.family,
+            task=model.task,
             sha256=sha256,
             groups=groups,
             router_layers=layout.router_layers,
@@ -170,7 +185,7 @@ def _full_precision(source: Path, **fields: Any) -> PreTrainedConfig:
     return config
 
 
-def _load(model_class: Any, source: Path, may_differ: tuple[str, ...], **arguments: Any) -> Any:
+def _load(model_class: Any, source: Path, may_differ: tuple[str, ...], config: PreTrainedConfig) -> Any:
     """Loads a model in fp32; only modules named in `may_differ` may lack weights or have others than the file."""
     try:
         model, report = model_class.from_pretrained(
@@ -179,7 +194,7 @@ def _load(model_class: Any, source: Path, may_differ: tuple[str, ...], **argumen
             use_safetensors=True,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
-            **arguments,
+            config=config,
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"model.source: {source} cannot be loaded: {error}") from error

@@ -30,7 +30,7 @@ def prepare_model(
 
     Args:
         model: Section `model` of the configuration.
-        num_labels: Classes of the head.
+        num_labels: Classes of the head; 0 for a language model.
         seed: Run seed; decides clustering, noise, calibration and the head.
         calibration_texts: Unlabelled texts for the routers' distillation; may be empty.
         cache: Cache directory; the model lies in `models/<key>`, the key covering everything that determines it.
@@ -41,7 +41,7 @@ def prepare_model(
     """
     source = resolve(model.source, model.revision)
     config = read_config(source)
-    check_family(config, model.upcycle)
+    check_family(config, model.upcycle, model.task)
     if model.upcycle is not None:
         upcycled_config(config, model.upcycle)  # refuses what does not fit before anything is loaded
     directory = cache / "models" / _key(source, model, num_labels, seed, calibration_texts)
@@ -168,6 +168,7 @@ def _key(source: Path, model: Model, num_labels: int, seed: int, texts: Sequence
         "config": (source / "config.json").read_text(encoding="utf-8"),
         "upcycle": None if model.upcycle is None else model.upcycle.model_dump(mode="json"),
         "tokenizer": tokenizer_hash(source),
+        "task": model.task,
         "labels": num_labels,
         "seed": seed,
         "texts": hashlib.sha256("\0".join(texts).encode()).hexdigest(),

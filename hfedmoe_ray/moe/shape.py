@@ -15,6 +15,7 @@ from hfedmoe_ray.errors import ModelError
 from hfedmoe_ray.moe.factors import adapted_shape
 from hfedmoe_ray.moe.skeleton import describe
 from hfedmoe_ray.moe.sources import read_config, resolve
+from hfedmoe_ray.moe.store import Task
 from hfedmoe_ray.moe.upcycle.target import DENSE_FAMILIES, upcycled_config
 from hfedmoe_ray.types import ModelShape
 
@@ -31,6 +32,8 @@ MOE_FAMILIES = (
     "switch_transformers",
 )
 """Families with a layout, by transformers' model_type: the keys of `moe.layout.FAMILIES`, readable without torch."""
+_ENCODERS = ("bert", ENCODER_FAMILY, "switch_transformers")
+"""Families, of which Switch Transformer's encoder alone is used."""
 _BYTES = 4
 """Everything is trained, sent and counted in fp32."""
 
@@ -48,12 +51,12 @@ def read_shape(model: Model, num_labels: int = 0, cache: Path | None = None) -> 
         ConfigError: `model.upcycle` or `model.lora` does not fit the model.
     """
     config = read_config(resolve(model.source, model.revision, config_only=True))
-    check_family(config, model.upcycle)
+    check_family(config, model.upcycle, model.task)
     if model.upcycle is not None:
         config = upcycled_config(config, model.upcycle)
     if model.lora is None and config["model_type"] == ENCODER_FAMILY:
         return _encoder_shape(config, model, num_labels)
-    skeleton = describe(config, num_labels, model.trainable, cache or cache_dir())
+    skeleton = describe(config, num_labels, model.trainable, cache or cache_dir(), model.task)
     if model.lora is None:
         return skeleton.shape
     return adapted_shape(
@@ -66,14 +69,23 @@ def read_shape(model: Model, num_labels: int = 0, cache: Path | None = None) -> 
     )
 
 
-def check_family(config: Mapping[str, Any], upcycle: Upcycle | None) -> str:
-    """Returns the family of a config.json; raises ModelError unless it is MoE, or dense with `upcycle`."""
+def check_family(config: Mapping[str, Any], upcycle: Upcycle | None, task: Task) -> str:
+    """Returns the family of a config.json.
+
+    Raises:
+        ModelError: It is neither MoE, nor dense with `upcycle`; or it cannot do the task.
+    """
     family = str(config["model_type"])
     if family not in (*DENSE_FAMILIES, *MOE_FAMILIES):
         raise ModelError(
             f"model.source: models of the family {family!r} are not supported. Supported are "
             f"{', '.join(DENSE_FAMILIES)} (dense; made a Mixture of Experts by `model.upcycle`) and "
             f"{', '.join(MOE_FAMILIES)}. How to add a family: docs/adding-a-family.md."
+        )
+    if task == "causal" and family in _ENCODERS:
+        raise ModelError(
+            f"model.task: a model of the family {family!r} is asked to write (`causal`), but it only reads: it has no "
+            "head for a next token. Choose a decoder, such as a mixtral or an olmoe, or write `task: classification`."
         )
     if family in DENSE_FAMILIES and upcycle is None:
         raise ModelError(

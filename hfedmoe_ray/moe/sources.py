@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from hfedmoe_ray.errors import ModelError
+from hfedmoe_ray.moe.gguf import unpacked
 
 _PACKAGE = "package:"
+_GGUF = ".gguf"
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
 
 
@@ -29,6 +31,8 @@ def resolve(source: str, revision: str | None, config_only: bool = False) -> Pat
         directory = _package_directory(source.removeprefix(_PACKAGE))
     elif Path(source).expanduser().is_dir():
         directory = Path(source).expanduser().resolve()
+    elif source.endswith(_GGUF) and Path(source).expanduser().is_file():
+        directory = unpacked(Path(source).expanduser().resolve())
     else:
         return _from_hub(source, revision, config_only)
     if revision is not None:
@@ -62,9 +66,15 @@ def _package_directory(package: str) -> Path:
         )
     roots = [Path(root) for root in spec.submodule_search_locations or ()]
     directory = next((root / "model" for root in roots if (root / "model").is_dir()), None)
-    if directory is None:
-        raise ModelError(f"model.source: the package {package!r} carries no model: it has no directory `model`.")
-    return directory
+    if directory is not None:
+        return directory
+    files = sorted(file for root in roots for file in root.glob(f"*{_GGUF}"))
+    if len(files) != 1:
+        raise ModelError(
+            f"model.source: the package {package!r} carries no model: it has no directory `model`, and not one "
+            f"*{_GGUF} file but {len(files)}."
+        )
+    return unpacked(files[0])
 
 
 def _from_hub(name: str, revision: str | None, config_only: bool) -> Path:

@@ -30,7 +30,7 @@ from hfedmoe_ray.context import PreparedModel
 from hfedmoe_ray.errors import ModelError
 from hfedmoe_ray.types import Array, ExpertKey
 
-FORMAT = 3
+FORMAT = 4
 """Raised whenever the files above change; models are then prepared anew."""
 BASE, EXPERTS, MEANS = "base.safetensors", "experts.safetensors", "means.safetensors"
 CONFIG, META = "model_config.json", "meta.json"
@@ -38,6 +38,7 @@ CONFIG, META = "model_config.json", "meta.json"
 Group = Literal["expert", "router", "head", "top", "rest"]
 """What a parameter is: see `MoELayout.groups`."""
 Trainable = Literal["experts", "top", "full"]
+Task = Literal["classification", "causal"]
 
 TRAINABLE_GROUPS: Mapping[Trainable, frozenset[Group]] = {
     "experts": frozenset({"router", "head"}),
@@ -66,6 +67,8 @@ class Meta:
 
     format: int = FORMAT
     family: str
+    task: Task
+    """What is on top: a head that classifies, or a language model's own."""
     sha256: str
     """Over names, shapes and bytes of all tensors."""
     groups: Mapping[str, Group]

@@ -5,7 +5,7 @@ are memory-mapped, and `bind` gives it one task's weights: private copies of eve
 of the experts that only take part in the forward pass. A worker keeps one `SparseModel` and binds it to one client
 after another; nothing of a client outlives the next `bind`.
 
-Legend: L MoE layers, E experts, B batch, S sequence, H hidden, C classes.
+Legend: L MoE layers, E experts, B batch, S sequence, H hidden, C classes, V vocabulary.
 """
 
 import json
@@ -19,7 +19,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn import Parameter
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from hfedmoe_ray.config.lora import Lora
 from hfedmoe_ray.errors import ModelError
@@ -30,20 +30,28 @@ from hfedmoe_ray.moe.layout.base import assign, on_meta
 from hfedmoe_ray.moe.residents import ResidentExperts
 from hfedmoe_ray.moe.routing import RoutingTape
 from hfedmoe_ray.moe.sharing import part
-from hfedmoe_ray.moe.store import BASE, CONFIG, EXPERTS, Trainable, read_meta
+from hfedmoe_ray.moe.store import BASE, CONFIG, EXPERTS, Task, Trainable, read_meta
 from hfedmoe_ray.types import Array, ExpertKey, ExpertPlan, ModelShape, TaskWeights
+
+_TARGETS = "targets"
+
+AUTO_CLASSES: Mapping[Task, Any] = {
+    "classification": AutoModelForSequenceClassification,
+    "causal": AutoModelForCausalLM,
+}
 
 
 def skeleton(directory: Path) -> tuple[PreTrainedModel, MoELayout]:
     """Returns a prepared model on the meta device, without any storage, and its layout."""
-    return skeleton_from(json.loads((directory / CONFIG).read_text(encoding="utf-8")))
+    fields = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
+    return skeleton_from(fields, read_meta(directory).task)
 
 
-def skeleton_from(fields: Mapping[str, Any]) -> tuple[PreTrainedModel, MoELayout]:
+def skeleton_from(fields: Mapping[str, Any], task: Task = "classification") -> tuple[PreTrainedModel, MoELayout]:
     """Returns the model of a config.json, given as a mapping, on the meta device, and its layout."""
     config = AutoConfig.for_model(**fields)
     with torch.device("meta"):
-        model = AutoModelForSequenceClassification.from_config(config)
+        model = AUTO_CLASSES[task].from_config(config)
     return model, layout_of(model)
 
 
@@ -111,7 +119,12 @@ class SparseModel:
             self.layout.router(layer).register_forward_hook(self._routed(residents))
         self.module.register_forward_pre_hook(self._begin, with_kwargs=True)
         self.features = None
-        self.module.get_submodule(self.layout.head_names[0]).register_forward_pre_hook(self._note_features)
+        self._targets: Tensor | None = None
+        language_head = self.module.get_output_embeddings()
+        if language_head is None:
+            self.module.get_submodule(self.layout.heads[0]).register_forward_pre_hook(self._note_features)
+        else:
+            language_head.register_forward_pre_hook(self._only_targets)
         self._sizes = {name: p.numel() for name, p in self.module.named_parameters()}
         base, renamed = part(frozen, BASE) or read_base(prepared), {}
         if lora and lora.attention:
@@ -175,7 +188,7 @@ class SparseModel:
         for residents in self._residents:
             residents.release()
         self.expert_parameters, self.shared_parameters = {}, {}
-        self.features = None
+        self.features = self._targets = None
         self.tape.begin(None)
 
     def frozen_tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -184,21 +197,27 @@ class SparseModel:
         for residents in self._residents:
             yield from residents.frozen_tensors()
 
-    def forward(self, batch: Tensor, mask: Tensor, hidden: Tensor | None = None) -> Tensor:
-        """Returns logits [B, C] and records the routing on `tape`.
+    def forward(
+        self, batch: Tensor, mask: Tensor, hidden: Tensor | None = None, targets: Tensor | None = None
+    ) -> Tensor:
+        """Returns logits, [B, C] or of a language model [N, V], and records the routing on `tape`.
 
         Args:
             batch: Token ids, [B, S].
             mask: 1 for real tokens, [B, S].
             hidden: What `prefix` returned for these tokens, [B, S, H]; the lower layers are then skipped.
+            targets: Of a language model, the N places where the next token is asked for, [B, S]. Default: all.
         """
-        return self.module(**self.inputs(batch, mask, hidden)).logits
+        return self.module(**self.inputs(batch, mask, hidden, targets)).logits
 
-    def inputs(self, batch: Tensor, mask: Tensor, hidden: Tensor | None = None) -> dict[str, Any]:
+    def inputs(
+        self, batch: Tensor, mask: Tensor, hidden: Tensor | None = None, targets: Tensor | None = None
+    ) -> dict[str, Any]:
         """Returns the module's keyword arguments for `forward`, for callers that wrap the module in an engine."""
+        asked = {} if targets is None else {_TARGETS: targets}
         if hidden is not None:
-            return {"hidden_states": hidden, "attention_mask": mask.long()}
-        return {"input_ids": batch.long(), "attention_mask": mask.long()}
+            return {"hidden_states": hidden, "attention_mask": mask.long(), **asked}
+        return {"input_ids": batch.long(), "attention_mask": mask.long(), **asked}
 
     @property
     def supports_prefix(self) -> bool:
@@ -254,8 +273,16 @@ class SparseModel:
         # torch.tensor copies: what trains never aliases the published arrays.
         return torch.tensor(array, dtype=torch.float32, device=self.device)
 
-    def _begin(self, _module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _begin(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.tape.begin(kwargs.get("attention_mask"))
+        # No argument of the module's own: its head is told by the hook below.
+        self._targets = kwargs.pop(_TARGETS, None)
+        return args, kwargs
+
+    def _only_targets(self, _head: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Hands a language model's head the states it is asked about: logits of all tokens would need much memory."""
+        (states,) = args
+        return (states if self._targets is None else states[self._targets],)
 
     def _note_features(self, _head: nn.Module, args: tuple[Tensor, ...]) -> None:
         self.features = args[0].detach()

@@ -28,7 +28,8 @@ class Examples:
         mask = torch.from_numpy(batch.attention_mask).to(model.device)
         ids = torch.from_numpy(batch.input_ids).to(model.device)
         hidden = None if self.states is None else self.states.batch(indices, mask.shape[1], model.device)
-        return batch, model.inputs(ids, mask, hidden)
+        targets = None if batch.targets is None else torch.from_numpy(batch.targets).to(model.device)
+        return batch, model.inputs(ids, mask, hidden, targets)
 
 
 def task_examples(

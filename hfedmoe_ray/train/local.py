@@ -161,7 +161,7 @@ class ClientWorker:
         order = generator(task.seed, "profile", task.client).permutation(len(split))[: self._local.profile_examples]
         profile = self._new_profile()
         prototypes = self._empty_prototypes() if self._experiment.model.head == "prototypes" else None
-        loss = 0.0
+        loss, predictions = 0.0, 0
         size = min(task.micro_batch or self._local.batch_size, self._local.batch_size)
         self._model.module.eval()
         with torch.inference_mode():
@@ -170,6 +170,7 @@ class ClientWorker:
                 batch, logits = self._forward(examples, order[start : start + size])
                 labels = batch_labels(batch, self._model.device)
                 loss += float(cross_entropy(logits.float(), labels, reduction="sum"))
+                predictions += len(labels)
                 profile.add(self._model.tape)
                 if prototypes is not None:
                     np.add.at(prototypes.sums, batch.labels, self._features())
@@ -177,7 +178,7 @@ class ClientWorker:
         measured = profile.profile()
         means = _without_counts(profile.means())
         payload = pack_update({}, {}, measured, means, prototypes, lossy=self._experiment.wire.lossy)
-        return payload, _metrics(task, split, tokens=measured.tokens, loss=loss / len(order), examples=len(order))
+        return payload, _metrics(task, split, tokens=measured.tokens, loss=loss / predictions, examples=predictions)
 
     def _train(
         self, task: ClientTask, weights: TaskWeights, examples: Examples, should_stop: ShouldStop
@@ -206,8 +207,8 @@ class ClientWorker:
             task,
             examples.split,
             tokens=measured.tokens,
-            loss=done.loss / done.examples,
-            examples=done.examples,
+            loss=done.loss / done.predictions,
+            examples=done.predictions,
             trained={expert_name(key): done.trained[key] for key in moved},
             before=before,
             after=self._checksums(keys),
@@ -221,7 +222,7 @@ class ClientWorker:
     def _evaluate(self, task: ClientTask, examples: Examples, should_stop: ShouldStop) -> tuple[bytes, ClientMetrics]:
         """Loss and accuracy of the bound model on a split."""
         split = examples.split
-        loss, correct, tokens = 0.0, 0, 0
+        loss, correct, predictions, tokens = 0.0, 0, 0, 0
         size = self._experiment.evaluate.batch_size
         self._model.module.eval()
         with torch.inference_mode():
@@ -231,9 +232,10 @@ class ClientWorker:
                 labels = batch_labels(batch, self._model.device)
                 loss += float(cross_entropy(logits.float(), labels, reduction="sum"))
                 correct += int((logits.argmax(dim=-1) == labels).sum())
+                predictions += len(labels)
                 tokens += int(batch.attention_mask.sum())
-        mean = loss / max(len(split), 1)
-        return b"", _metrics(task, split, tokens=tokens, loss=mean, correct=correct, examples=len(split))
+        mean = loss / max(predictions, 1)
+        return b"", _metrics(task, split, tokens=tokens, loss=mean, correct=correct, examples=predictions)
 
     def _personalise(
         self, task: ClientTask, weights: TaskWeights, examples: Examples, should_stop: ShouldStop
@@ -279,6 +281,7 @@ class ClientWorker:
             model,
             self._strategy,
             partial(self._forward, examples),
+            examples.split.weight,
             tier=tier,
             plan=task.plan,
             rng=generator(task.seed, "select", task.round, task.client),
@@ -322,7 +325,7 @@ class ClientWorker:
         precision: Precision | None = None,
         run: Run | None = None,
     ) -> tuple[Batch, Tensor]:
-        """Returns a batch and its logits, [B, C].
+        """Returns a batch and its logits, [B, C], or of the tokens to be written [N, V].
 
         Args:
             examples: Where the batch comes from.

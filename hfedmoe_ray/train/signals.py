@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from hfedmoe_ray.data.dataset import Batch
 from hfedmoe_ray.moe.routing import RoutingTape
 from hfedmoe_ray.train.ranks import Ranks
-from hfedmoe_ray.types import ExpertKey, FloatArray, Signal
+from hfedmoe_ray.types import Array, ExpertKey, FloatArray, Signal
 
 
 class Signals:
@@ -23,14 +24,14 @@ class Signals:
         self._steps = np.zeros(shape)
 
     @torch.no_grad()
-    def add_examples(self, tape: RoutingTape, mask: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """Adds a forward pass.
+    def add_examples(self, tape: RoutingTape, batch: Batch, logits: Tensor, labels: Tensor) -> None:
+        """Adds a forward pass. Of an example that asks for several predictions, it is their mean that counts.
 
         Args:
             tape: Its routing.
-            mask: 1 for real tokens, [B, S].
-            logits: [B, C].
-            labels: [B].
+            batch: Its examples, B of them.
+            logits: One row for each prediction, [B, C] or [N, V].
+            labels: [B] or [N].
         """
         values: dict[Signal, Tensor] = {}
         if "accuracy" in self._wanted:
@@ -39,11 +40,14 @@ class Signals:
             values["loss"] = cross_entropy(logits.float(), labels, reduction="none").double()
         if not values:
             return
-        example = mask.bool().nonzero()[:, 0]  # [N]: which example a real token belongs to
+        if batch.targets is not None:
+            values = {signal: _means(value, batch.targets) for signal, value in values.items()}
+        mask = torch.from_numpy(batch.attention_mask)
+        example = mask.bool().nonzero()[:, 0]  # [T]: which example a real token belongs to
         for layer, index in enumerate(tape.index):
             assert index is not None
             experts = self._weight.shape[1]
-            tokens = torch.zeros(len(labels), experts + 1, dtype=torch.float64, device=index.device)
+            tokens = torch.zeros(len(mask), experts + 1, dtype=torch.float64, device=index.device)
             of = example.to(index.device)[:, None].expand_as(index)
             tokens.index_put_((of, index), tokens.new_ones(()), accumulate=True)
             tokens = tokens[:, :experts]  # [B, E] tokens of an example that were sent to an expert
@@ -83,3 +87,10 @@ class Signals:
             divisor = self._steps if signal == "gradient" else self._weight
             found[signal] = np.divide(self._sums[signal], divisor, out=np.zeros_like(divisor), where=divisor > 0)
         return found
+
+
+def _means(value: Tensor, targets: Array) -> Tensor:
+    """Means over the predictions of each example, [B], of values [N] at the places that `targets` [B, S] marks."""
+    owner = torch.from_numpy(targets.nonzero()[0]).to(value.device)
+    sums = value.new_zeros(len(targets)).index_add(0, owner, value)
+    return sums / torch.from_numpy(targets.sum(axis=1)).to(value).clamp_min(1)

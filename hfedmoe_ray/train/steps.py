@@ -32,7 +32,7 @@ class Forward(Protocol):
     def __call__(
         self, indices: Array, *, precision: Precision | None = None, run: Run | None = None
     ) -> tuple[Batch, Tensor]:
-        """Returns the batch and its logits, [B, C]."""
+        """Returns the batch and its logits, [B, C], or of the tokens to be written [N, V]."""
 
 
 class LocalSteps:
@@ -43,6 +43,7 @@ class LocalSteps:
         model: SparseModel,
         strategy: AnyStrategy,
         forward: Forward,
+        weight: Callable[[Array], int],
         *,
         tier: Tier,
         plan: ExpertPlan,
@@ -57,6 +58,7 @@ class LocalSteps:
             model: Bound to the task's weights.
             strategy: Chooses the experts of each batch.
             forward: Runs the model on the client's examples.
+            weight: How many predictions some of its examples ask for: the loss is the mean over those of a batch.
             tier: Of the client.
             plan: What it may train.
             rng: Of strategies that choose by chance.
@@ -67,6 +69,7 @@ class LocalSteps:
         self._model = model
         self._strategy = strategy
         self._forward = forward
+        self._weight = weight
         self._tier = tier
         self._plan = plan
         self._rng = rng
@@ -79,8 +82,8 @@ class LocalSteps:
         self.signals = Signals(strategy.signals, strategy.shape)
         """What else the strategy wants to know of each expert."""
         self.loss = 0.0
-        """Summed over examples: those of this rank until `finish`, while `profile`'s routing is the client's."""
-        self.examples = 0
+        """Summed over predictions: those of this rank until `finish`, while `profile`'s routing is the client's."""
+        self.predictions = 0
         self.seconds = 0.0
 
     def take(self, engine: Engine, indices: Array) -> None:
@@ -92,6 +95,7 @@ class LocalSteps:
         """
         started = time.perf_counter()
         ranks, own = self._ranks, self._ranks.share(indices)
+        predictions = self._weight(indices)
         size = self._tier.micro_batch or len(indices)
         parts = [own[start : start + size] for start in range(0, len(own), size)]
         seen = self._new_profile()
@@ -102,9 +106,9 @@ class LocalSteps:
         for part in parts:
             batch, logits = self._forward(part, precision=self._tier.precision, run=engine.forward)
             labels = batch_labels(batch, self._model.device)
-            share = len(part) / len(indices)
+            share = self._weight(part) / predictions
             loss = cross_entropy(logits.float(), labels) * share
-            self.signals.add_examples(self._model.tape, torch.from_numpy(batch.attention_mask), logits, labels)
+            self.signals.add_examples(self._model.tape, batch, logits, labels)
             if not ahead:
                 seen.add(self._model.tape)
             if whole:
@@ -114,7 +118,7 @@ class LocalSteps:
             balance = self._plan.balance
             spread = 0.0 if balance is None else share * balance_loss(self._model.tape, balance)
             engine.backward(loss + pull + spread, active)
-            self.loss += float(loss.detach()) * len(indices)
+            self.loss += float(loss.detach()) * predictions
         if ranks.size > 1:
             active = self._join_ranks(engine, chosen, seen, nothing=not parts, whole=whole, ahead=ahead)
         self.signals.add_gradients(active, self._model.expert_parameters)
@@ -122,7 +126,7 @@ class LocalSteps:
         for key in active:
             self.trained[key] += 1
         self.profile.merge(seen)
-        self.examples += len(indices)
+        self.predictions += predictions
         self.seconds += time.perf_counter() - started
 
     def finish(self) -> None:
@@ -190,5 +194,5 @@ class LocalSteps:
 
 
 def batch_labels(batch: Batch, device: torch.device) -> Tensor:
-    """Returns a batch's labels where the model computes, [B]."""
+    """Returns a batch's labels where the model computes: one for each prediction."""
     return torch.from_numpy(batch.labels).to(device)

@@ -53,7 +53,7 @@ class MoELayout(ABC):
     experts_name: ClassVar[str] = "experts"
     """Attribute of a block that holds its experts, called with tokens [T, H] and two tensors for `read_dispatch`."""
     head_names: ClassVar[tuple[str, ...]] = ("score",)
-    """Names of the task head's modules."""
+    """Names of the modules of a head that classifies."""
     transposed: ClassVar[bool] = False
     """Whether an expert's matrices are stored as [in, out]."""
     supports_prefix: ClassVar[bool] = False
@@ -66,6 +66,8 @@ class MoELayout(ABC):
     def __init__(self, model: PreTrainedModel) -> None:
         """Finds the MoE blocks of `model`, which may be on the meta device; raises ModelError if it has none."""
         self.model = model
+        self.heads = () if model.get_output_embeddings() is not None else self.head_names
+        """Names of the task head's modules; none for a language model, whose own head is no new one."""
         blocks = [(name, module) for name, module in model.named_modules() if isinstance(module, self.block_class)]
         if not blocks:
             raise ModelError(
@@ -202,7 +204,7 @@ class MoELayout(ABC):
             part = name.removeprefix(block + ".").split(".")[0]
             # What else a block holds serves every expert (an output bias, shared experts): it trains with the norms.
             return "expert" if part == self.experts_name else "router" if part == self.gate_name else "top"
-        if name.split(".", maxsplit=1)[0] in self.head_names:
+        if name.split(".", maxsplit=1)[0] in self.heads:
             return "head"
         return "top" if above and _ATTENTION_OR_NORM.search(name) else "rest"
 

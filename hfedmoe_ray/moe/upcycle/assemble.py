@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from hfedmoe_ray.config.schema import Upcycle
 from hfedmoe_ray.moe.layout import MoELayout
 from hfedmoe_ray.moe.layout.base import assign, on_meta
+from hfedmoe_ray.moe.store import Task
 from hfedmoe_ray.moe.subset import skeleton_from
 from hfedmoe_ray.moe.upcycle.calibrate import Distillation, LayerInputs, LayerReport
 from hfedmoe_ray.moe.upcycle.clusters import balanced_clusters
@@ -33,17 +34,26 @@ _COPY_STD = 0.02
 
 
 def upcycle(
-    dense: PreTrainedModel, config: Upcycle, num_labels: int, seed: int, batches: Iterable[tuple[Tensor, Tensor]]
+    dense: PreTrainedModel,
+    config: Upcycle,
+    num_labels: int,
+    seed: int,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    *,
+    task: Task = "classification",
 ) -> tuple[PreTrainedModel, list[LayerReport]]:
-    """Builds a MoE classifier of a dense model. Its head is zero: the caller's to draw.
+    """Builds a MoE of a dense model. A classifier's head is zero: the caller's to draw.
+
+    A language model's is the embedding table where they are tied, else the caller's to put in place.
 
     Args:
         dense: The dense base model, fp32. It is used up: the MoE takes its tensors.
         config: How.
-        num_labels: Classes of the head.
+        num_labels: Classes of a classifier's head.
         seed: Run seed.
         batches: Token ids and masks of calibration texts, [B, S] each. Read by `split` with calibration; without any
             the routers stay at the centroids.
+        task: What is on top.
 
     Returns:
         The model, and for `split` with calibration what each layer lost.
@@ -53,9 +63,11 @@ def upcycle(
         ModelError: The model cannot be upcycled without changing what it computes.
     """
     family = family_of(dense)
-    model, layout = skeleton_from({**upcycled_config(dense.config.to_dict(), config), "num_labels": num_labels})
+    fields = upcycled_config(dense.config.to_dict(), config)
+    model, layout = skeleton_from(fields if task == "causal" else {**fields, "num_labels": num_labels}, task)
     _take_over(dense, model, family)
-    for name in layout.head_names:
+    model.tie_weights()
+    for name in layout.heads:
         for parameter in model.get_submodule(name).to_empty(device="cpu").parameters():
             torch.nn.init.zeros_(parameter)
     distils = config.how == "split" and config.calibration_steps > 0
@@ -78,7 +90,7 @@ def upcycle(
         if len(tokens):
             generator = torch.Generator().manual_seed(derive_seed(seed, "upcycle-calibrate", number))
             reports.append(made.distil(number, tokens, config.calibration_steps, generator))
-    assert not on_meta(model)
+    assert not [name for name in on_meta(model) if task == "classification" or "lm_head" not in name]
     return model.eval(), reports
 
 
