@@ -39,6 +39,7 @@ def prepare_run(experiment: Experiment, run_dir: Path) -> RunContext:
         clients=experiment.clients.count,
         seed=experiment.seed,
         cache=cache_dir(),
+        benchmarks=experiment.evaluate.benchmarks,
     )
     return RunContext(experiment=experiment, run_dir=run_dir.resolve(), model=model, data=data)
 

@@ -1,7 +1,7 @@
 """What is told of a round: a line per client, a line per round. Torch-free."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from hfedmoe_ray.types import Status, TaskKind
 
@@ -39,6 +39,17 @@ class ClientRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BenchmarkScore:
+    """What a model answered to the items of a benchmark."""
+
+    items: int
+    accuracy: float
+    """Share of the items whose right choice has the highest log-likelihood."""
+    normalised: float
+    """The same by log-likelihood per character, which does not favour short choices."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RoundReport:
     """One round as it is tracked: a line of `metrics.jsonl`, a step in W&B, a row on the screen."""
 
@@ -69,3 +80,5 @@ class RoundReport:
     """`own_accuracy` after each client has trained for one more round by itself (last round only)."""
     simulated_seconds: float | None = None
     """What the round would take on the tiers' devices: its slowest client's, of those that were waited for."""
+    benchmarks: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """What the global model answered, fields of `BenchmarkScore` by benchmark (first and last round only)."""

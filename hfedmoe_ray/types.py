@@ -214,8 +214,10 @@ class ClientTask:
     plan: ExpertPlan
     version: int
     """Version of the published weights the task starts from."""
-    split: Literal["train", "own_test", "global_test"] = "train"
+    split: Literal["train", "own_test", "global_test", "benchmark"] = "train"
     """Which examples an "evaluate" task reads, and a "personalise" task after it has trained on its own."""
+    benchmark: str = ""
+    """Name of the multiple-choice benchmark whose items are read."""
     part: tuple[int, int] = (0, 1)
     """(index, count): the slice of the split that this task evaluates."""
     personal: int | None = None
@@ -287,11 +289,13 @@ class ClientMetrics:
     tokens: int
     """Tokens that passed through the model, padding excluded."""
     loss: float
-    """Mean loss per example."""
+    """Mean loss per prediction."""
     correct: int = 0
-    """Correctly classified examples."""
+    """Right predictions."""
+    correct_normalised: int = 0
+    """Of a benchmark's items, those answered right by log-likelihood per character."""
     examples: int = 0
-    """Examples behind `loss` and `correct`."""
+    """Predictions behind `loss` and `correct`: one for each example, token that is to be written, or benchmark item."""
     trained: Mapping[str, int] = field(default_factory=dict)
     """"layer.expert" -> optimizer steps in which the expert received a gradient."""
     before: Mapping[str, str] = field(default_factory=dict)

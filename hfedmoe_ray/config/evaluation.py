@@ -2,9 +2,27 @@
 
 from typing import Literal, Self
 
-from pydantic import PositiveInt, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
-from hfedmoe_ray.config.section import Section, UnitInterval
+from hfedmoe_ray.config.section import Name, Section, UnitInterval
+
+
+class Benchmark(Section):
+    """Multiple-choice questions that a language model answers by the choice it finds likeliest after the prompt."""
+
+    name: Name
+    source: str
+    """Local .jsonl, .csv or .parquet file; of one with a column `split` the test rows, else the validation rows."""
+    prompt: str
+    """A column, or a pattern of columns such as "Question: {goal}\\nAnswer:"."""
+    choices: tuple[str, ...] = Field(min_length=2)
+    """Columns or patterns, one for each choice."""
+    answer: str = "label"
+    """Column with the number of the right choice, from 0."""
+    delimiter: str = " "
+    """What stands between prompt and choice."""
+    examples: PositiveInt | None = None
+    """Only so many items, drawn always the same. Default: all."""
 
 
 class Evaluation(Section):
@@ -23,8 +41,17 @@ class Evaluation(Section):
     the last round, it is evaluated at once."""
     batch_size: PositiveInt = 32
     """Examples of one forward pass. Clients evaluate too, and 64 texts of 64 tokens took more memory than training."""
+    benchmarks: tuple[Benchmark, ...] = ()
+    """`model.task: causal`: what the whole model is asked before the first round and after the last."""
     target: UnitInterval | None = None
     """Accuracy whose first reaching is reported as rounds_to_target."""
+
+    @model_validator(mode="after")
+    def _names(self) -> Self:
+        names = [benchmark.name for benchmark in self.benchmarks]
+        if len(set(names)) < len(names):
+            raise ValueError(f"two benchmarks have the same name: {', '.join(names)}")
+        return self
 
     @model_validator(mode="after")
     def _before_and_after(self) -> Self:

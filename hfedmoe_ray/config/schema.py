@@ -396,6 +396,11 @@ class Experiment(Section):
                 "`model.task: causal` and `data.response`, the column with what the model shall write, need each "
                 "other: write both or neither"
             )
+        if self.evaluate.benchmarks and self.model.task != "causal":
+            raise ValueError(
+                "`evaluate.benchmarks` asks a language model which choice it would write, and `model.task` is "
+                f"{self.model.task}: leave them out, or write `task: causal`"
+            )
         zero = any(tier.zero_stage for tier in self.clients.tiers)
         if self.clients.sampling == "weighted" and self.data.partition.how == "files":
             raise ValueError(

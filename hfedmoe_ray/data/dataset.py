@@ -81,9 +81,10 @@ class Split:
         """
         if not 0 <= index < count:
             raise ValueError(f"there is no part {index} of {count}")
-        return self._rows(len(self) * index // count, len(self) * (index + 1) // count, f"{self.key}/{index}of{count}")
+        return self.rows(len(self) * index // count, len(self) * (index + 1) // count, f"{self.key}/{index}of{count}")
 
-    def _rows(self, start: int, end: int, key: str) -> "Split":
+    def rows(self, start: int, end: int, key: str) -> "Split":
+        """Returns the examples from `start` to before `end`, under a key of their own."""
         rows = slice(start, end)
         return Split(
             input_ids=self.input_ids[rows],
@@ -138,6 +139,15 @@ class FederatedDataset:
         """Returns the global test split (empty where clients read their own files and `data.test` is not given)."""
         return self._test
 
+    def array(self, name: str) -> Array:
+        """Returns a stored array, mapped."""
+        return store.open_array(self._path, name)
+
+    @property
+    def key(self) -> str:
+        """Names what is stored here in every process and run."""
+        return self._meta.sha256[:16]
+
     def _open(self, split: str) -> Split:
         return Split(
             input_ids=store.open_array(self._path, f"{split}.input_ids"),
@@ -156,7 +166,7 @@ class FederatedDataset:
             return self._own_files[client]
         start, own_test, end = map(int, self._bounds[client])
         key = f"{self._meta.sha256[:16]}/{client}"
-        return self._train._rows(start, own_test, f"{key}/train"), self._train._rows(own_test, end, f"{key}/own_test")
+        return self._train.rows(start, own_test, f"{key}/train"), self._train.rows(own_test, end, f"{key}/own_test")
 
     def _read_own_file(self, client: int) -> tuple[Split, Split]:
         texts, labels, prompts = load_client_file(self._data, client)

@@ -5,14 +5,17 @@ the tokenizer. A second run with the same data starts without tokenising, or eve
 """
 
 import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 
+from hfedmoe_ray.config.evaluation import Benchmark
 from hfedmoe_ray.config.schema import Data
 from hfedmoe_ray.context import PreparedData
 from hfedmoe_ray.data import store
+from hfedmoe_ray.data.choices import Questions, read_questions, tokenize_questions
 from hfedmoe_ray.data.instructions import tokenized
 from hfedmoe_ray.data.labels import IntArray
 from hfedmoe_ray.data.partition import deal, split_own_test
@@ -23,7 +26,14 @@ from hfedmoe_ray.types import Array
 
 
 def prepare_data(
-    data: Data, raw: RawDataset, *, tokenizer_dir: Path, clients: int, seed: int, cache: Path
+    data: Data,
+    raw: RawDataset,
+    *,
+    tokenizer_dir: Path,
+    clients: int,
+    seed: int,
+    cache: Path,
+    benchmarks: Sequence[Benchmark] = (),
 ) -> PreparedData:
     """Draws, deals, tokenises and stores a dataset as `<cache>/data/<key>/` (see `store`), unless it is there already.
 
@@ -37,22 +47,27 @@ def prepare_data(
         clients: Number of clients, C.
         seed: Run seed: of the draws, the partition and the clients' own test splits.
         cache: Directory for prepared data; created as needed.
+        benchmarks: Multiple-choice questions to be stored along.
 
     Raises:
-        DataError: the examples cannot be dealt as the partition asks.
+        DataError: the examples cannot be dealt as the partition asks, or a benchmark's file is wrong.
         ModelError: there is no tokenizer in `tokenizer_dir`.
     """
-    path = cache.resolve() / "data" / _cache_key(data, raw, tokenizer_hash(tokenizer_dir), clients, seed)
+    asked = {benchmark.name: read_questions(benchmark) for benchmark in benchmarks}
+    path = cache.resolve() / "data" / _cache_key(data, raw, asked, tokenizer_hash(tokenizer_dir), clients, seed)
     meta = store.read_meta(path) or _build(
-        data, raw, tokenizer_dir=tokenizer_dir, clients=clients, seed=seed, path=path
+        data, raw, asked, tokenizer_dir=tokenizer_dir, clients=clients, seed=seed, path=path
     )
     return PreparedData(path=path, sha256=meta.sha256, label_names=meta.label_names, counts=meta.counts)
 
 
-def _cache_key(data: Data, raw: RawDataset, tokenizer: str, clients: int, seed: int) -> str:
+def _cache_key(  # noqa: PLR0917 - all that determines it
+    data: Data, raw: RawDataset, asked: Mapping[str, Questions], tokenizer: str, clients: int, seed: int
+) -> str:
     # The texts themselves count, not the name of the file they came from.
     digest = hashlib.sha256()
-    fields = (raw.train_texts, raw.test_texts, raw.train_groups, raw.train_prompts, raw.test_prompts)
+    questions = [text for one in asked.values() for text in (*one.prompts, *(c for row in one.choices for c in row))]
+    fields = (questions, raw.train_texts, raw.test_texts, raw.train_groups, raw.train_prompts, raw.test_prompts)
     for texts in (field or () for field in fields):
         for text in (str(len(texts)), *texts):
             encoded = text.encode("utf-8", "surrogatepass")
@@ -62,6 +77,7 @@ def _cache_key(data: Data, raw: RawDataset, tokenizer: str, clients: int, seed: 
         "data": data.model_dump(mode="json", exclude={"source", "subset", "text", "label", "test", "prompt"}),
         "label_names": raw.label_names,
         "texts": digest.hexdigest(),
+        "answers": {name: one.answers.tolist() for name, one in asked.items()},
         "tokenizer": tokenizer,
         "clients": clients,
         "seed": seed,
@@ -69,7 +85,16 @@ def _cache_key(data: Data, raw: RawDataset, tokenizer: str, clients: int, seed: 
     return store.content_hash({"train": raw.train_labels, "test": raw.test_labels}, facts)[:24]
 
 
-def _build(data: Data, raw: RawDataset, *, tokenizer_dir: Path, clients: int, seed: int, path: Path) -> store.Meta:
+def _build(
+    data: Data,
+    raw: RawDataset,
+    asked: Mapping[str, Questions],
+    *,
+    tokenizer_dir: Path,
+    clients: int,
+    seed: int,
+    path: Path,
+) -> store.Meta:
     raw = draw_subset(raw, data, seed)
     own_files = data.partition.how == "files"
     rows, bounds = _nothing_dealt(clients) if own_files else _deal_and_split(data, raw, clients, seed)
@@ -85,6 +110,9 @@ def _build(data: Data, raw: RawDataset, *, tokenizer_dir: Path, clients: int, se
         tokens, shortened = tokenized(tokenizer, texts, prompts, data)
         arrays |= {f"{split}.{name}": array for name, array in tokens.items()}
         cut += shortened
+    for name, questions in asked.items():
+        made = tokenize_questions(tokenizer, questions, data.max_length)
+        arrays |= {f"{store.benchmark(name)}.{part}": array for part, array in made.items()}
     classes = len(raw.label_names)
     meta = store.Meta(
         sha256="",

@@ -14,7 +14,7 @@ from hfedmoe_ray.errors import DataError
 from hfedmoe_ray.seeds import generator
 
 _TRAIN = ("train", "training")
-_TEST = ("test", "validation", "valid", "val", "dev")
+TEST_SPLITS = ("test", "validation", "valid", "val", "dev")
 """Values of a `split` column, or names of the hub's splits, in the order in which a test split is looked for."""
 _ONE_KIND = ("all",)
 """Class of examples that nothing tells apart."""
@@ -133,10 +133,10 @@ def _read_test_file(path: str, data: Data) -> Table:
     table = read_file(path, "data.test", (*wanted_columns(data), "split"))
     if not _has_split_column(table):
         return table
-    test = _split_rows(table, _TEST)
+    test = split_rows(table, TEST_SPLITS)
     if test is None:
         raise DataError(
-            f"data.test: the column `split` of {path} marks no row as {', '.join(_TEST)}. Mark the test rows, or "
+            f"data.test: the column `split` of {path} marks no row as {', '.join(TEST_SPLITS)}. Mark the test rows, or "
             "remove the column if all rows are."
         )
     return test
@@ -146,22 +146,22 @@ def _by_split_column(table: Table) -> tuple[Table, Table | None]:
     """Returns the rows that a column `split` marks as train and as test; all rows as train without such a column."""
     if not _has_split_column(table):
         return table, None
-    train = _split_rows(table, _TRAIN)
+    train = split_rows(table, _TRAIN)
     if train is None:
         found = ", ".join(sorted(set(map(str, table.columns["split"]))))
         raise DataError(
             f"data.source: the column `split` of {table.where} marks no row as train (it has {found}). Mark the "
             "training rows, or remove the column to have a tenth of the rows held out as test split."
         )
-    return train, _split_rows(table, _TEST)
+    return train, split_rows(table, TEST_SPLITS)
 
 
 def _has_split_column(table: Table) -> bool:
     """Whether there is a column `split` that holds names of splits and nothing else."""
-    return "split" in table.columns and all(mark in (*_TRAIN, *_TEST) for mark in table.columns["split"])
+    return "split" in table.columns and all(mark in (*_TRAIN, *TEST_SPLITS) for mark in table.columns["split"])
 
 
-def _split_rows(table: Table, names: Sequence[str]) -> Table | None:
+def split_rows(table: Table, names: Sequence[str]) -> Table | None:
     """Returns the rows of the first of the named splits that the column `split` has, if any."""
     marks = table.columns["split"]
     name = next((name for name in names if name in marks), None)
@@ -180,7 +180,7 @@ def _choose_hub_splits(splits: dict[str, Table], data: Data) -> tuple[Table, Tab
     # Some benchmarks of the hub keep the labels of their test split to themselves; then the validation split serves.
     labelled = (
         splits[name]
-        for name in _TEST
+        for name in TEST_SPLITS
         if name in splits and any(value is not None for value in splits[name].columns.get(data.label, ()))
     )
     return train, next(labelled, None)
@@ -239,9 +239,9 @@ def _examples(table: Table | None, data: Data, names: Sequence[str]) -> tuple[tu
     if table is None:
         return (), np.empty(0, dtype=np.int64)
     if data.response is None:
-        texts = _texts(table, data.text, "data.text")
+        texts = texts_of(table, data.text, "data.text")
     else:
-        texts = _texts(table, data.response, "data.response")
+        texts = texts_of(table, data.response, "data.response")
         if tuple(names) == _ONE_KIND or data.label not in table.columns:
             return texts, np.zeros(len(texts), dtype=np.int64)
     return texts, encode_labels(table.column(data.label, "data.label"), names, table.where)
@@ -255,11 +255,20 @@ def _prompts(table: Table | None, data: Data) -> tuple[str, ...] | None:
         return ()
     if data.prompt is None:
         return ("",) * len(table.column(columns_of(data.response)[0], "data.response"))
-    return _texts(table, data.prompt, "data.prompt")
+    return texts_of(table, data.prompt, "data.prompt")
 
 
-def _texts(table: Table, pattern: str, key: str) -> tuple[str, ...]:
-    """What a column, or a pattern of columns, says in each row."""
+def texts_of(table: Table, pattern: str, key: str) -> tuple[str, ...]:
+    """What a column, or a pattern of columns, says in each row.
+
+    Args:
+        table: Has the columns.
+        pattern: See `columns_of`.
+        key: The configuration key that asks for it.
+
+    Raises:
+        DataError: A column is missing, or a row of it is no text.
+    """
     names = columns_of(pattern)
     columns = {name: table.column(name, key) for name in names}
     texts = []

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 
 from hfedmoe_ray.config.schema import Experiment
 from hfedmoe_ray.errors import TrainingError
+from hfedmoe_ray.records import BenchmarkScore
 from hfedmoe_ray.strategies import AnyStrategy
 from hfedmoe_ray.strategies.scores import uniform_plan
 from hfedmoe_ray.types import ClientInfo, ClientMetrics, ClientTask, ExpertPlan, Role, TaskResult, Weights
@@ -24,6 +25,8 @@ class Evaluation:
     """Accuracy of each client on its own test split."""
     personalised: Mapping[int, float] = field(default_factory=dict)
     """The same after a local training round."""
+    benchmarks: Mapping[str, BenchmarkScore] = field(default_factory=dict)
+    """What the global model answered, by benchmark."""
 
     @property
     def own_accuracy(self) -> float | None:
@@ -116,6 +119,27 @@ def own_tasks(
     ]
 
 
+def benchmark_tasks(experiment: Experiment, round: int, strategy: AnyStrategy, weights: Weights) -> list[ClientTask]:
+    """Returns tasks that together ask the whole model every item of every benchmark once."""
+    plan = uniform_plan(strategy.shape, Role.FROZEN)
+    return [
+        ClientTask(
+            kind="evaluate",
+            round=round,
+            client=index % experiment.clients.count,
+            seed=experiment.seed,
+            plan=plan,
+            version=weights.version,
+            split="benchmark",
+            benchmark=benchmark.name,
+            part=(index, _PARTS),
+            weight=float(len(plan.present)),
+        )
+        for benchmark in experiment.evaluate.benchmarks
+        for index in range(_PARTS)
+    ]
+
+
 def _for_inference(plan: ExpertPlan) -> ExpertPlan:
     """The same experts held, none of them a private copy."""
     roles = tuple(tuple(min(role, Role.FROZEN) for role in row) for row in plan.roles)
@@ -138,6 +162,7 @@ def summarise(results: Iterable[TaskResult]) -> Evaluation:
     slices: dict[int, ClientMetrics] = {}
     own: dict[int, float] = {}
     personalised: dict[int, float] = {}
+    answered: dict[str, list[ClientMetrics]] = {}
     for result in results:
         task, metrics = result.task, result.metrics
         if task.split == "global_test":
@@ -148,13 +173,34 @@ def summarise(results: Iterable[TaskResult]) -> Evaluation:
                     "mend the cause and `hfedmoe resume`."
                 )
             slices[task.part[0]] = metrics
+        elif task.split == "benchmark":
+            if metrics is None or result.status != "ok":
+                raise TrainingError(
+                    f"round {task.round}: slice {task.part[0] + 1}/{task.part[1]} of benchmark {task.benchmark} is "
+                    f"{result.status} ({result.reason}). Mend the cause and `hfedmoe resume`."
+                )
+            answered.setdefault(task.benchmark, []).append(metrics)
         elif metrics is not None and metrics.examples:
             found = personalised if task.kind == "personalise" else own
             found[task.client] = metrics.correct / metrics.examples
     examples = sum(metrics.examples for metrics in slices.values())
-    ordered = Evaluation(own=dict(sorted(own.items())), personalised=dict(sorted(personalised.items())))
+    ordered = Evaluation(
+        own=dict(sorted(own.items())),
+        personalised=dict(sorted(personalised.items())),
+        benchmarks={name: _score(parts) for name, parts in answered.items()},
+    )
     if not examples:
         return ordered
     total_loss = sum(slices[part].loss * slices[part].examples for part in sorted(slices) if slices[part].examples)
     accuracy = sum(metrics.correct for metrics in slices.values()) / examples
     return replace(ordered, accuracy=accuracy, loss=total_loss / examples)
+
+
+def _score(parts: Iterable[ClientMetrics]) -> BenchmarkScore:
+    answered = list(parts)
+    items = sum(part.examples for part in answered)
+    return BenchmarkScore(
+        items=items,
+        accuracy=sum(part.correct for part in answered) / max(items, 1),
+        normalised=sum(part.correct_normalised for part in answered) / max(items, 1),
+    )

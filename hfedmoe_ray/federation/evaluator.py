@@ -12,7 +12,7 @@ from math import inf
 
 from hfedmoe_ray.config.schema import Experiment
 from hfedmoe_ray.federation.demotion import Ladder
-from hfedmoe_ray.federation.evaluation import Evaluation, evaluation_tasks, own_tasks, summarise
+from hfedmoe_ray.federation.evaluation import Evaluation, benchmark_tasks, evaluation_tasks, own_tasks, summarise
 from hfedmoe_ray.federation.executor import Notify
 from hfedmoe_ray.federation.state import FederationState
 from hfedmoe_ray.federation.stream import Stream
@@ -83,6 +83,8 @@ class Evaluator:
         tasks: list[ClientTask] = []
         if last or round % when.every == 0:
             tasks += evaluation_tasks(self._experiment, round, strategy, weights)
+        if last or round == 0:
+            tasks += benchmark_tasks(self._experiment, round, strategy, weights)
         if when.own == "always" or (when.own == "final" and last):
             clients = [self._client_info(client) for client in range(self._experiment.clients.count)]
             known = {c.client: c for c in clients if not strategy.needs_profile or c.client in self._state.profiles}

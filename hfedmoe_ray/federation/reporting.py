@@ -169,6 +169,7 @@ def with_evaluation(report: RoundReport, found: Evaluation) -> RoundReport:
         test_loss=found.loss,
         own_accuracy=found.own_accuracy,
         personalised_accuracy=found.personalised_accuracy,
+        benchmarks={name: asdict(score) for name, score in found.benchmarks.items()},
     )
 
 
@@ -221,6 +222,7 @@ def run_summary(context: RunContext, state: FederationState, status: str) -> dic
         "best_accuracy": max(values, default=None),
         **_over_clients("own", state.own_accuracies),
         **_over_clients("personalised", state.personalised_accuracies),
+        "benchmarks": _before_and_after(state),
         "target": target,
         "rounds_to_target": reached[0] if reached else None,
         "wall_seconds": state.seconds,
@@ -243,3 +245,11 @@ def _over_clients(name: str, accuracies: Mapping[int, float]) -> dict[str, Any]:
         f"{name}_variance": variance(accuracies),
         f"{name}_accuracy_by_client": {str(client): value for client, value in sorted(accuracies.items())},
     }
+
+
+def _before_and_after(state: FederationState) -> dict[str, dict[str, Mapping[str, float]]]:
+    """By benchmark, what the first model answered and what the last one did."""
+    rounds = sorted(state.benchmarks)
+    moments = dict(zip(("before", "after"), (rounds[0], rounds[-1]), strict=True)) if rounds else {}
+    names = state.benchmarks[rounds[0]] if rounds else {}
+    return {name: {moment: state.benchmarks[round][name] for moment, round in moments.items()} for name in names}

@@ -3,7 +3,7 @@
 import hashlib
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 from hfedmoe_ray.federation.evaluation import Evaluation
 from hfedmoe_ray.federation.flight import Flight
@@ -37,6 +37,8 @@ class FederationState:
     """Latest accuracy of each client on its own test split."""
     personalised_accuracies: dict[int, float] = field(default_factory=dict)
     """The same after the last round and a local training round."""
+    benchmarks: dict[int, dict[str, dict[str, float]]] = field(default_factory=dict)
+    """What the global model answered after a round: fields of `records.BenchmarkScore` by benchmark."""
     statuses: Counter[str] = field(default_factory=Counter)
     """Client results by status, over all rounds."""
     clients: dict[int, Fetch] = field(default_factory=dict)
@@ -99,6 +101,8 @@ class FederationState:
             self.accuracies.append((round, evaluation.accuracy))
         self.own_accuracies |= evaluation.own
         self.personalised_accuracies |= evaluation.personalised
+        if evaluation.benchmarks:
+            self.benchmarks[round] = {name: asdict(score) for name, score in evaluation.benchmarks.items()}
 
 
 def model_sha256(weights: Weights, base_sha256: str) -> str:

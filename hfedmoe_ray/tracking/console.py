@@ -247,6 +247,11 @@ class ConsoleRenderer:
                 words += f" ({points(own, after)}); the worst tenth of them {percent(summary.get('own_worst_tenth'))} "
                 words += f"before and {percent(summary.get('personalised_worst_tenth'))} after"
             lines.append(("", words))
+        for name, moments in (summary.get("benchmarks") or {}).items():
+            before, after = moments["before"], moments["after"]
+            words = f"{percent(before['accuracy'])} → {percent(after['accuracy'])}, by character "
+            words += f"{percent(before['normalised'])} → {percent(after['normalised'])} ({after['items']} items)"
+            lines.append((name, words))
         if summary.get("status", "finished") != "finished":
             lines.append(("ended", f"{summary['status']} after round {summary.get('rounds', MISSING)}"))
         files = sorted(path.name for path in self._run_dir.iterdir()) if self._run_dir.is_dir() else []

@@ -145,6 +145,8 @@ class WandbTracker:
             "seconds/round": report.seconds,
             "seconds/simulated": report.simulated_seconds,
         }
+        for benchmark, score in report.benchmarks.items():
+            metrics |= {f"benchmark/{benchmark}/{field}": score[field] for field in ("accuracy", "normalised")}
         metrics |= {f"seconds/{phase}": seconds for phase, seconds in report.phases.items()}
         metrics |= {
             f"clients/{status}": statuses[status]

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from hfedmoe_ray.config.schema import Experiment, LocalTraining
+from hfedmoe_ray.data.choices import stored_choices
 from hfedmoe_ray.data.dataset import Batch, FederatedDataset, Split
 from hfedmoe_ray.moe.subset import SparseModel
 from hfedmoe_ray.seeds import generator
@@ -51,6 +52,8 @@ def task_examples(
             split = data.own_test(task.client)
         case "global_test":
             split = data.global_test()
+        case "benchmark":
+            return Examples(stored_choices(data, task.benchmark).part(*task.part).rows, None)
     split = split.part(*task.part)
     local = experiment.local
     cached = local.cache == "auto" and model.supports_prefix and experiment.model.trainable != "full"

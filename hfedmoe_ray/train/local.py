@@ -21,6 +21,7 @@ from hfedmoe_ray.budget import tier_of
 from hfedmoe_ray.config.section import Precision
 from hfedmoe_ray.config.strategies import HFedMoE
 from hfedmoe_ray.context import RunContext
+from hfedmoe_ray.data.choices import stored_choices
 from hfedmoe_ray.data.dataset import Batch, FederatedDataset, Split
 from hfedmoe_ray.errors import ModelError
 from hfedmoe_ray.moe.routing import ProfileAccumulator
@@ -34,6 +35,7 @@ from hfedmoe_ray.train.engine import Engine, RankedEngine
 from hfedmoe_ray.train.examples import Examples, batches, task_examples
 from hfedmoe_ray.train.explore import squared_gradients
 from hfedmoe_ray.train.frozen import check_unwritten, frozen_versions
+from hfedmoe_ray.train.likelihood import answer
 from hfedmoe_ray.train.memory import PeakMemory, return_freed_memory
 from hfedmoe_ray.train.proximal import Proximity
 from hfedmoe_ray.train.ranks import JoinedRanks, Ranks
@@ -111,6 +113,8 @@ class ClientWorker:
                 case "train":
                     upload, metrics = self._train(task, weights, examples, should_stop)
                     payload, state = upload.payload, upload.state
+                case "evaluate" if task.split == "benchmark":
+                    payload, metrics = self._answer(task, examples, should_stop)
                 case "evaluate":
                     payload, metrics = self._evaluate(task, examples, should_stop)
                 case "personalise":
@@ -236,6 +240,14 @@ class ClientWorker:
                 tokens += int(batch.attention_mask.sum())
         mean = loss / max(predictions, 1)
         return b"", _metrics(task, split, tokens=tokens, loss=mean, correct=correct, examples=predictions)
+
+    def _answer(self, task: ClientTask, examples: Examples, should_stop: ShouldStop) -> tuple[bytes, ClientMetrics]:
+        """The likeliest choice of each item of a part of a benchmark, against the right one."""
+        choices = stored_choices(self._data, task.benchmark).part(*task.part)
+        self._model.module.eval()
+        size = self._experiment.evaluate.batch_size
+        answered = answer(choices, partial(self._forward, examples), size, partial(self._poll, should_stop))
+        return b"", _metrics(task, examples.split, **answered)
 
     def _personalise(
         self, task: ClientTask, weights: TaskWeights, examples: Examples, should_stop: ShouldStop

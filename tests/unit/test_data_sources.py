@@ -197,7 +197,8 @@ def test_server_reads_no_client_file(tmp_path):
 
 def test_client_file(tmp_path):
     write(tmp_path / "client-2.jsonl", ROWS[:9])
-    texts, labels = load_client_file(files_data(tmp_path), 2)
+    texts, labels, prompts = load_client_file(files_data(tmp_path), 2)
+    assert prompts is None
     assert texts == tuple(row["text"] for row in ROWS[:9])
     assert labels.tolist() == [0, 1, 2] * 3
 

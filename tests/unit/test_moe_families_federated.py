@@ -22,7 +22,11 @@ from hfedmoe_ray.runtime.local import LocalExecutor
 def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Texts of three classes, each with words of its own."""
     rows = [
-        {"text": " ".join(f"word{3 * ((i + j * j) % 5) + i % 3}" for j in range(3 + i % 7)), "label": f"class {i % 3}"}
+        {
+            "text": " ".join(f"word{3 * ((i + j * j) % 5) + i % 3}" for j in range(3 + i % 7)),
+            "label": f"class {i % 3}",
+            "answer": f"word{i % 3} word{3 + i % 3}",
+        }
         for i in range(120)
     ]
     path = tmp_path_factory.mktemp("texts") / "texts.jsonl"
@@ -37,6 +41,8 @@ EVERYTHING: dict[str, Any] = {
     "tier": {"precision": "bf16", "micro_batch": 2, "checkpoint_activations": True},
 }
 """What a family could trip over: re-routing, factors instead of experts, half precision, layers computed twice."""
+WRITES: dict[str, Any] = {**EVERYTHING, "task": "causal"}
+QUANTISED: dict[str, Any] = {"task": "causal", "lora": {"rank": 2, "attention": True, "base": "int8"}}
 
 
 def experiment(source: Path, texts: Path, options: dict[str, Any]) -> Experiment:
@@ -56,8 +62,15 @@ def experiment(source: Path, texts: Path, options: dict[str, Any]) -> Experiment
                     server | options.get("tier", {}),
                 ],
             },
-            "model": {"source": str(source), "trainable": "top", "lora": options.get("lora"), "head": head},
-            "data": {"source": str(texts), "max_length": 12, "test_examples": 12, "partition": {"how": "iid"}},
+            "model": {
+                "source": str(source),
+                "trainable": "top",
+                "lora": options.get("lora"),
+                "head": head,
+                "task": options.get("task", "classification"),
+            },
+            "data": {"source": str(texts), "max_length": 12, "test_examples": 12, "partition": {"how": "iid"}}
+            | ({"prompt": "text", "response": "answer"} if "task" in options else {}),
             "local": {"steps": 2, "batch_size": 4, "learning_rate": 1e-2, "profile_examples": 8},
             "tracking": {"wandb": {"mode": "disabled"}},
         }
@@ -72,6 +85,15 @@ def test_a_family_is_trained_by_budgeted_clients(
     """The canary is on: a round fails where an assigned and routed expert did not move, or another one did."""
     with known_to_the_package(family):
         train_and_export(experiment(save_family(family, tmp_path / family), texts, options), tmp_path)
+
+
+@pytest.mark.parametrize("options", [WRITES, QUANTISED], ids=["factors", "quantised"])
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "switch_transformers"])
+def test_a_language_model_goes_on_to_learn_what_to_write(
+    family: str, options: dict[str, Any], texts: Path, tmp_path: Path
+) -> None:
+    """The same for the models themselves, without a head that classifies."""
+    train_and_export(experiment(save_family(family, tmp_path / family), texts, options), tmp_path)
 
 
 def train_and_export(made: Experiment, tmp_path: Path) -> None:
@@ -109,10 +131,12 @@ def train_and_export(made: Experiment, tmp_path: Path) -> None:
         assert not moved or selected[key] > 0, key
     assert any((last.experts[key][n] != a).any() for key, own in first.experts.items() for n, a in own.items())
 
-    from transformers import AutoModelForSequenceClassification
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     save_full(context.model, last, tmp_path / "export", made.model.lora)
-    exported = AutoModelForSequenceClassification.from_pretrained(tmp_path / "export", dtype=torch.float32)
+    writes = made.model.task == "causal"
+    auto = AutoModelForCausalLM if writes else AutoModelForSequenceClassification
+    exported = auto.from_pretrained(tmp_path / "export", dtype=torch.float32)
     ids, mask = batch()
     assert torch.isfinite(exported(input_ids=ids, attention_mask=mask).logits).all()
-    assert exported.config.num_labels == 3
+    assert writes or exported.config.num_labels == 3

@@ -6,6 +6,7 @@ import torch
 from moe_models import LABELS, batch, plan, prepare, save_mixtral, task_weights
 from torch.nn.functional import cross_entropy
 
+from hfedmoe_ray.data.dataset import Batch
 from hfedmoe_ray.moe.subset import SparseModel
 from hfedmoe_ray.train.signals import Signals
 from hfedmoe_ray.types import ExpertKey
@@ -29,7 +30,8 @@ def test_accuracy_and_loss_are_weighted_by_routed_tokens(model: SparseModel) -> 
         ids, mask = batch(texts)
         labels = torch.arange(texts) % LABELS
         logits = model.forward(ids, mask)
-        signals.add_examples(model.tape, mask, logits, labels)
+        read = Batch(input_ids=ids.numpy(), attention_mask=mask.numpy(), labels=labels.numpy())
+        signals.add_examples(model.tape, read, logits, labels)
         owners = [text for text in range(texts) for real in mask[text] if real]
         for layer, index in enumerate(model.tape.index):
             for owner, experts in zip(owners, index.tolist(), strict=True):

@@ -1,0 +1,68 @@
+"""Multiple choice by log-likelihood: which of several texts a language model would rather write after a prompt."""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from hfedmoe_ray.data.choices import Choices
+from hfedmoe_ray.data.dataset import Batch
+from hfedmoe_ray.types import Array, FloatArray
+
+
+@torch.inference_mode()
+def answer(
+    choices: Choices, forward: Callable[[Array], tuple[Batch, Tensor]], size: int, poll: Callable[[], None]
+) -> dict[str, float]:
+    """Returns how a model answers, as fields of `ClientMetrics`.
+
+    Args:
+        choices: The items.
+        forward: Returns some rows of them and their logits.
+        size: Rows of one forward pass.
+        poll: Called before each; may raise.
+    """
+    likelihoods = np.zeros(len(choices.rows))
+    tokens = 0
+    # Rows of like length together: little padding, whatever the order of the items.
+    order = np.argsort(choices.rows.lengths, kind="stable")
+    for start in range(0, len(order), size):
+        poll()
+        rows = order[start : start + size]
+        batch, logits = forward(rows)
+        likelihoods[rows] = log_likelihoods(batch, logits)
+        tokens += int(batch.attention_mask.sum())
+    return {
+        "tokens": tokens,
+        "loss": -float(likelihoods.sum()) / max(choices.rows.weight(order), 1),
+        "correct": right_answers(likelihoods, choices),
+        "correct_normalised": right_answers(likelihoods / np.maximum(choices.lengths, 1), choices),
+        "examples": len(choices),
+    }
+
+
+def log_likelihoods(batch: Batch, logits: Tensor) -> FloatArray:
+    """Returns the log-likelihood of what is to be written in each row, summed over its tokens, [B].
+
+    Args:
+        batch: Rows with `targets`, N in all.
+        logits: At these, [N, V].
+    """
+    assert batch.targets is not None
+    labels = torch.from_numpy(batch.labels).to(logits.device)
+    each = -cross_entropy(logits.float(), labels, reduction="none").double().cpu().numpy()
+    sums = np.zeros(len(batch.targets))
+    np.add.at(sums, batch.targets.nonzero()[0], each)
+    return sums
+
+
+def right_answers(scores: Array, choices: Choices) -> int:
+    """Returns how many items have their right choice scored highest; of equal ones the first counts."""
+    first = np.searchsorted(choices.item, np.arange(len(choices)))
+    return sum(
+        int(np.argmax(rows)) == answer
+        for rows, answer in zip(np.split(scores, first[1:]), choices.answers, strict=True)
+        if len(rows)
+    )
