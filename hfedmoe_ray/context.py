@@ -32,6 +32,8 @@ class PreparedData:
     label_names: tuple[str, ...]
     counts: tuple[tuple[int, ...], ...]
     """Training examples by [client][class]; all zero where clients read their own files."""
+    cut: int = 0
+    """Prompts and responses that were longer than `data.max_length`, of training and test examples."""
 
 
 @dataclass(frozen=True, kw_only=True)

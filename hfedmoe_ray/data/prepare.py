@@ -58,7 +58,7 @@ def prepare_data(
     meta = store.read_meta(path) or _build(
         data, raw, asked, tokenizer_dir=tokenizer_dir, clients=clients, seed=seed, path=path
     )
-    return PreparedData(path=path, sha256=meta.sha256, label_names=meta.label_names, counts=meta.counts)
+    return PreparedData(path=path, sha256=meta.sha256, label_names=meta.label_names, counts=meta.counts, cut=meta.cut)
 
 
 def _cache_key(  # noqa: PLR0917 - all that determines it

@@ -197,6 +197,7 @@ def run_facts(
         ],
         "partition": context.data.counts,
         "labels": context.data.label_names,
+        "cut": context.data.cut,
         "shape": asdict(context.model.shape),
         "model_sha256": context.model.sha256,
         "data_sha256": context.data.sha256,

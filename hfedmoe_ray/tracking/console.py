@@ -173,6 +173,8 @@ class ConsoleRenderer:
             words += f", {len(labels)} classes"
         if samples := sum(client.get("samples", 0) for client in facts.get("clients") or ()):
             words += f", {plural(samples, 'training example')}"
+        if cut := facts.get("cut"):
+            words += f", {cut} cut to {data['max_length']} tokens"
         held = [
             f"{len(self._residents[tier])} {tier} (hold {short(mean(self._residents[tier]))} experts)"
             for tier in self._order
