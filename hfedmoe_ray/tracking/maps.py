@@ -7,7 +7,7 @@ from hfedmoe_ray.tracking.charts import Write
 from hfedmoe_ray.tracking.svg import LETTER, circle, colour, every, hover, image, line, path, rect, step, text
 
 _MOST_TOLD = 4096
-"""Cells of a heat map up to which each tells its value."""
+"""Cells of a heat map up to which each is a mark of its own, and tells its value."""
 
 
 def heat_map(
@@ -29,23 +29,13 @@ def heat_map(
     tall, gap = max(wide, 13.0), 1.5 if wide >= 12 else 1.0
     left = 12 + LETTER * max(map(len, rows))
     bottom = tall * len(rows)
-    parts = []
-    telling = count * len(rows) <= _MOST_TOLD
-    for r, row in enumerate(values):
-        parts.append(text(left - 7, (r + 0.5) * tall + 3, rows[r], anchor="end"))
+    parts = [text(left - 7, (r + 0.5) * tall + 3, name, anchor="end") for r, name in enumerate(rows)]
+    if count * len(rows) > _MOST_TOLD:
+        parts += _cells(values, peak, left=left, top=0.0, wide=wide, tall=tall, gap=gap)
+    for r, row in enumerate(values if count * len(rows) <= _MOST_TOLD else ()):
         for c, value in enumerate(row):
             x, y, shade = left + c * wide, r * tall, step(value, peak)
-            parts.append(
-                rect(
-                    x,
-                    y,
-                    wide - gap,
-                    tall - gap,
-                    kind=f"h{shade}",
-                    tip=describe(r, c) if telling else "",
-                    radius=2 * gap - 1,
-                )
-            )
+            parts.append(rect(x, y, wide - gap, tall - gap, kind=f"h{shade}", tip=describe(r, c), radius=2 * gap - 1))
             if write and value > 0 and wide >= 20 and len(write(value)) * LETTER < wide:
                 parts.append(text(x + (wide - gap) / 2, y + tall / 2 + 3, write(value), f"inside on{shade}"))
     stride = every(count, wide * count, LETTER * len(str(count)) + 7)
@@ -72,13 +62,10 @@ def history(
     tall = min(14.0, max(2.0, 230.0 / len(values)))
     gap = 1.0 if min(wide, tall) > 5 else 0.0
     right, bottom = left + wide * len(columns), top + tall * len(values)
-    shades: dict[int, list[str]] = {}
-    for r, row in enumerate(values):
-        for c, value in enumerate(row):
-            cell = f"M{left + c * wide:.1f} {top + r * tall:.1f}h{wide - gap:.1f}v{tall - gap:.1f}h{gap - wide:.1f}z"
-            shades.setdefault(step(value, peak), []).append(cell)
-    parts = [text(left, 11, name, "row", "start")]
-    parts.extend(path("".join(cells), f"h{shade}") for shade, cells in sorted(shades.items()))
+    parts = [
+        text(left, 11, name, "row", "start"),
+        *_cells(values, peak, left=left, top=top, wide=wide, tall=tall, gap=gap),
+    ]
     parts.extend(hover(left, top + r * tall, right - left, tall, describe(r)) for r in range(len(values)))
     stride = every(len(values), bottom - top, 13)
     parts.extend(
@@ -87,6 +74,18 @@ def history(
     stride = every(len(columns), right - left, LETTER * max(map(len, columns)) + 8)
     parts.extend(text(left + (c + 0.5) * wide, bottom + 14, columns[c]) for c in range(0, len(columns), stride))
     return image(right + 8, bottom + 18, label, *parts)
+
+
+def _cells(
+    values: Sequence[Sequence[float]], peak: float, *, left: float, top: float, wide: float, tall: float, gap: float
+) -> list[str]:
+    """The cells of a grid, one path for each shade: a fifth of the text that a mark for each would take."""
+    shades: dict[int, list[str]] = {}
+    for r, row in enumerate(values):
+        for c, value in enumerate(row):
+            cell = f"M{left + c * wide:.1f} {top + r * tall:.1f}h{wide - gap:.1f}v{tall - gap:.1f}h{gap - wide:.1f}z"
+            shades.setdefault(step(value, peak), []).append(cell)
+    return [path("".join(cells), f"h{shade}") for shade, cells in sorted(shades.items())]
 
 
 def marks(

@@ -130,8 +130,8 @@ def _figures(run: RunRecord) -> str:
     if own:
         rows.append(("Own test data", percent(own[-1][0]), "mean of clients, residents only"))
     rows.append(("Experts trained", f"{len(trained)} of {total}", "at least once, by any client"))
-    rows.append(("Sent to the server", size(sum(r.bytes_up for r in run.rounds)), "by all clients"))
-    rows.append(("Sent to clients", size(sum(r.bytes_down for r in run.rounds)), "trainable weights"))
+    up, down = sum(r.bytes_up for r in run.rounds), sum(r.bytes_down for r in run.rounds)
+    rows.append(("Traffic", size(up + down), f"{size(up)} to the server, {size(down)} to clients"))
     rows.append(
         ("Wall time", duration(sum(r.seconds for r in run.rounds)), f"{plural(len(run.rounds), 'round')} recorded")
     )

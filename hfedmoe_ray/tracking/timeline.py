@@ -44,29 +44,29 @@ class Stretch:
 
 def stretch(events: Sequence[Mapping[str, Any]], round: int) -> Stretch | None:
     """What was at work from the beginning of a round to that of the next; None where the events do not tell."""
-    began = {event["round"]: _seconds(event) for event in events if event["event"] == "round_started"}
+    began = {event["round"]: event["time"] for event in events if event["event"] == "round_started"}
     if round not in began or round + 1 not in began or began[round] >= began[round + 1]:
         return None
-    first, last = began[round], began[round + 1]
+    first, last = _seconds(began[round]), _seconds(began[round + 1])
     turns = []
-    begun = defaultdict[tuple[Any, ...], list[tuple[int, float]]](list)  # slices of an evaluation may be told alike
+    begun = defaultdict[tuple[Any, ...], list[tuple[int, str]]](list)  # slices of an evaluation may be told alike
     for event in events:
         if event["event"] not in ("task_started", "task_finished"):
             continue
         about = event["kind"], event["round"], event["client"]
         if event["event"] == "task_started":
-            begun[about].append((int(event.get("slot", 0)), _seconds(event)))
+            begun[about].append((int(event.get("slot", 0)), event["time"]))
         elif begun[about]:
             slot, started = begun[about].pop(0)
-            start, end = max(started, first), min(_seconds(event), last)
-            if start < end:
-                turn = Turn(slot=slot, client=event["client"], kind=event["kind"], start=start - first, end=end - first)
-                turns.append(turn)
+            # Times are written alike, so they compare as text: only what is drawn need be parsed.
+            if started < began[round + 1] and event["time"] > began[round]:
+                start, end = max(_seconds(started), first) - first, min(_seconds(event["time"]), last) - first
+                turns.append(Turn(slot=slot, client=event["client"], kind=event["kind"], start=start, end=end))
     return Stretch(seconds=last - first, turns=tuple(turns)) if turns else None
 
 
-def _seconds(event: Mapping[str, Any]) -> float:
-    return datetime.fromisoformat(event["time"]).timestamp()
+def _seconds(time: str) -> float:
+    return datetime.fromisoformat(time).timestamp()
 
 
 def timeline(drawn: Stretch, *, label: str, groups: Mapping[int, int]) -> str:

@@ -116,7 +116,9 @@ def test_the_page_asks_for_nothing_and_runs_nothing(html: str, page: Page) -> No
     assert not re.search(r"https?://", html)
     for tag, name, value in page.attributes:
         assert not name.startswith("on"), f"{tag} has an event handler"
-        if name in ("src", "href", "srcset", "data", "action"):
+        if (tag, name) == ("a", "href"):
+            assert ("h2", "id", value.removeprefix("#")) in page.attributes, f"{value} leads nowhere"
+        elif name in ("src", "href", "srcset", "data", "action"):
             assert value == "data:,", f"{tag} refers to {value}"
 
 

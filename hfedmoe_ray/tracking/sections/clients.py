@@ -54,7 +54,7 @@ def clients(run: RunRecord) -> str:
 def _outcomes(run: RunRecord) -> str:
     """How the results of each tier ended."""
     found: dict[str, Counter[str]] = {}
-    for result in run.results:
+    for result in training(run) or run.results:
         found.setdefault(result.tier, Counter())[result.status] += 1
     rows = [(tier, group(run, tier), found[tier]) for tier in dict.fromkeys([*run.tiers, *found]) if tier in found]
     if not rows:

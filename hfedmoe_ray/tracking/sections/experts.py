@@ -9,11 +9,11 @@ from hfedmoe_ray.tracking.charts import Series
 from hfedmoe_ray.tracking.formatting import plural
 from hfedmoe_ray.tracking.markup import figure, section
 from hfedmoe_ray.tracking.record import RunRecord
-from hfedmoe_ray.tracking.sections.pieces import trained_experts
+from hfedmoe_ray.tracking.sections.pieces import trains
 from hfedmoe_ray.tracking.thinning import span_name, spans, thinned
 from hfedmoe_ray.tracking.tiers import mean
 
-_MOST_LAYERS, _MOST_CELLS = 12, 40_000
+_MOST_LAYERS, _MOST_CELLS = 12, 20_000
 """Layers drawn over rounds, and cells of all these drawings together."""
 
 Grid = Sequence[Sequence[float]]
@@ -22,7 +22,7 @@ Grid = Sequence[Sequence[float]]
 
 def selection(run: RunRecord) -> str:
     """How many clients trained each expert: over all rounds, and round by round."""
-    trained = [report for report in run.rounds if trained_experts(report)]
+    trained = [report for report in run.rounds if trains(report)]
     if not trained:
         return ""
     total = [
@@ -101,7 +101,7 @@ def _over_rounds(trained: Sequence[RoundReport]) -> str:
 def balance(run: RunRecord) -> str:
     """How evenly the router and the training load the experts, over rounds and in the last one."""
     profiled = [report for report in run.rounds if any(map(any, report.usage))]
-    trained = [report for report in run.rounds if trained_experts(report)]
+    trained = [report for report in run.rounds if trains(report)]
     figures = _sharing(profiled, trained) + _divergence(run.rounds)
     content = [f'<div class="pair">{figures}</div>'] if figures else []
     if profiled:
@@ -125,8 +125,8 @@ def _sharing(profiled: Sequence[RoundReport], trained: Sequence[RoundReport]) ->
         curves, label="Effective number of experts by round", write=lambda number: f"{number:.3g}"
     )
     note = (
-        "As many experts of a layer as would share it evenly: the exponential of the entropy, mean over layers. All "
-        f"would be {len((profiled or trained)[-1].selected[0])}."
+        "As many experts of a layer as would share it evenly: the exponential of the entropy, mean over layers. An "
+        f"even load counts {len((profiled or trained)[-1].selected[0])}."
     )
     return figure(
         "Experts that share the load", charts.legend([one.name for one in curves], lines=True) + image, note=note

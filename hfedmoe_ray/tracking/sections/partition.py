@@ -60,7 +60,7 @@ def _bubbles(run: RunRecord, tiers: Mapping[int, str]) -> tuple[str, str]:
         told += f" The first {len(shown)} of {len(run.partition)} clients are drawn."
     if len(sums) > len(frequent):
         told += f" Of {len(sums)} classes the {len(frequent)} most frequent are."
-    return figure("", image), told
+    return figure("Examples by class", image), told
 
 
 def _mixture(run: RunRecord, tiers: Mapping[int, str]) -> str:
@@ -80,8 +80,8 @@ def _mixture(run: RunRecord, tiers: Mapping[int, str]) -> str:
     return figure(
         "How much, and how mixed",
         image,
-        note="Up: the number of classes that would be as mixed if the client had the same of each (the exponential of "
-        "the entropy of its labels).",
+        note="Upwards: over how many classes a client's examples are spread, counted as if it had the same of each "
+        "(the exponential of the entropy of its labels).",
     )
 
 

@@ -22,9 +22,14 @@ def trained_experts(report: RoundReport) -> list[ExpertKey]:
     ]
 
 
+def trains(report: RoundReport) -> bool:
+    """Whether anybody trained anything in a round."""
+    return any(map(any, report.selected))
+
+
 def training(run: RunRecord) -> list[ClientRecord]:
     """Results of rounds in which clients train: profiling passes hold every expert, and say nothing about budgets."""
-    rounds = {report.round for report in run.rounds if trained_experts(report)}
+    rounds = {report.round for report in run.rounds if trains(report)}
     return [result for result in run.results if result.round in rounds]
 
 

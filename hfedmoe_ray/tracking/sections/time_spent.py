@@ -7,7 +7,7 @@ from hfedmoe_ray.tracking import charts
 from hfedmoe_ray.tracking.formatting import duration, percent, plural
 from hfedmoe_ray.tracking.markup import figure, key, section, table
 from hfedmoe_ray.tracking.record import RunRecord
-from hfedmoe_ray.tracking.sections.pieces import group, trained_experts
+from hfedmoe_ray.tracking.sections.pieces import group, trains
 from hfedmoe_ray.tracking.thinning import span_name, spans
 from hfedmoe_ray.tracking.tiers import mean
 from hfedmoe_ray.tracking.timeline import stretch, timeline
@@ -75,7 +75,7 @@ def _phases(report: RoundReport) -> dict[str, float]:
 
 def _one_round(run: RunRecord) -> str:
     """Who was at work in the round of median length."""
-    trained = sorted((report for report in run.rounds if trained_experts(report)), key=lambda report: report.seconds)
+    trained = sorted((report for report in run.rounds if trains(report)), key=lambda report: report.seconds)
     # The last round has no next one to end at, and evaluates what others do not.
     between = [report for report in trained if report.round != run.rounds[-1].round]
     if not between:
