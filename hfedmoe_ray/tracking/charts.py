@@ -83,10 +83,11 @@ def line_chart(series: Sequence[Series], *, label: str, write: Write, over: str 
     for index, one in enumerate(series):
         corners = thinned(one.points, _MOST_CORNERS)
         parts.append(polyline(((across(x), up(y)) for x, y in corners), f"line {_line_kind(index)}"))
-        radius = 2.8 if len(one.points) <= 20 else 1.8
+        many = len(one.points) > 30
+        radius, kind = (5.0, "hover") if many else (2.8, f"dot {colour(index)}")
         for x, y in thinned(one.points, _MOST_DOTS):
             tip = f"{one.name}, {over} {x:.4g}: {write(y)}"
-            parts.append(circle(across(x), up(y), radius, kind=f"dot {colour(index)}", tip=tip))
+            parts.append(circle(across(x), up(y), radius, kind=kind, tip=tip))
     floor = -math.inf
     for y, index in sorted((up(one.points[-1][1]), index) for index, one in enumerate(series)):
         floor = max(y, floor + 14)  # Two lines that end together would write over each other.

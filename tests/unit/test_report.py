@@ -260,6 +260,6 @@ def test_of_very_many_clients_those_that_were_asked_are_listed(tmp_path: Path) -
     page = page_of(recorded(tmp_path / "run", reports, told))
     assert [row["Client"] for row in page.table("Client", "Tier")] == [str(client) for client in range(len(TIERS))]
     assert f"Of 5000 clients, {len(TIERS)} were asked" in page.text
-    assert "The first 200 of 5000 clients are drawn." in page.text
+    assert "100 of 5000 clients, evenly spaced, are drawn." in page.text
     page = page_of(recorded(tmp_path / "none", [], told))
     assert len(page.table("Client", "Tier")) == 200

@@ -12,7 +12,7 @@ from hfedmoe_ray.tracking.sections.pieces import group
 from hfedmoe_ray.tracking.thinning import thinned
 from hfedmoe_ray.tracking.tiers import mean
 
-_MOST_CLIENTS, _MOST_CELLS, _MOST_CLASSES, _MOST_DOTS = 200, 4000, 60, 500
+_MOST_CLIENTS, _MOST_CELLS, _MOST_CLASSES, _MOST_DOTS = 100, 3000, 60, 500
 """What is drawn at most: more could not be told apart."""
 _LONGEST = 26
 """Letters of a class's name."""
@@ -38,18 +38,18 @@ def _bubbles(run: RunRecord, tiers: Mapping[int, str]) -> tuple[str, str]:
     sums = [sum(column) for column in zip(*run.partition, strict=True)]
     names = run.labels or [str(number) for number in range(len(sums))]
     frequent = sorted(sorted(range(len(sums)), key=lambda label: -sums[label])[:_MOST_CLASSES])
-    shown = run.partition[: min(_MOST_CLIENTS, max(20, _MOST_CELLS // len(frequent)))]
+    shown = thinned(range(len(run.partition)), min(_MOST_CLIENTS, _MOST_CELLS // len(frequent)))
 
-    def describe(row: int, client: int) -> str:
-        label = frequent[row]
-        return f"client {client} ({tiers.get(client, 'no tier')}), {names[label]}: {shown[client][label]}"
+    def describe(row: int, column: int) -> str:
+        client, label = shown[column], frequent[row]
+        return f"client {client} ({tiers.get(client, 'no tier')}), {names[label]}: {run.partition[client][label]}"
 
     image = maps.bubbles(
-        [[counts[label] for counts in shown] for label in frequent],
+        [[run.partition[client][label] for client in shown] for label in frequent],
         label="Training examples of every client by class",
         rows=[_clipped(names[label]) for label in frequent],
-        columns=[str(client) for client in range(len(shown))],
-        groups=[group(run, tiers.get(client, "")) for client in range(len(shown))],
+        columns=[str(client) for client in shown],
+        groups=[group(run, tiers.get(client, "")) for client in shown],
         describe=describe,
         corner="client",
     )
@@ -57,7 +57,7 @@ def _bubbles(run: RunRecord, tiers: Mapping[int, str]) -> tuple[str, str]:
     kind = {"dirichlet": f"Dirichlet {how.get('alpha')}"}.get(how.get("how", ""), how.get("how", ""))
     told = f"Training examples by class and client ({kind}); the area of a circle is their number."
     if len(run.partition) > len(shown):
-        told += f" The first {len(shown)} of {len(run.partition)} clients are drawn."
+        told += f" {len(shown)} of {len(run.partition)} clients, evenly spaced, are drawn."
     if len(sums) > len(frequent):
         told += f" Of {len(sums)} classes the {len(frequent)} most frequent are."
     return figure("Examples by class", image), told

@@ -15,8 +15,8 @@ from hfedmoe_ray.tracking.timeline import stretch, timeline
 _PHASES = {
     "plan": "who holds and trains which experts",
     "profile": "clients measure how they route",
-    "publish": "broadcast: weights become available",
-    "train": "work for every slot",
+    "publish": "broadcast: weights go out",
+    "train": "while there is work for every slot",
     "wait": "for the last clients",
     "reduce": "checking and averaging updates",
     "evaluate": "as far as rounds waited for it",
