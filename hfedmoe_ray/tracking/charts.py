@@ -187,9 +187,9 @@ def scatter(
 
 
 def stacked_columns(
-    columns: Sequence[tuple[str, Sequence[float]]], *, label: str, names: Sequence[str], write: Write
+    columns: Sequence[tuple[str, Sequence[float]]], *, label: str, parts_named: Sequence[tuple[str, int]], write: Write
 ) -> str:
-    """A column per round or run of rounds, its parts stacked in the order of `names`."""
+    """A column per round or run of rounds, its parts stacked in the order of `parts_named`: (name, colour)."""
     height, left, right, top, bottom = 230.0, 46.0, _WIDE - 6.0, 12.0, 194.0
     marks = ticks(0.0, max(sum(values) for _, values in columns), 4)
     room = (right - left) / len(columns)
@@ -206,7 +206,8 @@ def stacked_columns(
             upper, lower = up(height_below + value), up(height_below)
             height_below += value
             if lower - upper >= 0.05:
-                tip, kind = f"{rounds_named(name)}, {names[part]}: {write(value)}", f"fill {colour(part)}"
+                tip = f"{rounds_named(name)}, {parts_named[part][0]}: {write(value)}"
+                kind = f"fill {colour(parts_named[part][1])}"
                 parts.append(rect(middle - thick / 2, upper, thick, lower - upper, kind=kind, tip=tip, radius=0))
         if index % stride == 0:
             parts.append(text(middle, bottom + 16, name))

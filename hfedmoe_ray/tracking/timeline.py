@@ -8,7 +8,8 @@ from typing import Any
 
 from hfedmoe_ray.tracking.svg import LETTER, colour, image, line, rect, text, ticks
 
-_MOST_SLOTS, _MOST_TASKS = 40, 400
+MOST_SLOTS, MOST_TASKS = 40, 800
+"""What is drawn at most."""
 _WIDE = 820.0
 _WORK = {"train": "trains", "profile": "is profiled", "personalise": "trains for itself"}
 
@@ -71,7 +72,7 @@ def _seconds(time: str) -> float:
 
 def timeline(drawn: Stretch, *, label: str, groups: Mapping[int, int]) -> str:
     """A row for each slot, a bar for each task: full for training in its client's colour (`groups`), else pale."""
-    slots = drawn.slots[:_MOST_SLOTS]
+    slots = drawn.slots[:MOST_SLOTS]
     row = {slot: index for index, slot in enumerate(slots)}
     left, tall = 14 + LETTER * (5 + len(str(slots[-1]))), 20.0 if len(slots) <= 12 else 11.0
     marks = [mark for mark in ticks(0.0, drawn.seconds, 8) if mark <= drawn.seconds]
@@ -81,7 +82,7 @@ def timeline(drawn: Stretch, *, label: str, groups: Mapping[int, int]) -> str:
     parts.append(text((left + _WIDE) / 2, bottom + 29, "seconds", "name"))
     if tall > 12:
         parts += [text(left - 7, (row[slot] + 0.5) * tall + 3.5, f"slot {slot}", anchor="end") for slot in slots]
-    for turn in [turn for turn in drawn.turns if turn.slot in row][:_MOST_TASKS]:
+    for turn in [turn for turn in drawn.turns if turn.slot in row][:MOST_TASKS]:
         x, y, wide = left + turn.start * scale, row[turn.slot] * tall + 1.5, (turn.end - turn.start) * scale
         evaluates = turn.kind == "evaluate"  # mostly slices of the global test data, which is no client's
         who = "evaluation" if evaluates else f"client {turn.client} {_WORK.get(turn.kind, turn.kind)}"

@@ -65,7 +65,8 @@ def _outcomes(run: RunRecord) -> str:
         tier, _, counts = rows[index]
         lost = {status: counts[status] for status in STATUSES[1:]}
         words = f"{plural(members[tier], 'client')}, {counts['ok']} of {plural(sum(counts.values()), 'result')} used"
-        return f"{words}: {told(lost)}" if any(lost.values()) else words
+        # Many kinds do not fit; the bar tells them, and the table of tiers.
+        return f"{words}: {told(lost)}" if 0 < sum(map(bool, lost.values())) <= 1 else words
 
     image = charts.shares(rows, label="Results of each tier by how they ended", kinds=STATUSES, write=write)
     seen = [status for status in STATUSES if any(counts[status] for _, _, counts in rows)]

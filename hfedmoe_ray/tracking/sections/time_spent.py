@@ -10,7 +10,7 @@ from hfedmoe_ray.tracking.record import RunRecord
 from hfedmoe_ray.tracking.sections.pieces import group, trains
 from hfedmoe_ray.tracking.thinning import span_name, spans
 from hfedmoe_ray.tracking.tiers import mean
-from hfedmoe_ray.tracking.timeline import stretch, timeline
+from hfedmoe_ray.tracking.timeline import MOST_SLOTS, MOST_TASKS, stretch, timeline
 
 _PHASES = {
     "plan": "who holds and trains which experts",
@@ -20,10 +20,9 @@ _PHASES = {
     "wait": "for the last clients",
     "reduce": "checking and averaging updates",
     "evaluate": "as far as rounds waited for it",
-    "checkpoint": "saving",
+    "other": "",
 }
 """In the order of a round."""
-_REST = "other"
 _MOST_COLUMNS = 60
 
 
@@ -46,14 +45,14 @@ def time_spent(run: RunRecord) -> str:
             for span in columns
         ],
         label="Seconds of each round by phase",
-        names=names,
+        parts_named=[(name, _colour(name)) for name in names],
         write=lambda seconds: f"{seconds:.3g} s",
     )
     shares = table(
         ["Phase", "*Time", "*Share", ""],
         [
-            [key(name, index), duration(totals[name]), percent(totals[name] / spent), _PHASES.get(name, "")]
-            for index, name in enumerate(names)
+            [key(name, _colour(name)), duration(totals[name]), percent(totals[name] / spent), _PHASES.get(name, "")]
+            for name in names
         ],
         wrap=True,
     )
@@ -67,10 +66,15 @@ def time_spent(run: RunRecord) -> str:
     return section("Where the time went", intro, pair, _one_round(run))
 
 
+def _colour(phase: str) -> int:
+    """The same for a phase in every report."""
+    return list(_PHASES).index(phase) if phase in _PHASES else len(_PHASES)
+
+
 def _phases(report: RoundReport) -> dict[str, float]:
     """A round's seconds by phase, with what no phase accounts for."""
     rest = report.seconds - sum(report.phases.values())
-    return {**report.phases, _REST: max(0.0, rest)}
+    return {**report.phases, "other": max(0.0, rest)}
 
 
 def _one_round(run: RunRecord) -> str:
@@ -93,4 +97,6 @@ def _one_round(run: RunRecord) -> str:
         f"From the beginning of the round to that of the next. {plural(len(drawn.slots), 'slot')} were at work "
         f"{percent(drawn.busy, 0)} of the time; numbers are clients."
     )
+    if len(drawn.turns) > MOST_TASKS or len(drawn.slots) > MOST_SLOTS:
+        note += f" At most {MOST_SLOTS} slots and {MOST_TASKS} tasks are drawn."
     return figure(f"Round {median}, of median length, slot by slot", legend + image, note=note)
