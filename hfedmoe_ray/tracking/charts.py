@@ -62,7 +62,8 @@ def line_chart(series: Sequence[Series], *, label: str, write: Write, over: str 
     height, left, top, bottom = 230.0, 46.0, 12.0, 194.0
     right = _WIDE - 14 - 1.2 * LETTER * max(len(write(one.points[-1][1])) for one in series)
     points = [point for one in series for point in one.points]
-    first, last = min(x for x, _ in points), max(x for x, _ in points)
+    last = max(x for x, _ in points)
+    first = min(x for x, _ in points) if over == "round" else 0.0  # what rounds cost begins with nothing
     low, high = min(y for _, y in points), max(y for _, y in points)
     marks = ticks(0.0 if 0 <= low < 0.4 * high else low, high)
 

@@ -1,9 +1,10 @@
-"""What a person at the terminal sees of a run: one live bar per round, one calm line after it, a table at the end.
+"""What a person at the terminal sees of a run: bars while a round runs, one calm line after it, a table at the end.
 
 Without a terminal (a log file, a job's output) there is no bar and no colour; the lines are the same. Only the driver
 draws: the server's reports reach it as (name, fields), so the class is a `Tracker` and a callable.
 """
 
+import time
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +18,7 @@ from rich.text import Text
 
 from hfedmoe_ray.records import ClientRecord, RoundReport
 from hfedmoe_ray.tracking.formatting import MISSING, decimal, duration, percent, plural, points, short, size
-from hfedmoe_ray.tracking.progress import Progress, tier_colour
+from hfedmoe_ray.tracking.progress import Pace, Progress, tier_colour
 from hfedmoe_ray.tracking.record import round_report
 from hfedmoe_ray.tracking.tiers import by_tier, mean
 
@@ -32,6 +33,7 @@ class ConsoleRenderer:
         self._console = console or Console(highlight=False)
         self._live: Live | None = None
         self._progress = Progress()
+        self._pace = Pace(0)
         self._retried: Counter[int] = Counter()
         """Tasks tried again, by round, of those that are not reported yet."""
         self._rounds = 0
@@ -77,6 +79,7 @@ class ConsoleRenderer:
     def start(self, config: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
         """Prints the header."""
         self._rounds = int(config["rounds"])
+        self._pace = Pace(self._rounds)
         self._order = tuple(tier["name"] for tier in config["clients"]["tiers"])
         clients = facts.get("clients") or []
         self._tiers = {client["client"]: client["tier"] for client in clients}
@@ -97,6 +100,7 @@ class ConsoleRenderer:
                 self._print(Text("preparing the model and the data", style="dim"))
             case "round_started":
                 self._progress = Progress(round=fields["round"], cohort=_count(fields.get("cohort")))
+                self._pace.begins(fields["round"], time.monotonic())
                 self._show()
             case "task_started" | "task_finished" if self._is_behind(fields):
                 pass
@@ -156,7 +160,9 @@ class ConsoleRenderer:
         return fields.get("kind") == "evaluate" and fields.get("round", 0) < self._progress.round
 
     def _bar(self) -> Text:
-        return self._progress.bar(self._rounds, self._order)
+        bars = Text("\n").join([self._progress.bar(self._rounds, self._order), self._pace.line(time.monotonic())])
+        bars.no_wrap, bars.overflow = True, "ellipsis"
+        return bars
 
     def _header(self, config: Mapping[str, Any], facts: Mapping[str, Any]) -> list[tuple[str, str]]:
         shape, data = facts.get("shape") or {}, config["data"]
