@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from rich.console import Console
+from rich.console import Console, OverflowMethod
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
@@ -144,9 +144,8 @@ class ConsoleRenderer:
     def _print(self, what: Text | Table | str) -> None:
         """Prints without wrapping; on a terminal above the bar."""
         console = self._console
-        if isinstance(what, Text | str) and not console.encoding.lower().startswith("utf"):
-            text = what.plain if isinstance(what, Text) else what
-            what = text.translate(_PLAIN_LETTERS).encode(console.encoding, "replace").decode(console.encoding)
+        if isinstance(what, Text | str) and not self._knows_letters:
+            what = self._legible(what.plain if isinstance(what, Text) else what)
         console.print(what, soft_wrap=True, markup=False, highlight=False)
 
     def _show(self) -> None:
@@ -161,7 +160,8 @@ class ConsoleRenderer:
 
     def _bar(self) -> Text:
         bars = Text("\n").join([self._progress.bar(self._rounds, self._order), self._pace.line(time.monotonic())])
-        bars.no_wrap, bars.overflow = True, "ellipsis"
+        bars.plain = self._legible(bars.plain)  # letter by letter, so that colours stay where they are
+        bars.no_wrap, bars.overflow = True, "ellipsis" if self._knows_letters else "crop"
         return bars
 
     def _header(self, config: Mapping[str, Any], facts: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -208,13 +208,14 @@ class ConsoleRenderer:
     def _table(self, summary: Mapping[str, Any]) -> Table:
         """A row per tier: experts held and trained, and the other means, per client and round in which it trained."""
         table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-        table.add_column("  tier")
+        cut: OverflowMethod = "ellipsis" if self._knows_letters else "fold"
+        table.add_column("  tier", overflow=cut)
         # Clients' accuracies on their own test data: as the run left them, and after they trained by themselves.
         own = {"own test": summary.get("own_accuracy_by_client") or {}}
         if personalised := summary.get("personalised_accuracy_by_client"):
             own["after a local round"] = personalised
         for heading in ("clients", "held", "trained", "up", "down", "seconds", *own):
-            table.add_column(heading, justify="right")
+            table.add_column(heading, justify="right", overflow=cut)
         trained = [result for result in self._results if result.status != "ok" or result.trained]
         for tier, row in by_tier(trained, self._order).items():
             values = [[v for client, v in by.items() if self._tiers.get(int(client)) == tier] for by in own.values()]
@@ -231,7 +232,15 @@ class ConsoleRenderer:
         return table
 
     def _legible(self, text: str) -> str:
-        return text if self._console.encoding.lower().startswith("utf") else text.translate(_PLAIN_LETTERS)
+        """The text in letters that the terminal has, as many as before."""
+        if self._knows_letters:
+            return text
+        encoding = self._console.encoding
+        return text.translate(_PLAIN_LETTERS).encode(encoding, "replace").decode(encoding)
+
+    @property
+    def _knows_letters(self) -> bool:
+        return self._console.encoding.lower().startswith("utf")
 
     def _result(self, summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         lines = []

@@ -62,6 +62,14 @@ def test_a_terminal_without_unicode_gets_ascii(tmp_path: Path) -> None:
     assert len([line for line in lines if line.startswith("round ")]) == ROUNDS + 1
 
 
+def test_the_bars_of_a_terminal_without_unicode_are_ascii(tmp_path: Path) -> None:
+    raw = io.BytesIO()
+    stream = io.TextIOWrapper(raw, encoding="ascii", write_through=True)
+    with ConsoleRenderer(tmp_path, Console(file=stream, force_terminal=True, width=60)) as renderer:
+        tell_run(renderer, last=2)
+    assert "round 2/8 training ====" in re.sub(r"\x1b\[[\d;]*m", "", raw.getvalue().decode("ascii"))
+
+
 def test_calls_through_a_queue_draw_the_same(tmp_path: Path) -> None:
     console, raw = plain_console()
     render = ConsoleRenderer(tmp_path, console)
