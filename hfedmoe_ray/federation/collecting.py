@@ -13,6 +13,7 @@ from hfedmoe_ray.federation.demotion import Ladder
 from hfedmoe_ray.federation.dropout import with_dropped
 from hfedmoe_ray.federation.durations import Durations
 from hfedmoe_ray.federation.executor import Notify
+from hfedmoe_ray.federation.phases import Waiting
 from hfedmoe_ray.federation.quorum import below_quorum, raise_common_failure
 from hfedmoe_ray.federation.state import FederationState
 from hfedmoe_ray.federation.validation import Rejected, accept
@@ -52,6 +53,8 @@ class Collector:
         self._clock = clock
         self._notify = notify
         self._durations = Durations()
+        self.waited = 0.0
+        """Seconds of the last `collect` in which slots had nothing to do but others were still at work."""
 
     def predict(self, kind: TaskKind, client: int, experts: int) -> float:
         """What the next task of a client will take, to order tasks by (see `Durations.predict`)."""
@@ -70,10 +73,13 @@ class Collector:
         """
         results: dict[int, TaskResult] = {}
         tracebacks: dict[int, str] = {}
+        self.waited = 0.0
 
         def notify(name: str, fields: Mapping[str, Any]) -> None:
             if "traceback" in fields:
                 tracebacks[fields["client"]] = fields["traceback"]
+            if "client" in fields:
+                waiting.note(name, fields["client"])
             self._notify(name, fields)
 
         for _ in range(self._experiment.runtime.round_attempts):
@@ -85,6 +91,7 @@ class Collector:
             ]
             if results and not missing:
                 break
+            waiting = Waiting(task.client for task in missing)
             with closing(self._ladder.run(missing, notify)) as running:
                 for result in running:
                     results[result.task.client] = result
@@ -92,7 +99,9 @@ class Collector:
                         tier = self._tiers[result.task.client].name
                         self._durations.add(result.task, tier, result.metrics.seconds)
                     if wanted is not None and sum(one.status == "ok" for one in results.values()) >= wanted:
+                        self.waited += waiting.seconds
                         return with_dropped(tasks, results)
+            self.waited += waiting.seconds
             raise_common_failure(results.values(), tracebacks)
             if self.quorum([True] * present + [result.status == "ok" for result in results.values()]):
                 return [results[client] for client in sorted(results)]

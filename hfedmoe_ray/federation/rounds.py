@@ -177,6 +177,7 @@ class Federation:
         with self._phase("train"):
             tasks = [self.task("train", round, client, plan) for client, plan in plans.items()]
             results = self.collector.collect(tasks, wanted=self.experiment.clients.cohort)
+            self._phase.move(self.collector.waited, of="train", to="wait")
             plans |= {result.task.client: result.task.plan for result in results}  # fewer experts, where demoted
             results = without_dropouts(results, self.experiment.clients.failure_rate)
         with self._profiled_ahead(round + 1) as ahead:

@@ -11,8 +11,9 @@ from hfedmoe_ray.studies.plots import Curve, curves
 from hfedmoe_ray.studies.runs import make_runs
 from hfedmoe_ray.studies.statistics import mean_of
 from hfedmoe_ray.studies.study import Figure, Findings, Setting, Study, Table
-from hfedmoe_ray.tracking.charts import heat_map, legend, scale
+from hfedmoe_ray.tracking.charts import legend, scale
 from hfedmoe_ray.tracking.formatting import percent
+from hfedmoe_ray.tracking.maps import heat_map
 from hfedmoe_ray.tracking.record import RunRecord
 from hfedmoe_ray.types import FloatArray
 

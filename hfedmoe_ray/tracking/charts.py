@@ -5,7 +5,7 @@ Every mark carries its value as a tooltip, every chart a text alternative.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -19,15 +19,17 @@ from hfedmoe_ray.tracking.svg import (
     line,
     polyline,
     rect,
-    step,
     text,
     ticks,
 )
+from hfedmoe_ray.tracking.thinning import thinned
 
 Write = Callable[[float], str]
 """How a value is written."""
-_WIDE = 440.0
+_WIDE = 390.0
 """Natural width of a chart that stands beside another on a desk and fills a phone."""
+_MOST_DOTS, _MOST_CORNERS = 60, 400
+"""Dots of a line, each of which tells its value, and corners: more are not told apart."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,12 +57,13 @@ def line_chart(series: Sequence[Series], *, label: str, write: Write, over: str 
     """Lines over rounds, each ending in its last value. Later lines are dashed, so that colour is not needed.
 
     The value axis starts at zero where the data come near it, and at the data where they do not. `over` names what the
-    lines are over, where that is not rounds.
+    lines are over, where that is not rounds. Of a long line some of the points are drawn.
     """
-    height, left, top, bottom = 250.0, 46.0, 12.0, 214.0
+    height, left, top, bottom = 230.0, 46.0, 12.0, 194.0
     right = _WIDE - 14 - 1.2 * LETTER * max(len(write(one.points[-1][1])) for one in series)
     points = [point for one in series for point in one.points]
-    first, last = min(x for x, _ in points), max(x for x, _ in points)
+    last = max(x for x, _ in points)
+    first = min(x for x, _ in points) if over == "round" else 0.0  # what rounds cost begins with nothing
     low, high = min(y for _, y in points), max(y for _, y in points)
     marks = ticks(0.0 if 0 <= low < 0.4 * high else low, high)
 
@@ -71,16 +74,21 @@ def line_chart(series: Sequence[Series], *, label: str, write: Write, over: str 
         return bottom - (bottom - top) * (y - marks[0]) / (marks[-1] - marks[0])
 
     parts = [_value_axis(marks, left, right, up, write)]
-    stride = every(int(last - first) + 1, right - left, 12 + LETTER * max(3, len(f"{last:.0f}")))
-    shown = (x for x in range(math.ceil(first), math.floor(last) + 1) if x % stride == 0)
-    parts.extend(text(across(x), bottom + 16, str(x)) for x in shown)
+    if over == "round":
+        stride = every(int(last - first) + 1, right - left, 12 + LETTER * max(3, len(f"{last:.0f}")))
+        shown: list[float] = [x for x in range(math.ceil(first), math.floor(last) + 1) if x % stride == 0]
+    else:
+        shown = [x for x in ticks(first, last) if first <= x <= last]
+    parts.extend(text(across(x), bottom + 16, f"{x:,.6g}") for x in shown)
     parts.append(text((left + right) / 2, height - 3, over, "name"))
     for index, one in enumerate(series):
-        parts.append(polyline(((across(x), up(y)) for x, y in one.points), f"line {_line_kind(index)}"))
-        radius = 2.8 if len(one.points) <= 40 else 1.4
-        for x, y in one.points:
+        corners = thinned(one.points, _MOST_CORNERS)
+        parts.append(polyline(((across(x), up(y)) for x, y in corners), f"line {_line_kind(index)}"))
+        many = len(one.points) > 30
+        radius, kind = (5.0, "hover") if many else (2.8, f"dot {colour(index)}")
+        for x, y in thinned(one.points, _MOST_DOTS):
             tip = f"{one.name}, {over} {x:.4g}: {write(y)}"
-            parts.append(circle(across(x), up(y), radius, kind=f"dot {colour(index)}", tip=tip))
+            parts.append(circle(across(x), up(y), radius, kind=kind, tip=tip))
     floor = -math.inf
     for y, index in sorted((up(one.points[-1][1]), index) for index, one in enumerate(series)):
         floor = max(y, floor + 14)  # Two lines that end together would write over each other.
@@ -92,88 +100,6 @@ def line_chart(series: Sequence[Series], *, label: str, write: Write, over: str 
 def _value_axis(marks: Sequence[float], left: float, right: float, up: Callable[[float], float], write: Write) -> str:
     lines = (line(left, up(mark), right, up(mark), "grid" if index else "axis") for index, mark in enumerate(marks))
     return "".join(lines) + "".join(text(left - 7, up(mark) + 3.5, write(mark), anchor="end") for mark in marks)
-
-
-def heat_map(
-    values: Sequence[Sequence[float]],
-    *,
-    label: str,
-    rows: Sequence[str],
-    columns: str,
-    peak: float,
-    describe: Callable[[int, int], str],
-    write: Write | None = None,
-) -> str:
-    """A cell for each [row][column], coloured from 0 to `peak`; `write` puts the value into cells that have room.
-
-    `columns` is what the columns are, which are numbered from 0.
-    """
-    count = len(values[0])
-    wide = min(26.0, max(9.0, 380.0 / count))
-    tall, gap = max(wide, 13.0), 1.5 if wide >= 12 else 1.0
-    left = 12 + LETTER * max(map(len, rows))
-    bottom = tall * len(rows)
-    parts = []
-    for r, row in enumerate(values):
-        parts.append(text(left - 7, (r + 0.5) * tall + 3, rows[r], anchor="end"))
-        for c, value in enumerate(row):
-            x, y, shade = left + c * wide, r * tall, step(value, peak)
-            parts.append(rect(x, y, wide - gap, tall - gap, kind=f"h{shade}", tip=describe(r, c), radius=2 * gap - 1))
-            if write and value > 0 and wide >= 20 and len(write(value)) * LETTER < wide:
-                parts.append(text(x + (wide - gap) / 2, y + tall / 2 + 3, write(value), f"inside on{shade}"))
-    stride = every(count, wide * count, LETTER * len(str(count)) + 7)
-    parts.extend(text(left + (c + 0.5) * wide - gap / 2, bottom + 13, str(c)) for c in range(0, count, stride))
-    parts.append(text(left + wide * count / 2, bottom + 29, columns, "name"))
-    return image(left + wide * count + 4, bottom + 34, label, *parts)
-
-
-def bubbles(
-    values: Sequence[Sequence[int]],
-    *,
-    label: str,
-    rows: Sequence[str],
-    columns: Sequence[str],
-    groups: Sequence[int],
-    describe: Callable[[int, int], str],
-    corner: str,
-) -> str:
-    """A circle for each [row][column] whose area is the value, coloured by the column's group.
-
-    Below each column stand its name and, where there is room, its sum. `corner` says what the columns are.
-    """
-    wide = min(27.0, max(9.0, 900.0 / len(columns)))
-    tall = min(wide, 20.0) if wide >= 12 else 12.0
-    left = 12 + LETTER * max(map(len, [*rows, corner, "examples"]))
-    right, bottom = left + wide * len(columns), 4 + tall * len(rows)
-    peak = max([1, *map(max, values)])
-    # Where there are many columns circles may overlap their neighbours, which hold little if this one holds much.
-    largest = min(wide, tall) / 2 * (1.0 if wide >= 14 else 1.3)
-    parts = []
-    for r, name in enumerate(rows):
-        parts.append(line(left, 4 + (r + 0.5) * tall, right, 4 + (r + 0.5) * tall))
-        parts.append(text(left - 7, 4 + (r + 0.5) * tall + 3.5, name, anchor="end"))
-    for r, row in enumerate(values):
-        for c, value in enumerate(row):
-            if value:
-                radius = max(0.8, largest * math.sqrt(value / peak))
-                x, y, kind = left + (c + 0.5) * wide, 4 + (r + 0.5) * tall, f"bubble {colour(groups[c])}"
-                parts.append(circle(x, y, radius, kind=kind, tip=describe(r, c)))
-    totals = [_thousands(sum(column)) for column in zip(*values, strict=True)]
-    summed = max(map(len, totals)) * LETTER + 4 <= wide
-    stride = every(len(columns), right - left, LETTER * max(map(len, columns)) + 8)
-    parts.append(text(left - 7, bottom + 14, corner, "name", "end"))
-    parts.extend(
-        text(left + (c + 0.5) * wide, bottom + 14, columns[c], f"group {colour(groups[c])}")
-        for c in range(0, len(columns), stride)
-    )
-    if summed:
-        parts.append(text(left - 7, bottom + 29, "examples", "name", "end"))
-        parts.extend(text(left + (c + 0.5) * wide, bottom + 29, total) for c, total in enumerate(totals))
-    return image(right + 6, bottom + (36 if summed else 20), label, *parts)
-
-
-def _thousands(count: int) -> str:
-    return str(count) if count < 1000 else f"{count / 1000:.1f}k"
 
 
 def bullets(rows: Sequence[Bullet], *, label: str, total: float, write: Callable[[Bullet], str]) -> str:
@@ -214,11 +140,58 @@ def bars(rows: Sequence[tuple[str, int, Sequence[float]]], *, label: str, write:
     return image(_WIDE, y, label, *parts)
 
 
-def stacked_columns(
-    columns: Sequence[tuple[int, Sequence[float]]], *, label: str, names: Sequence[str], write: Write
+def shares(
+    rows: Sequence[tuple[str, int, Mapping[str, int]]], *, label: str, kinds: Sequence[str], write: Callable[[int], str]
 ) -> str:
-    """A column per round, its parts stacked in the order of `names`."""
-    height, left, right, top, bottom = 250.0, 46.0, _WIDE - 6.0, 12.0, 214.0
+    """A bar as long as the whole for each of (name, colour, counts by kind), cut into its kinds in their order."""
+    left = 14 + LETTER * max(len(name) for name, _, _ in rows)
+    told = [write(index) for index in range(len(rows))]
+    length, tall = _WIDE - left - 4, 40.0
+    parts = []
+    for index, (name, group, counts) in enumerate(rows):
+        x, y, total = left, index * tall + 2, sum(counts.values()) or 1
+        parts.append(text(left - 8, y + 12, name, f"group {colour(group)}", "end"))
+        for kind in kinds:
+            wide = length * counts.get(kind, 0) / total
+            if wide:
+                tip = f"{name}: {counts[kind]} {kind}"
+                parts.append(rect(x, y, max(1.5, wide - 0.8), 16, kind=f"mark-{kind}", tip=tip, radius=1))
+            x += wide
+        parts.append(text(left, y + 29, told[index], anchor="start"))
+    return image(_WIDE, len(rows) * tall, label, *parts)
+
+
+def scatter(
+    points: Sequence[tuple[float, float, int, str]], *, label: str, over: str, write: Write, from_zero: bool = False
+) -> str:
+    """A dot for each (x, y, colour, what it is); its values are told. `over` is what x is."""
+    height, left, right, top, bottom = 230.0, 46.0, _WIDE - 12.0, 12.0, 194.0
+    xs, ys = [x for x, _, _, _ in points], [y for _, y, _, _ in points]
+    across = ticks(0.0 if min(xs) < 0.4 * max(xs) else min(xs), max(xs))
+    up = ticks(0.0 if from_zero or 0 <= min(ys) < 0.4 * max(ys) else min(ys), max(ys))
+    radius = 4.0 if len(points) <= 60 else 2.6
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        return (
+            left + (right - left) * (x - across[0]) / (across[-1] - across[0]),
+            bottom - (bottom - top) * (y - up[0]) / (up[-1] - up[0]),
+        )
+
+    parts = [_value_axis(up, left, right, lambda y: place(0, y)[1], write)]
+    stride = every(len(across), right - left, 12 + LETTER * len(f"{across[-1]:,.6g}"))
+    parts.extend(text(place(x, 0)[0], bottom + 16, f"{x:,.6g}") for x in across[::stride])
+    parts.append(text((left + right) / 2, height - 3, over, "name"))
+    for x, y, group, what in points:
+        tip = f"{what}: {x:,.6g} {over}, {write(y)}"
+        parts.append(circle(*place(x, y), radius, kind=f"bubble {colour(group)}", tip=tip))
+    return image(_WIDE, height, label, *parts)
+
+
+def stacked_columns(
+    columns: Sequence[tuple[str, Sequence[float]]], *, label: str, parts_named: Sequence[tuple[str, int]], write: Write
+) -> str:
+    """A column per round or run of rounds, its parts stacked in the order of `parts_named`: (name, colour)."""
+    height, left, right, top, bottom = 230.0, 46.0, _WIDE - 6.0, 12.0, 194.0
     marks = ticks(0.0, max(sum(values) for _, values in columns), 4)
     room = (right - left) / len(columns)
     thick = min(44.0, room * (0.72 if room > 4 else 1.0))
@@ -227,43 +200,25 @@ def stacked_columns(
         return bottom - (bottom - top) * value / marks[-1]
 
     parts = [_value_axis(marks, left, right, up, write)]
-    stride = every(len(columns), right - left, 26)
-    for index, (number, values) in enumerate(columns):
+    stride = every(len(columns), right - left, 12 + LETTER * max(len(name) for name, _ in columns))
+    for index, (name, values) in enumerate(columns):
         middle, height_below = left + (index + 0.5) * room, 0.0
         for part, value in enumerate(values):
             upper, lower = up(height_below + value), up(height_below)
             height_below += value
             if lower - upper >= 0.05:
-                tip, kind = f"round {number}, {names[part]}: {write(value)}", f"fill {colour(part)}"
+                tip = f"{rounds_named(name)}, {parts_named[part][0]}: {write(value)}"
+                kind = f"fill {colour(parts_named[part][1])}"
                 parts.append(rect(middle - thick / 2, upper, thick, lower - upper, kind=kind, tip=tip, radius=0))
         if index % stride == 0:
-            parts.append(text(middle, bottom + 16, str(number)))
+            parts.append(text(middle, bottom + 16, name))
     parts.append(text((left + right) / 2, height - 3, "round", "name"))
     return image(_WIDE, height, label, *parts)
 
 
-def strip(
-    values: Sequence[float], *, before: Sequence[float] | None, even: float, peak: float, label: str, name: str
-) -> str:
-    """A small multiple: columns from 0 to `peak`, a dashed line at `even`, a tick where each column stood `before`."""
-    width, left, top, bottom = 210.0, 6.0, 20.0, 84.0
-    room = (width - 2 * left) / len(values)
-    thick = room * (0.74 if room > 4 else 0.9)
-
-    def up(value: float) -> float:
-        return bottom - (bottom - top) * min(1.0, value / peak)
-
-    parts = [text(left, 12, name, "row", "start"), line(left, bottom, width - left, bottom, "axis")]
-    for index, value in enumerate(values):
-        x = left + (index + 0.5) * room - thick / 2
-        tip = f"expert {index}: {value:.3f}"
-        parts.append(rect(x, up(value), thick, bottom - up(value), kind="fill c0", tip=tip, radius=1))
-        if before is not None:
-            parts.append(line(x - 0.5, up(before[index]), x + thick + 0.5, up(before[index]), "before"))
-    parts.append(line(left, up(even), width - left, up(even), "even"))
-    stride = every(len(values), width - 2 * left, 18)
-    parts.extend(text(left + (i + 0.5) * room, bottom + 13, str(i)) for i in range(0, len(values), stride))
-    return image(width, 100, label, *parts)
+def rounds_named(name: str) -> str:
+    """A round, or a mean over several: "round 7", "mean of rounds 7–9"."""
+    return f"mean of rounds {name}" if "–" in name else f"round {name}"
 
 
 def legend(names: Sequence[str], *, lines: bool = False) -> str:

@@ -1,23 +1,24 @@
-"""What a person at the terminal sees of a run: one live bar per round, one calm line after it, a table at the end.
+"""What a person at the terminal sees of a run: bars while a round runs, one calm line after it, a table at the end.
 
 Without a terminal (a log file, a job's output) there is no bar and no colour; the lines are the same. Only the driver
 draws: the server's reports reach it as (name, fields), so the class is a `Tracker` and a callable.
 """
 
+import time
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from rich.console import Console
+from rich.console import Console, OverflowMethod
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
 from hfedmoe_ray.records import ClientRecord, RoundReport
 from hfedmoe_ray.tracking.formatting import MISSING, decimal, duration, percent, plural, points, short, size
-from hfedmoe_ray.tracking.progress import Progress, tier_colour
+from hfedmoe_ray.tracking.progress import Pace, Progress, tier_colour
 from hfedmoe_ray.tracking.record import round_report
 from hfedmoe_ray.tracking.tiers import by_tier, mean
 
@@ -32,6 +33,7 @@ class ConsoleRenderer:
         self._console = console or Console(highlight=False)
         self._live: Live | None = None
         self._progress = Progress()
+        self._pace = Pace(0)
         self._retried: Counter[int] = Counter()
         """Tasks tried again, by round, of those that are not reported yet."""
         self._rounds = 0
@@ -77,6 +79,7 @@ class ConsoleRenderer:
     def start(self, config: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
         """Prints the header."""
         self._rounds = int(config["rounds"])
+        self._pace = Pace(self._rounds)
         self._order = tuple(tier["name"] for tier in config["clients"]["tiers"])
         clients = facts.get("clients") or []
         self._tiers = {client["client"]: client["tier"] for client in clients}
@@ -97,6 +100,7 @@ class ConsoleRenderer:
                 self._print(Text("preparing the model and the data", style="dim"))
             case "round_started":
                 self._progress = Progress(round=fields["round"], cohort=_count(fields.get("cohort")))
+                self._pace.begins(fields["round"], time.monotonic())
                 self._show()
             case "task_started" | "task_finished" if self._is_behind(fields):
                 pass
@@ -140,9 +144,8 @@ class ConsoleRenderer:
     def _print(self, what: Text | Table | str) -> None:
         """Prints without wrapping; on a terminal above the bar."""
         console = self._console
-        if isinstance(what, Text | str) and not console.encoding.lower().startswith("utf"):
-            text = what.plain if isinstance(what, Text) else what
-            what = text.translate(_PLAIN_LETTERS).encode(console.encoding, "replace").decode(console.encoding)
+        if isinstance(what, Text | str) and not self._knows_letters:
+            what = self._legible(what.plain if isinstance(what, Text) else what)
         console.print(what, soft_wrap=True, markup=False, highlight=False)
 
     def _show(self) -> None:
@@ -156,7 +159,10 @@ class ConsoleRenderer:
         return fields.get("kind") == "evaluate" and fields.get("round", 0) < self._progress.round
 
     def _bar(self) -> Text:
-        return self._progress.bar(self._rounds, self._order)
+        bars = Text("\n").join([self._progress.bar(self._rounds, self._order), self._pace.line(time.monotonic())])
+        bars.plain = self._legible(bars.plain)  # letter by letter, so that colours stay where they are
+        bars.no_wrap, bars.overflow = True, "ellipsis" if self._knows_letters else "crop"
+        return bars
 
     def _header(self, config: Mapping[str, Any], facts: Mapping[str, Any]) -> list[tuple[str, str]]:
         shape, data = facts.get("shape") or {}, config["data"]
@@ -204,13 +210,14 @@ class ConsoleRenderer:
     def _table(self, summary: Mapping[str, Any]) -> Table:
         """A row per tier: experts held and trained, and the other means, per client and round in which it trained."""
         table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-        table.add_column("  tier")
+        cut: OverflowMethod = "ellipsis" if self._knows_letters else "fold"
+        table.add_column("  tier", overflow=cut)
         # Clients' accuracies on their own test data: as the run left them, and after they trained by themselves.
         own = {"own test": summary.get("own_accuracy_by_client") or {}}
         if personalised := summary.get("personalised_accuracy_by_client"):
             own["after a local round"] = personalised
         for heading in ("clients", "held", "trained", "up", "down", "seconds", *own):
-            table.add_column(heading, justify="right")
+            table.add_column(heading, justify="right", overflow=cut)
         trained = [result for result in self._results if result.status != "ok" or result.trained]
         for tier, row in by_tier(trained, self._order).items():
             values = [[v for client, v in by.items() if self._tiers.get(int(client)) == tier] for by in own.values()]
@@ -227,7 +234,15 @@ class ConsoleRenderer:
         return table
 
     def _legible(self, text: str) -> str:
-        return text if self._console.encoding.lower().startswith("utf") else text.translate(_PLAIN_LETTERS)
+        """The text in letters that the terminal has, as many as before."""
+        if self._knows_letters:
+            return text
+        encoding = self._console.encoding
+        return text.translate(_PLAIN_LETTERS).encode(encoding, "replace").decode(encoding)
+
+    @property
+    def _knows_letters(self) -> bool:
+        return self._console.encoding.lower().startswith("utf")
 
     def _result(self, summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         lines = []

@@ -45,6 +45,16 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes:02d} min"
 
 
+def roughly(seconds: float) -> str:
+    """Seconds as one guesses them: "5 s", "40 s", "3 min", "2 h 10 min"."""
+    if seconds < 57.5:
+        return f"{max(5, 5 * round(seconds / 5))} s"
+    hours, minutes = divmod(max(1, round(seconds / 60)), 60)
+    if not hours:
+        return f"{minutes} min"
+    return f"{hours} h {5 * (minutes // 5):02d} min" if hours < 10 else f"{hours} h"
+
+
 def plural(count: int, noun: str) -> str:
     """1 -> "1 client", 3 -> "3 clients"."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

@@ -1,21 +1,60 @@
-"""The bar of the round that is running: who has finished, in the colours of their tiers, and what went wrong."""
+"""What moves on the terminal: the run, with the time it may still take, and who is done in the round that runs."""
 
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Sequence
 
 from rich.text import Text
 
-from hfedmoe_ray.tracking.formatting import duration
+from hfedmoe_ray.tracking.formatting import duration, roughly
 
 TIER_COLOURS = ("blue", "yellow", "green", "magenta", "cyan", "bright_red")
 _CELLS = 24
+_RECENT = 5
+"""Rounds that the time left is judged by: the first ones may have been slower."""
 _DOING = {"profile": "profiling", "train": "training", "evaluate": "evaluating"}
 
 
 def tier_colour(tier: str, order: Sequence[str]) -> str:
     """The terminal colour of a tier, by its place in the configuration."""
     return TIER_COLOURS[order.index(tier) % len(TIER_COLOURS)] if tier in order else "white"
+
+
+class Pace:
+    """How long rounds take, from beginning to beginning, and what that leaves."""
+
+    def __init__(self, rounds: int) -> None:
+        self._rounds = rounds
+        self._took: deque[float] = deque(maxlen=_RECENT)
+        self._first: float | None = None
+        self._round, self._since = -1, 0.0
+
+    def begins(self, round: int, now: float) -> None:
+        """A round begins; round 0, which trains nothing, says nothing of others."""
+        if self._first is None:
+            self._first = now
+        elif self._round >= 1 and round == self._round + 1:
+            self._took.append(now - self._since)
+        self._round, self._since = round, now
+
+    def left(self, now: float) -> float | None:
+        """Seconds until the last round is done, at the recent pace; None before there is any."""
+        if not self._took:
+            return None
+        pace = sum(self._took) / len(self._took)
+        return (self._rounds - self._round) * pace + max(0.0, pace - (now - self._since))
+
+    def line(self, now: float) -> Text:
+        """The rounds done, and the time since the start and to the end."""
+        done = max(0, self._round - 1)
+        cells = done * _CELLS // max(1, self._rounds)
+        line = Text.assemble((f"run  {done}/{self._rounds} rounds done ", "bold"))
+        line.append("━" * cells, style="white").append("━" * (_CELLS - cells), style="bright_black")
+        line.append(f"  {duration(now - (self._first or now))}", style="dim")
+        if (left := self.left(now)) is not None:
+            line.append(f", about {roughly(left)} left")
+        line.no_wrap, line.overflow = True, "ellipsis"
+        return line
 
 
 class Progress:
@@ -66,6 +105,8 @@ class Progress:
             tier, status = done[index] if index < len(done) else ("", "")
             line.append("━", style=tier_colour(tier, order) if status == "ok" else "red" if status else "bright_black")
         line.append(f" {len(done)}/{total}  ").append(duration(time.monotonic() - self._began), style="dim")
+        if self._running:
+            line.append(f"  {self._running} running")
         for kind, count in sorted(self.counts.copy().items()):
             line.append(f"  {count} {kind}", style="yellow" if kind == "retried" else "red")
         # Last, because a narrow terminal cuts the end.

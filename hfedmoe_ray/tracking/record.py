@@ -94,8 +94,11 @@ def read_run(run_dir: Path) -> RunRecord:
     results = {
         (line["round"], line["client"]): _build(ClientRecord, line) for line in events if line["event"] == "client"
     }
+    of_round: dict[int, list[ClientRecord]] = {}
+    for (number, _), result in results.items():
+        of_round.setdefault(number, []).append(result)
     rounds = tuple(
-        _build(RoundReport, line | {"clients": tuple(r for (n, _), r in results.items() if n == line["round"])})
+        _build(RoundReport, line | {"clients": tuple(of_round.get(line["round"], ()))})
         for line in sorted(lines, key=lambda line: int(line["round"]))
     )
     clients = tuple(_build(ClientFacts, client) for client in facts.get("clients") or ())

@@ -4,15 +4,23 @@ Everything is drawn from the files the run left (`record.read_run`); what a run 
 be unknown. The sections are in `sections`, the drawings in `charts`, the look in `report.css`.
 """
 
+import re
 from collections.abc import Iterable
 from html import escape
 from importlib.resources import files
 from pathlib import Path
 
-from hfedmoe_ray.tracking import sections
 from hfedmoe_ray.tracking.formatting import MISSING, duration, percent, plural, points, size
 from hfedmoe_ray.tracking.jsonl import write_atomic
 from hfedmoe_ray.tracking.record import RunRecord, read_run
+from hfedmoe_ray.tracking.sections.budgets import budgets
+from hfedmoe_ray.tracking.sections.clients import clients
+from hfedmoe_ray.tracking.sections.experts import balance, selection
+from hfedmoe_ray.tracking.sections.learning import learning
+from hfedmoe_ray.tracking.sections.partition import partition
+from hfedmoe_ray.tracking.sections.pieces import trained_experts
+from hfedmoe_ray.tracking.sections.rounds import configuration, rounds
+from hfedmoe_ray.tracking.sections.time_spent import time_spent
 from hfedmoe_ray.tracking.troubles import troubles
 
 _STRATEGIES = {
@@ -40,22 +48,20 @@ def write_report(run_dir: Path) -> Path:
 
 def render(run: RunRecord) -> str:
     """Returns the page. It is a function of the record alone: the same run gives the same page."""
-    body = "".join(
-        [
-            _header(run),
-            sections.learning(run),
-            sections.partition(run),
-            sections.selection(run),
-            sections.usage(run),
-            sections.budgets(run),
-            sections.clients(run),
-            sections.phases(run),
-            troubles(run),
-            sections.rounds(run),
-            sections.configuration(run),
-            _footer(run),
-        ]
+    parts = (
+        learning,
+        partition,
+        selection,
+        balance,
+        budgets,
+        clients,
+        time_spent,
+        troubles,
+        rounds,
+        configuration,
     )
+    sections = [text for part in parts if (text := part(run))]
+    body = f"{_header(run)}{_contents(sections)}<main>{''.join(sections)}</main>{_footer(run)}"
     style = files("hfedmoe_ray.tracking").joinpath("report.css").read_text(encoding="utf-8")
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -72,6 +78,13 @@ def _header(run: RunRecord) -> str:
         f'<header><p class="eyebrow">{escape(eyebrow)}</p><h1>{escape(run.name)}</h1>'
         f'<p class="lede">{_lede(run)}</p>{_alarm(run)}{_figures(run)}</header>\n'
     )
+
+
+def _contents(sections: Iterable[str]) -> str:
+    """Links to the sections."""
+    headings = (re.search(r'<h2 id="(.+?)">(.+?)</h2>', text) for text in sections)
+    links = "".join(f'<li><a href="#{found[1]}">{found[2]}</a></li>' for found in headings if found)
+    return f'<nav aria-label="Sections"><ul>{links}</ul></nav>\n'
 
 
 def _lede(run: RunRecord) -> str:
@@ -106,7 +119,7 @@ def _figures(run: RunRecord) -> str:
     """The numbers one looks for first."""
     accuracies = [(r.accuracy, r.round) for r in run.rounds if r.accuracy is not None]
     own = [(r.own_accuracy, r.round) for r in run.rounds if r.own_accuracy is not None]
-    trained = {key for r in run.rounds for key in sections.trained_experts(r)}
+    trained = {key for r in run.rounds for key in trained_experts(r)}
     total = sum(map(len, run.rounds[-1].selected)) if run.rounds else 0
     peak = max((result.peak_mib for result in run.results), default=0.0)
     statuses = [result.status for result in run.results]
@@ -117,8 +130,8 @@ def _figures(run: RunRecord) -> str:
     if own:
         rows.append(("Own test data", percent(own[-1][0]), "mean of clients, residents only"))
     rows.append(("Experts trained", f"{len(trained)} of {total}", "at least once, by any client"))
-    rows.append(("Sent to the server", size(sum(r.bytes_up for r in run.rounds)), "by all clients"))
-    rows.append(("Sent to clients", size(sum(r.bytes_down for r in run.rounds)), "trainable weights"))
+    up, down = sum(r.bytes_up for r in run.rounds), sum(r.bytes_down for r in run.rounds)
+    rows.append(("Traffic", size(up + down), f"{size(up)} to the server, {size(down)} to clients"))
     rows.append(
         ("Wall time", duration(sum(r.seconds for r in run.rounds)), f"{plural(len(run.rounds), 'round')} recorded")
     )

@@ -52,6 +52,16 @@ def polyline(points: Iterable[tuple[float, float]], kind: str) -> str:
     return f'<polyline class="{kind}" points="{" ".join(f"{_n(x)},{_n(y)}" for x, y in points)}"/>'
 
 
+def path(drawing: str, kind: str) -> str:
+    """A shape drawn by path commands: one mark for very many cells."""
+    return f'<path class="{kind}" d="{drawing}"/>'
+
+
+def hover(x: float, y: float, width: float, height: float, tip: str) -> str:
+    """A rectangle that is not seen and tells `tip`, over marks too many to tell anything each."""
+    return rect(x, y, width, height, kind="hover", tip=tip, radius=0)
+
+
 def _title(tip: str) -> str:
     return f"<title>{escape(tip)}</title>" if tip else ""
 

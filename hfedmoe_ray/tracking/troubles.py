@@ -1,11 +1,12 @@
 """What went wrong in a run, as a section of its report."""
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from typing import Any
 
 from hfedmoe_ray.tracking.formatting import MISSING
-from hfedmoe_ray.tracking.markup import section, table
+from hfedmoe_ray.tracking.markup import folded, section, table
 from hfedmoe_ray.tracking.record import RunRecord
 
 _TROUBLES = {
@@ -20,8 +21,10 @@ _TROUBLES = {
 }
 """Events that are told, and how they are called."""
 _EVALUATIONS = ("evaluate", "personalise")
-_MOST = 300
-"""Rows shown; a run with more has one cause, told in the first."""
+_MOST, _MOST_OPEN, _MOST_KINDS = 300, 20, 12
+"""Rows shown, those up to which they are not folded, and kinds told apart then."""
+_LONGEST = 6000
+"""Characters of a traceback, from its end."""
 _KNOWN = {"time", "event", "round", "client", "kind", "status", "traceback"}
 """Fields of an event that stand in other columns."""
 
@@ -36,10 +39,27 @@ def troubles(run: RunRecord) -> str:
     if not rows:
         quiet = "Nothing: no client was late, failed, rejected or dropped, and no task had to be repeated."
         return section(title, quiet)
-    intro = f"The first {_MOST} of {len(rows)}; events.jsonl has all." if len(rows) > _MOST else ""
-    return section(
-        title, intro, table(["*Round", "*Client", "What", "Reason"], [r for _, r in rows[:_MOST]], wrap=True)
-    )
+    listed = table(["*Round", "*Client", "What", "Reason"], [cells for _, cells in rows[:_MOST]], wrap=True)
+    if len(rows) <= _MOST_OPEN:
+        return section(title, "", listed)
+    told = f"The first {_MOST} of {len(rows)}" if len(rows) > _MOST else f"All {len(rows)}"
+    intro = "The commonest first" + (f"; of {len(rows)}, events.jsonl has all." if len(rows) > _MOST else ".")
+    return section(title, intro, _commonest(rows), folded(told, listed))
+
+
+def _commonest(rows: Sequence[Row]) -> str:
+    """Troubles of one kind and reason together; numbers in the reasons, which may differ, are the first one's."""
+    alike: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        _, _, what, reason = row[1]
+        alike.setdefault((what, re.sub(r"[0-9.]+", "#", reason.partition("<details>")[0])), []).append(row)
+    most = sorted(alike.values(), key=len, reverse=True)[:_MOST_KINDS]
+    cells = []
+    for several in most:
+        _, _, what, reason = several[0][1]
+        clients = len({row[1][1] for row in several} - {MISSING})
+        cells.append([what, str(len(several)), str(clients), f"{several[0][1][0]}–{several[-1][1][0]}", reason])
+    return table(["What", "*Times", "*Clients", "*Rounds", "Reason"], cells, wrap=True)
 
 
 def _unused_results(run: RunRecord) -> Iterator[Row]:
@@ -48,7 +68,11 @@ def _unused_results(run: RunRecord) -> Iterator[Row]:
         if result.status != "ok":
             trace = traces.get((result.round, result.client))
             reason = escape(result.reason or "no reason given")
-            detail = f"<details><summary>Traceback</summary><pre>{escape(trace)}</pre></details>" if trace else ""
+            detail = (
+                f"<details><summary>Traceback</summary><pre>{escape(trace[-_LONGEST:])}</pre></details>"
+                if trace
+                else ""
+            )
             yield result.round, [str(result.round), str(result.client), result.status, reason + detail]
 
 

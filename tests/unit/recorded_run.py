@@ -127,7 +127,14 @@ def round_report(number: int) -> RoundReport:
     usage = (1 - blend) * start + blend * popularity
     accuracy = 0.05 + 0.64 * (1 - math.exp(-number / 2.4))
     seconds = 3.1 if number == 0 else 7.5 + float(draw.uniform(-0.8, 1.6))
-    phases = {"plan": 0.03, "publish": 0.2, "train": seconds * 0.72, "reduce": 0.35, "evaluate": seconds * 0.14}
+    phases = {
+        "plan": 0.03,
+        "publish": 0.2,
+        "train": seconds * 0.6,
+        "wait": seconds * 0.12,
+        "reduce": 0.35,
+        "evaluate": seconds * 0.14,
+    }
     phases = {"profile": seconds * 0.8, "evaluate": seconds * 0.15} if number == 0 else phases
     return RoundReport(
         round=number,

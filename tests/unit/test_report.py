@@ -26,8 +26,11 @@ from hfedmoe_ray.errors import CheckpointError
 from hfedmoe_ray.records import RoundReport
 from hfedmoe_ray.tracking import charts
 from hfedmoe_ray.tracking.files import FileTracker
+from hfedmoe_ray.tracking.jsonl import dumps, plain
 from hfedmoe_ray.tracking.report import write_report
 from hfedmoe_ray.tracking.svg import CATEGORIES, STEPS, every, step, ticks
+from hfedmoe_ray.tracking.thinning import spans, thinned
+from hfedmoe_ray.tracking.timeline import stretch
 
 
 def recorded(
@@ -110,13 +113,84 @@ def test_what_went_wrong_is_listed_with_its_traceback(page: Page) -> None:
     assert 'File "local.py", line 1' in rows[2]["Reason"]
 
 
+def test_every_expert_tells_what_became_of_it_over_the_rounds(page: Page) -> None:
+    selected = [round_report(number).selected for number in range(1, ROUNDS + 1)]
+    for layer in range(LAYERS):
+        for expert in range(EXPERTS):
+            counts = [trained[layer][expert] for trained in selected]
+            (tip,) = (tip for tip in page.tips if tip.startswith(f"layer {layer}, expert {expert}: trained "))
+            assert f"trained {sum(counts)} times" in tip
+            if max(counts):
+                assert f"most in round {counts.index(max(counts)) + 1} " in tip
+
+
+def test_lost_results_are_told_by_tier_and_by_client(page: Page) -> None:
+    assert "phone: 1 failed" in page.tips
+    assert "laptop: 1 late" in page.tips
+    assert "client 2 (phone), round 5: 1 failed" in page.tips
+    assert "client 7 (laptop), round 3: 1 late" in page.tips
+    assert not any(tip.startswith("client 0 (phone), round") for tip in page.tips), "it lost nothing"
+
+
+def test_learning_is_drawn_over_rounds_and_over_what_they_cost(page: Page) -> None:
+    reports = [round_report(number) for number in range(ROUNDS + 1)]
+    sent = sum(report.bytes_up + report.bytes_down for report in reports) / 2**20
+    took = sum(report.seconds for report in reports)
+    last = f"{100 * reports[-1].accuracy:.3g} %"
+    assert f"global model, test set, round {ROUNDS}: {last}" in page.tips
+    assert f"global model, test set, MiB sent, both ways {sent:.4g}: {last}" in page.tips
+    assert f"global model, test set, s {took:.4g}: {last}" in page.tips
+
+
+def test_a_rounds_slots_are_drawn_from_its_events() -> None:
+    def event(name: str, second: float, **fields: Any) -> dict[str, Any]:
+        return {"time": f"2026-01-01T00:00:{second:06.3f}+00:00", "event": name, **fields}
+
+    def task(client: int, slot: int, start: float, end: float, *, round: int = 1) -> list[Any]:
+        about = {"client": client, "round": round, "kind": "train"}
+        return [event("task_started", start, slot=slot, **about), event("task_finished", end, **about)]
+
+    events = [
+        event("round_started", 10, round=1),
+        *task(5, 0, 8, 12, round=0),
+        *task(1, 0, 12, 16),
+        *task(2, 1, 10, 14),
+        *task(3, 1, 15, 22),
+        event("round_started", 20, round=2),
+        *task(4, 0, 21, 22, round=2),
+    ]
+    drawn = stretch(events, 1)
+    assert drawn is not None
+    assert [(turn.client, turn.slot, turn.start, turn.end) for turn in drawn.turns] == [
+        (5, 0, 0.0, 2.0),
+        (1, 0, 2.0, 6.0),
+        (2, 1, 0.0, 4.0),
+        (3, 1, 5.0, 10.0),
+    ]
+    assert drawn.busy == pytest.approx((2 + 4 + 4 + 5) / 20)
+    assert stretch(events, 2) is None, "nothing tells when it ended"
+
+
+@pytest.mark.parametrize("count", [1, 59, 60, 61, 300])
+def test_long_runs_are_drawn_from_all_rounds_or_from_evenly_spaced_ones(count: int) -> None:
+    cut = spans(count, 60)
+    assert [index for span in cut for index in span] == list(range(count))
+    assert len(cut) <= 60
+    few = thinned(range(count), 60)
+    assert len(few) == min(count, 60)
+    assert (few[0], few[-1]) == (0, count - 1)
+    assert max(b - a for a, b in pairwise(few)) <= -(-count // 59) if count > 1 else True
+
+
 def test_the_page_asks_for_nothing_and_runs_nothing(html: str, page: Page) -> None:
     assert "<script" not in html and "javascript:" not in html
     assert "@import" not in html and "url(" not in html
     assert not re.search(r"https?://", html)
     for tag, name, value in page.attributes:
         assert not name.startswith("on"), f"{tag} has an event handler"
-        if name in ("src", "href", "srcset", "data", "action"):
+        if (tag, name) == ("a", "href"):
+            assert ("h2", "id", value.removeprefix("#")) in page.attributes, f"{value} leads nowhere"
+        elif name in ("src", "href", "srcset", "data", "action"):
             assert value == "data:,", f"{tag} refers to {value}"
 
 
@@ -258,6 +332,30 @@ def test_of_very_many_clients_those_that_were_asked_are_listed(tmp_path: Path) -
     page = page_of(recorded(tmp_path / "run", reports, told))
     assert [row["Client"] for row in page.table("Client", "Tier")] == [str(client) for client in range(len(TIERS))]
     assert f"Of 5000 clients, {len(TIERS)} were asked" in page.text
-    assert "The first 200 of 5000 clients are drawn." in page.text
+    assert "100 of 5000 clients, evenly spaced, are drawn." in page.text
     page = page_of(recorded(tmp_path / "none", [], told))
     assert len(page.table("Client", "Tier")) == 200
+
+
+def test_a_large_run_has_a_page_of_bounded_size(tmp_path: Path) -> None:
+    def length(rounds: int, clients: int) -> int:
+        rows = [facts()["clients"][client % len(TIERS)] | {"client": client} for client in range(clients)]
+        told = facts(clients=rows, partition=[facts()["partition"][0]] * clients)
+        run_dir = recorded(tmp_path / f"{rounds}x{clients}", [], told)
+        template, lines = round_report(3), []
+        for number in range(rounds):
+            records = [
+                dataclasses.replace(template.clients[client % len(TIERS)], round=number, client=client)
+                for client in range(number % 100, clients, 100)
+            ]
+            lines += [{"event": "client", **plain(record)} for record in records]
+        with (run_dir / "events.jsonl").open("a") as file:
+            file.writelines(dumps(line) + "\n" for line in lines)
+        told_rounds = [plain(dataclasses.replace(template, round=number)) | {"clients": []} for number in range(rounds)]
+        text = "".join(dumps({"time": "2026-01-01T00:00:00+00:00", **line}) + "\n" for line in told_rounds)
+        (run_dir / "metrics.jsonl").write_text(text)
+        return len(write_report(run_dir).read_text())
+
+    small, large = length(250, 600), length(500, 1200)
+    assert large < 1.2 * small, "what grows with the run is told by some of it"
+    assert large < 1_500_000

@@ -11,8 +11,8 @@ from recorded_run import CONFIG, ROUNDS, facts, record_run, round_report, summar
 from rich.console import Console
 
 from hfedmoe_ray.tracking.console import ConsoleRenderer
-from hfedmoe_ray.tracking.formatting import duration, percent, points, size
-from hfedmoe_ray.tracking.progress import Progress
+from hfedmoe_ray.tracking.formatting import duration, percent, points, roughly, size
+from hfedmoe_ray.tracking.progress import Pace, Progress
 
 
 def plain_console(encoding: str = "utf-8", width: int = 80) -> tuple[Console, io.BytesIO]:
@@ -60,6 +60,14 @@ def test_a_terminal_without_unicode_gets_ascii(tmp_path: Path) -> None:
     lines = told(tmp_path, "ascii")
     assert lines[0] == "quickstart - hfedmoe - seed 0"
     assert len([line for line in lines if line.startswith("round ")]) == ROUNDS + 1
+
+
+def test_the_bars_of_a_terminal_without_unicode_are_ascii(tmp_path: Path) -> None:
+    raw = io.BytesIO()
+    stream = io.TextIOWrapper(raw, encoding="ascii", write_through=True)
+    with ConsoleRenderer(tmp_path, Console(file=stream, force_terminal=True, width=60)) as renderer:
+        tell_run(renderer, last=2)
+    assert "round 2/8 training ====" in re.sub(r"\x1b\[[\d;]*m", "", raw.getvalue().decode("ascii"))
 
 
 def test_calls_through_a_queue_draw_the_same(tmp_path: Path) -> None:
@@ -157,6 +165,40 @@ def test_the_bar_counts_clients_by_tier_and_names_troubles() -> None:
     assert " 0/1 " in progress.bar(8, ("phone", "server")).plain
 
 
+def test_the_time_left_is_that_of_the_rounds_to_come_at_the_recent_pace() -> None:
+    pace = Pace(10)
+    pace.begins(0, now=100.0)
+    pace.begins(1, now=130.0)
+    assert pace.left(135.0) is None, "the first round profiles, which says nothing of the others"
+    assert "left" not in pace.line(135.0).plain
+    pace.begins(2, now=140.0)
+    assert pace.left(140.0) == pytest.approx(9 * 10.0)
+    assert pace.left(144.0) == pytest.approx(8 * 10.0 + 6.0)
+    assert pace.left(170.0) == pytest.approx(8 * 10.0), "a round that takes longer has nothing left, and not less"
+    for number in range(3, 11):
+        pace.begins(number, now=140.0 + 20 * (number - 2))
+    assert pace.left(300.0) == pytest.approx(20.0), "rounds have become slower"
+    assert pace.line(300.0).plain.startswith("run  9/10 rounds done ")
+    assert pace.line(300.0).plain.endswith("3 min 20 s, about 20 s left")
+
+
+def test_the_bars_of_a_run_stand_below_each_other_and_fit_a_terminal(tmp_path: Path) -> None:
+    renderer = ConsoleRenderer(tmp_path, plain_console()[0])
+    renderer.start(CONFIG, facts())
+    for number in (1, 2):
+        renderer.event("round_started", {"round": number, "cohort": 3})
+    for client, status in ((0, "ok"), (5, "late")):
+        renderer.event("task_started", {"round": 2, "client": client, "kind": "train"})
+        renderer.event("task_finished", {"round": 2, "client": client, "kind": "train", "status": status})
+    renderer.event("task_started", {"round": 2, "client": 9, "kind": "train"})
+    ours, run = renderer._bar().plain.splitlines()
+    assert " 2/3 " in ours
+    assert "1 running  1 late  phone 1" in ours
+    assert run.startswith(f"run  1/{ROUNDS} rounds done")
+    assert "about 5 s left" in run
+    assert len(ours) <= 92 and len(run) <= 80
+
+
 def test_the_bar_knows_no_more_clients_than_were_started(tmp_path: Path) -> None:
     renderer = ConsoleRenderer(tmp_path, plain_console()[0])
     renderer.start(CONFIG, facts())
@@ -175,6 +217,11 @@ def test_the_bar_knows_no_more_clients_than_were_started(tmp_path: Path) -> None
         (duration(59.97), "1 min 00 s"),
         (duration(185), "3 min 05 s"),
         (duration(7800), "2 h 10 min"),
+        (roughly(1), "5 s"),
+        (roughly(41), "40 s"),
+        (roughly(59), "1 min"),
+        (roughly(3570), "1 h 00 min"),
+        (roughly(7990), "2 h 10 min"),
         (percent(None), "–"),
         (points(0.5, 0.448), "−5.2 points"),
     ],
