@@ -1,7 +1,7 @@
 """What a run trained, as a model for transformers or peft to load."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from hfedmoe_ray.config.load import load_experiment
 from hfedmoe_ray.errors import ConfigError
@@ -45,4 +45,15 @@ def export_run(run_dir: Path, form: Form, directory: Path) -> None:
     else:
         from hfedmoe_ray.moe.prepare import save_full
 
-        save_full(context.model, weights, directory, lora)
+        save_full(context.model, weights, directory, lora, context.data.label_names)
+
+
+def load_exported(directory: Path) -> Any:
+    """Loads what `export_run` wrote as hf: a transformers model that classifies, in evaluation mode."""
+    from transformers import AutoModelForSequenceClassification
+
+    import hfedmoe_ray.moe.layout  # noqa: F401  makes upcycled encoders known to the Auto classes
+    from hfedmoe_ray.moe.quiet import quiet_transformers
+
+    with quiet_transformers():
+        return AutoModelForSequenceClassification.from_pretrained(directory).eval()
