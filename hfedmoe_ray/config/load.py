@@ -83,11 +83,13 @@ def load_experiment(
     """
     if isinstance(source, Mapping):
         place = "configuration"
-        tree = _extended(_Tree(_plain(source)), Path(), ())
+        tree = _Tree(_plain(source))
+        _merge(tree, _Tree(_plain(sections)))
+        tree = _extended(tree, Path(), ())
     else:
         place = str(source)
         tree = _read(Path(source), ())
-    _merge(tree, _Tree(_plain(sections)))
+        _merge(tree, _Tree(_plain(sections)))
     # A strategy's name decides which options exist, so it is set before any of them, wherever it stands in the line.
     parsed = [parse_override(one) if isinstance(one, str) else one for one in overrides]
     for one in sorted(parsed, key=lambda one: not _names_strategy(one.path)):

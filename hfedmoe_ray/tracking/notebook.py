@@ -2,6 +2,7 @@
 
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from io import StringIO
 from pathlib import Path
@@ -43,6 +44,8 @@ class NotebookRenderer(ConsoleRenderer):
         # Imported here: whoever is in a notebook has it, and nobody else needs it.
         from IPython.display import display
 
+        # Libraries imported by a run ask for widgets, for bars of their own that nobody would see.
+        warnings.filterwarnings("ignore", message="IProgress not found")
         self._running = False
         self._drawn = time.monotonic()
         self._handle = display(self._picture(), display_id=True)
