@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from hfedmoe_ray.cli.app import Interrupted, experiment_arguments
+from hfedmoe_ray.cli.app import Interrupted, examples, experiment_arguments
 from hfedmoe_ray.errors import TrainingError
 
 if TYPE_CHECKING:
@@ -16,7 +16,13 @@ if TYPE_CHECKING:
 RUN_DIR = click.Path(path_type=Path)
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "hfedmoe run configs/quickstart.yaml",
+        "hfedmoe run configs/quickstart.yaml rounds=4 clients.tiers.0.experts=0.25 name=tighter",
+        "hfedmoe run configs/quickstart.yaml strategy=random --overwrite",
+    )
+)
 @experiment_arguments
 @click.option("--overwrite", is_flag=True, help="Delete an earlier run of the same name first.")
 def run(config: Path, overrides: tuple[str, ...], overwrite: bool) -> None:
@@ -29,7 +35,7 @@ def run(config: Path, overrides: tuple[str, ...], overwrite: bool) -> None:
         _tell(federate(experiment, overwrite=overwrite))
 
 
-@click.command(short_help="Go on with an interrupted run.")
+@click.command(short_help="Go on with an interrupted run.", epilog=examples("hfedmoe resume runs/quickstart"))
 @click.argument("run_dir", metavar="RUN", type=RUN_DIR)
 def resume(run_dir: Path) -> None:
     """Go on with an interrupted run from its last complete round.
@@ -57,15 +63,17 @@ def _tell(run: "Run") -> None:
     click.echo(f"report: {run.run_dir / 'report.html'}")
 
 
-@click.command(short_help="Run the last rounds of a run again, and compare.")
+@click.command(
+    short_help="Run the last rounds of a run again, and compare.",
+    epilog=examples("hfedmoe verify runs/quickstart --backend local"),
+)
 @click.argument("run_dir", metavar="RUN", type=RUN_DIR)
 @click.option("--rounds", type=click.IntRange(min=1), default=2, show_default=True, help="Rounds to run again.")
 @click.option("--backend", type=click.Choice(["local", "ray"]), help="Where. Default: where the run was.")
 def verify(run_dir: Path, rounds: int, backend: str | None) -> None:
     """Run the last rounds of a run again from its checkpoints, and compare every bit of what they leave.
 
-    Nothing of the run is changed. Fails with 7 where something came out otherwise. Example:
-    hfedmoe verify runs/quickstart --backend local
+    Nothing of the run is changed. Fails with 7 where something came out otherwise.
     """
     from hfedmoe_ray.rundir import check_is_run
     from hfedmoe_ray.tracking.console import ConsoleRenderer
@@ -86,7 +94,7 @@ def verify(run_dir: Path, rounds: int, backend: str | None) -> None:
         )
 
 
-@click.command()
+@click.command(epilog=examples("hfedmoe report runs/quickstart runs/tighter"))
 @click.argument("run_dirs", metavar="RUN...", nargs=-1, required=True, type=RUN_DIR)
 def report(run_dirs: tuple[Path, ...]) -> None:
     """Write report.html of one or more runs, finished or not."""
@@ -98,7 +106,10 @@ def report(run_dirs: tuple[Path, ...]) -> None:
         click.echo(write_report(run_dir))
 
 
-@click.command(short_help="Write what a run trained for transformers or peft.")
+@click.command(
+    short_help="Write what a run trained for transformers or peft.",
+    epilog=examples("hfedmoe export runs/quickstart", "hfedmoe export runs/lora --format peft --output adapter"),
+)
 @click.argument("run_dir", metavar="RUN", type=RUN_DIR)
 @click.option(
     "--format",
@@ -124,7 +135,10 @@ def export(run_dir: Path, form: Literal["hf", "peft"], output: Path | None) -> N
     click.echo(directory)
 
 
-@click.command(short_help="Run an experiment on a Ray cluster, as a job.")
+@click.command(
+    short_help="Run an experiment on a Ray cluster, as a job.",
+    epilog=examples("hfedmoe submit configs/quickstart.yaml --address http://head:8265"),
+)
 @experiment_arguments
 @click.option("--address", metavar="URL", help="Dashboard of the cluster. Default: $RAY_API_SERVER_ADDRESS, else here.")
 @click.option("--no-follow", is_flag=True, help="Return at once instead of showing the log and fetching the results.")
@@ -132,8 +146,7 @@ def export(run_dir: Path, form: Literal["hf", "peft"], output: Path | None) -> N
 def submit(config: Path, overrides: tuple[str, ...], address: str | None, no_follow: bool, overwrite: bool) -> int:
     """Run an experiment on a Ray cluster, as a job; its log is shown, its record fetched to runs/NAME/.
 
-    This package and the configuration are uploaded; the cluster's own environment is used. Example:
-    hfedmoe submit configs/quickstart.yaml --address http://head:8265
+    This package and the configuration are uploaded; the cluster's own environment is used.
     """
     from hfedmoe_ray.runtime import jobs
 
