@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from hfedmoe_ray.config.schema import Data
-from hfedmoe_ray.data.labels import IntArray, encode_labels, label_names
+from hfedmoe_ray.data.labels import IntArray, encode_labels, label_names, shown_value
 from hfedmoe_ray.data.partition import draw_examples
 from hfedmoe_ray.data.tables import Table, read_file, read_hub, read_packaged
 from hfedmoe_ray.errors import DataError
@@ -69,11 +69,12 @@ def load_client_file(data: Data, client: int) -> tuple[tuple[str, ...], IntArray
         Its texts and their class numbers [n] in `data.labels`.
 
     Raises:
-        DataError: the file is missing or wrong, or holds fewer than `min_examples` examples.
+        DataError: the file is missing or wrong, or holds fewer than `min_examples` examples. The server is told of it,
+            so it quotes no value of the file.
     """
     path = data.source.replace("{client}", str(client))
     table = read_file(path, f"data.source of client {client}", (data.text, data.label))
-    texts, labels = _examples(table, data, data.labels or ())
+    texts, labels = _examples(table, data, data.labels or (), private=True)
     if len(texts) < data.partition.min_examples:
         raise DataError(
             f"data.source of client {client}: {path} holds {len(texts)} examples, fewer than "
@@ -198,18 +199,21 @@ def _hold_out(raw: RawDataset) -> RawDataset:
 # -------------------------------------------------------------------------------------------------------- rows
 
 
-def _examples(table: Table | None, data: Data, names: Sequence[str]) -> tuple[tuple[str, ...], IntArray]:
+def _examples(
+    table: Table | None, data: Data, names: Sequence[str], *, private: bool = False
+) -> tuple[tuple[str, ...], IntArray]:
     if table is None:
         return (), np.empty(0, dtype=np.int64)
     texts = []
     for row, text in enumerate(table.column(data.text, "data.text"), start=1):
         if not isinstance(text, str):
             raise DataError(
-                f"{table.where}, row {row}: {text!r} in column {data.text!r} is not text. Every row needs a text; "
+                f"{table.where}, row {row}: {shown_value(text, private=private)} in column {data.text!r} is not text. Every row needs a text; "
                 "point data.text at the right column, or remove the row."
             )
         texts.append(text)
-    return tuple(texts), encode_labels(table.column(data.label, "data.label"), names, table.where)
+    labels = encode_labels(table.column(data.label, "data.label"), names, table.where, private=private)
+    return tuple(texts), labels
 
 
 def _groups(table: Table, key: str) -> tuple[str, ...]:
