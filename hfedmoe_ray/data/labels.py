@@ -49,8 +49,9 @@ def encode_labels(values: Sequence[object], names: Sequence[str], where: str, *,
     for row, name in enumerate(_names(values, where, private=private)):
         if name not in numbers:
             shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
+            found = shown_value(name, private=private)
             raise DataError(
-                f"{where}, row {row + 1}: the label {shown_value(name, private=private)} is not among the {len(names)} known ones ({shown}). "
+                f"{where}, row {row + 1}: the label {found} is not among the {len(names)} known ones ({shown}). "
                 "Correct the row, or list all labels in data.labels."
             )
         codes[row] = numbers[name]
@@ -71,8 +72,9 @@ def _names(values: Sequence[object], where: str, *, private: bool = False) -> It
         elif isinstance(value, str) and value.strip():
             yield value.strip()
         else:
+            found = shown_value(value, private=private)
             raise DataError(
-                f"{where}, row {row}: {shown_value(value, private=private)} is not a label. Every row needs a class name or a whole number; "
+                f"{where}, row {row}: {found} is not a label. Every row needs a class name or a whole number; "
                 "point data.label at the right column, or remove the row."
             )
 

@@ -207,8 +207,9 @@ def _examples(
     texts = []
     for row, text in enumerate(table.column(data.text, "data.text"), start=1):
         if not isinstance(text, str):
+            found = shown_value(text, private=private)
             raise DataError(
-                f"{table.where}, row {row}: {shown_value(text, private=private)} in column {data.text!r} is not text. Every row needs a text; "
+                f"{table.where}, row {row}: {found} in column {data.text!r} is not text. Every row needs a text; "
                 "point data.text at the right column, or remove the row."
             )
         texts.append(text)
