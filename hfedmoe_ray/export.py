@@ -1,11 +1,13 @@
 """What a run trained, as a model for transformers or peft to load."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from hfedmoe_ray.config.load import load_experiment
 from hfedmoe_ray.errors import ConfigError
 from hfedmoe_ray.federation.checkpoint import load_checkpoint, run_identity
+from hfedmoe_ray.model_card import model_card
+from hfedmoe_ray.moe.store import Task
 from hfedmoe_ray.prepare import prepare_run
 
 Form = Literal["hf", "peft"]
@@ -45,4 +47,21 @@ def export_run(run_dir: Path, form: Form, directory: Path) -> None:
     else:
         from hfedmoe_ray.moe.prepare import save_full
 
-        save_full(context.model, weights, directory, lora)
+        names = context.data.label_names if experiment.model.task == "classification" else ()
+        save_full(context.model, weights, directory, lora, names)
+    card = model_card(experiment, run_dir, adapter=form == "peft")
+    (directory / "README.md").write_text(card, encoding="utf-8")
+
+
+def load_exported(directory: Path) -> Any:
+    """Loads what `export_run` wrote as hf: a transformers model that classifies or writes, in evaluation mode."""
+    from transformers import AutoConfig
+
+    import hfedmoe_ray.moe.layout  # noqa: F401  makes upcycled encoders known to the Auto classes
+    from hfedmoe_ray.moe.quiet import quiet_transformers
+    from hfedmoe_ray.moe.subset import AUTO_CLASSES
+
+    (architecture,) = AutoConfig.from_pretrained(directory).architectures
+    task: Task = "causal" if architecture.endswith("ForCausalLM") else "classification"
+    with quiet_transformers():
+        return AUTO_CLASSES[task].from_pretrained(directory).eval()

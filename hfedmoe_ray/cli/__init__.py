@@ -9,13 +9,12 @@ from hfedmoe_ray.cli.comparing import compare
 from hfedmoe_ray.cli.language import generate, upcycle
 from hfedmoe_ray.cli.measuring import bench
 from hfedmoe_ray.cli.running import export, report, resume, run, submit, verify
+from hfedmoe_ray.cli.starting import completion, init, schema
 from hfedmoe_ray.cli.studying import study
 
 __all__ = ["main"]
 
 # In the order in which they are listed, which is the order of use.
-for _command in (
-    *(run, resume, plan, validate, doctor, report, verify, export, generate, upcycle),
-    *(submit, compare, study, bench),
-):
+_RUNS = (init, run, resume, plan, validate, doctor, report, verify, export, generate, upcycle, submit)
+for _command in (*_RUNS, compare, study, bench, schema, completion):
     commands.add_command(_command)

@@ -4,21 +4,26 @@ A mistake of the user (`HFedMoEError`) is told in one paragraph on standard erro
 its traceback.
 """
 
+import os
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from hfedmoe_ray import __version__
 from hfedmoe_ray.errors import ConfigError, HFedMoEError
 
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
 HELP = """
 Federated fine-tuning of Mixture-of-Experts models, each client within its compute budget.
 
 \b
 Examples:
+  hfedmoe init trial.yaml
   hfedmoe plan configs/quickstart.yaml
   hfedmoe run configs/quickstart.yaml rounds=4 strategy=random name=random-4
   hfedmoe resume runs/random-4
@@ -36,6 +41,8 @@ Exit codes:
   3  data                       130  interrupted: go on with `hfedmoe resume`
   4  model
 """
+COMPLETE = "_HFEDMOE_COMPLETE"
+"""Set by the script of `hfedmoe completion`: then nothing runs, and what may come next is printed."""
 BUG = "error: this is a bug in hfedmoe, not a mistake of yours. Please report it with the traceback above."
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -67,8 +74,10 @@ def commands() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command line (default: this process's) and returns its exit code; see `hfedmoe --help`."""
+    if COMPLETE in os.environ:
+        import hfedmoe_ray.cli.completion  # noqa: F401  registers ours for bash
     try:
-        code = commands.main(arguments, prog_name="hfedmoe", standalone_mode=False)
+        code = commands.main(arguments, prog_name="hfedmoe", complete_var=COMPLETE, standalone_mode=False)
     except HFedMoEError as error:
         click.echo(f"{'interrupted' if isinstance(error, Interrupted) else 'error'}: {error}", err=True)
         return error.exit_code
@@ -85,7 +94,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return code if isinstance(code, int) else 0
 
 
+def examples(*lines: str) -> str:
+    """The epilog of a command: how it is used."""
+    return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
+
+
 def experiment_arguments(command: Command) -> Command:
     """Gives a command its CONFIG and [KEY=VALUE]... arguments."""
-    command = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")(command)
+
+    def offered(context: click.Context, parameter: click.Parameter, incomplete: str) -> "list[CompletionItem]":
+        from hfedmoe_ray.cli.completion import complete_override
+
+        return complete_override(context, parameter, incomplete)
+
+    command = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...", shell_complete=offered)(command)
     return click.argument("config", type=click.Path(path_type=Path))(command)

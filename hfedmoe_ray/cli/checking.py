@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from hfedmoe_ray.cli.app import experiment_arguments
+from hfedmoe_ray.cli.app import examples, experiment_arguments
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -20,7 +20,12 @@ ROWS_BY_CLIENT = 30
 """Up to so many clients, `plan` gives each a row; beyond, each tier."""
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "hfedmoe plan configs/quickstart.yaml",
+        "hfedmoe plan configs/quickstart.yaml clients.count=500 --cpus 64 --gpus 8 --memory-gib 512",
+    )
+)
 @experiment_arguments
 @click.option("--cpus", type=click.FloatRange(min=0, min_open=True), help="Plan for so many CPU cores.")
 @click.option("--gpus", type=click.IntRange(min=0), help="Plan for so many GPUs.")
@@ -125,7 +130,7 @@ def _plan_lines(plan: "Plan", rounds: int, cohort: int) -> list[str]:
     ]
 
 
-@click.command()
+@click.command(epilog=examples("hfedmoe validate configs/quickstart.yaml data.partition.how=iid"))
 @experiment_arguments
 def validate(config: Path, overrides: tuple[str, ...]) -> None:
     """Check a configuration, its data and its model, without training."""
@@ -138,7 +143,7 @@ def validate(config: Path, overrides: tuple[str, ...]) -> None:
     click.echo(f"{config} is valid; what it needs is shown by: hfedmoe plan {config}")
 
 
-@click.command()
+@click.command(epilog=examples("hfedmoe doctor", "hfedmoe doctor --address auto"))
 @click.option("--address", metavar="HOST:PORT", help="Also examine the Ray cluster there (or: auto).")
 def doctor(address: str | None) -> int:
     """Examine this machine: each finding with its remedy."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hfedmoe_ray.cli.app import Interrupted, experiment_arguments
+from hfedmoe_ray.cli.app import Interrupted, examples, experiment_arguments
 from hfedmoe_ray.errors import ConfigError, TrainingError
 
 if TYPE_CHECKING:
@@ -33,8 +33,11 @@ class _SpacedGrid(click.Command):
 @click.command(
     cls=_SpacedGrid,
     short_help="Compare strategies over seeds and settings.",
-    epilog="\b\nExample:\n  hfedmoe compare configs/quickstart.yaml --strategies 'hfedmoe,hfedmoe[beta=0],random' \\\n"
-    "      --seeds 0,1,2 --grid budget=0.125,0.25 alpha=0.1,0.5",
+    epilog=examples(
+        "hfedmoe compare configs/compare_20news.yaml",
+        "hfedmoe compare configs/quickstart.yaml --strategies 'hfedmoe,hfedmoe[beta=0],random' \\",
+        "    --seeds 0,1,2 --grid budget=0.125,0.25 alpha=0.1,0.5",
+    ),
 )
 @experiment_arguments
 @click.option("--strategies", metavar="A,B[KEY=VALUE],…", help="Strategies, or variants that CONFIG defines.")

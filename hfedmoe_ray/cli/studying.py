@@ -4,12 +4,16 @@ from pathlib import Path
 
 import click
 
+from hfedmoe_ray.cli.app import examples
 from hfedmoe_ray.errors import ConfigError
 
 _CONFIGS = Path(__file__).parents[2] / "configs"
 
 
-@click.command(short_help="Draw one of the papers' figures from runs of your own.")
+@click.command(
+    short_help="Draw one of the papers' figures from runs of your own.",
+    epilog=examples("hfedmoe study --list", "hfedmoe study activation configs/quickstart.yaml rounds=2 --seeds 0"),
+)
 @click.argument("name", required=False)
 @click.argument("settings", nargs=-1, metavar="[CONFIG] [KEY=VALUE]...")
 @click.option("--list", "listing", is_flag=True, help="Say what each study shows and costs.")

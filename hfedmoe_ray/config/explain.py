@@ -133,7 +133,7 @@ def _need(details: ErrorDetails) -> str:
 def _advise_key(path: KeyPath, values: Any) -> str:
     """For an unknown key: the same key in another section, or else the nearest here and all that are known here."""
     *above, wrong = path
-    elsewhere = {name for name in _all_keys(Experiment, "") if name.rpartition(".")[2] == wrong} - {show_path(path)}
+    elsewhere = {name for name in all_keys(Experiment, "") if name.rpartition(".")[2] == wrong} - {show_path(path)}
     # What one strategy does not know is rather another strategy's option than another section's.
     if len(elsewhere) == 1 and above != ["strategy"]:
         return f" Did you mean {elsewhere.pop()}?"
@@ -147,7 +147,7 @@ def _fields(path: Sequence[str | int], values: Any) -> Iterator[str]:
     for part in path:
         values = values[part]
         if isinstance(part, str):
-            models = _models_in(models[0].model_fields[part].annotation)
+            models = models_in(models[0].model_fields[part].annotation)
     if models[1:]:
         name = values["name"]
         models = (
@@ -158,22 +158,22 @@ def _fields(path: Sequence[str | int], values: Any) -> Iterator[str]:
     return iter(models[0].model_fields)
 
 
-def _all_keys(model: type[BaseModel], prefix: str) -> Iterator[str]:
+def all_keys(model: type[BaseModel], prefix: str) -> Iterator[str]:
     """Every key of the schema with the sections above it; a list's items are written as item 0."""
     for name, info in model.model_fields.items():
-        inner = _models_in(info.annotation)
+        inner = models_in(info.annotation)
         if not inner:
             yield prefix + name
         listed = typing.get_origin(info.annotation) is tuple
         for section in inner:
-            yield from _all_keys(section, f"{prefix}{name}{'.0' if listed else ''}.")
+            yield from all_keys(section, f"{prefix}{name}{'.0' if listed else ''}.")
 
 
-def _models_in(annotation: Any) -> tuple[type[BaseModel], ...]:
+def models_in(annotation: Any) -> tuple[type[BaseModel], ...]:
     """Sections named by a type, below optional, tuple and union."""
     if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
         return (annotation,) if issubclass(annotation, BaseModel) else ()
-    return tuple(model for part in typing.get_args(annotation) for model in _models_in(part))
+    return tuple(model for part in typing.get_args(annotation) for model in models_in(part))
 
 
 def _quoted_words(text: str) -> list[str]:

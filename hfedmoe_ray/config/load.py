@@ -63,8 +63,15 @@ class Assignment:
     """Where it was written, as a mistake in it is told."""
 
 
-def load_experiment(path: str | Path, overrides: Sequence[str | Assignment] = ()) -> Experiment:
+def load_experiment(
+    source: str | Path | Mapping[str, Any], overrides: Sequence[str | Assignment] = (), **sections: Any
+) -> Experiment:
     """Reads a configuration file, what it extends, and overrides such as `local.steps=5` or `clients.tiers.0.share=1`.
+
+    Args:
+        source: The file, or a mapping of the same keys; what that extends is named relative to the working directory.
+        overrides: Keys set last.
+        sections: Further top-level keys, laid over those of the source as over a file that is extended.
 
     Override values are YAML; of two for the same key the later one holds.
 
@@ -74,7 +81,15 @@ def load_experiment(path: str | Path, overrides: Sequence[str | Assignment] = ()
     Raises:
         ConfigError: with one paragraph that says what is wrong, where, and what to write instead.
     """
-    tree = _read(Path(path), ())
+    if isinstance(source, Mapping):
+        place = "configuration"
+        tree = _Tree(_plain(source))
+        _merge(tree, _Tree(_plain(sections)))
+        tree = _extended(tree, Path(), ())
+    else:
+        place = str(source)
+        tree = _read(Path(source), ())
+        _merge(tree, _Tree(_plain(sections)))
     # A strategy's name decides which options exist, so it is set before any of them, wherever it stands in the line.
     parsed = [parse_override(one) if isinstance(one, str) else one for one in overrides]
     for one in sorted(parsed, key=lambda one: not _names_strategy(one.path)):
@@ -85,7 +100,7 @@ def load_experiment(path: str | Path, overrides: Sequence[str | Assignment] = ()
     try:
         return Experiment.model_validate(tree.values)
     except ValidationError as error:
-        raise ConfigError(explain(error, tree.values, tree.origins, str(path))) from None
+        raise ConfigError(explain(error, tree.values, tree.origins, place)) from None
 
 
 def dump_experiment(experiment: Experiment) -> str:
@@ -101,15 +116,29 @@ def _read(path: Path, extended_by: tuple[Path, ...]) -> _Tree:
     if path.resolve() in extended_by:
         chain = " -> ".join(str(one) for one in (*extended_by, path.resolve()))
         raise ConfigError(f"{path} extends itself: {chain}. Remove one `extends`.")
-    tree = _parse_file(path)
+    return _extended(_parse_file(path), path.parent, (*extended_by, path.resolve()))
+
+
+def _extended(tree: _Tree, directory: Path, extended_by: tuple[Path, ...]) -> _Tree:
+    """Lays the keys over those of the file they extend, if any."""
     base = tree.values.pop("extends", None)
     if base is None:
         return tree
     if not isinstance(base, str):
-        raise ConfigError(f"{tree.origins[('extends',)]}: `extends` is {base!r}; write the name of one YAML file.")
-    below = _read(path.parent / base, (*extended_by, path.resolve()))
+        place = tree.origins.get(("extends",), "configuration")
+        raise ConfigError(f"{place}: `extends` is {base!r}; write the name of one YAML file.")
+    below = _read(directory / base, extended_by)
     _merge(below, tree)
     return below
+
+
+def _plain(value: Any) -> Any:
+    """A copy as YAML would have it: mappings and sequences as dicts and lists, paths as text."""
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 def _parse_file(path: Path) -> _Tree:

@@ -4,8 +4,10 @@ Models are frozen and refuse unknown keys, so that a typing mistake can never be
 imports torch, ray or deepspeed.
 """
 
+from collections.abc import Mapping
 from math import ceil
-from typing import Annotated, Literal, Self
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
@@ -383,6 +385,28 @@ class Experiment(Section):
     tracking: Tracking = Tracking()
     compare: Comparison | None = None
     """What `hfedmoe compare` runs of this experiment; no single run reads it."""
+
+    @classmethod
+    def load(
+        cls, source: "Experiment | Mapping[str, Any] | str | Path | None" = None, /, *overrides: str, **sections: Any
+    ) -> "Experiment":
+        """Makes an experiment of a YAML file, a mapping, keywords, or another experiment, and overrides.
+
+        Args:
+            source: A path, a mapping of the keys a file would have (`extends` among them), or an experiment; nothing,
+                where keywords say it all.
+            overrides: `key=value` as on the command line, such as "rounds=2".
+            sections: Top-level keys, laid over the source: `Experiment.load(path, rounds=2, local={"steps": 5})`.
+
+        Raises:
+            ConfigError: with one paragraph that says what is wrong, where, and what to write instead.
+        """
+        # Imported here, as that module is built on this one.
+        from hfedmoe_ray.config.load import load_experiment
+
+        if isinstance(source, Experiment):
+            source = source.model_dump(mode="json")
+        return load_experiment({} if source is None else source, overrides, **sections)
 
     @property
     def round_size(self) -> int:

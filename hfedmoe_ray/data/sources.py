@@ -7,7 +7,7 @@ from string import Formatter
 import numpy as np
 
 from hfedmoe_ray.config.schema import Data
-from hfedmoe_ray.data.labels import IntArray, encode_labels, label_names
+from hfedmoe_ray.data.labels import IntArray, encode_labels, label_names, shown_value
 from hfedmoe_ray.data.partition import draw_examples
 from hfedmoe_ray.data.tables import Table, read_file, read_hub, read_packaged
 from hfedmoe_ray.errors import DataError
@@ -75,18 +75,20 @@ def load_client_file(data: Data, client: int) -> tuple[tuple[str, ...], IntArray
         Its texts, their class numbers [n] in `data.labels`, and their prompts (None for classification).
 
     Raises:
-        DataError: the file is missing or wrong, or holds fewer than `min_examples` examples.
+        DataError: the file is missing or wrong, or holds fewer than `min_examples` examples. The server is told of it,
+            so it quotes no value of the file.
     """
     path = data.source.replace("{client}", str(client))
     table = read_file(path, f"data.source of client {client}", wanted_columns(data))
-    texts, labels = _examples(table, data, data.labels or (_ONE_KIND if data.response else ()))
+    names = data.labels or (_ONE_KIND if data.response else ())
+    texts, labels = _examples(table, data, names, private=True)
     if len(texts) < data.partition.min_examples:
         raise DataError(
             f"data.source of client {client}: {path} holds {len(texts)} examples, fewer than "
             f"data.partition.min_examples ({data.partition.min_examples}). Add examples, lower min_examples, or leave "
             "the client out."
         )
-    return texts, labels, _prompts(table, data)
+    return texts, labels, _prompts(table, data, private=True)
 
 
 def draw_subset(raw: RawDataset, data: Data, seed: int) -> RawDataset:
@@ -235,19 +237,21 @@ def _kinds(data: Data, train: Table | None, test: Table | None) -> tuple[str, ..
     return label_names(values, tables[0].where) if several and values else _ONE_KIND
 
 
-def _examples(table: Table | None, data: Data, names: Sequence[str]) -> tuple[tuple[str, ...], IntArray]:
+def _examples(
+    table: Table | None, data: Data, names: Sequence[str], *, private: bool = False
+) -> tuple[tuple[str, ...], IntArray]:
     if table is None:
         return (), np.empty(0, dtype=np.int64)
     if data.response is None:
-        texts = texts_of(table, data.text, "data.text")
+        texts = texts_of(table, data.text, "data.text", private=private)
     else:
-        texts = texts_of(table, data.response, "data.response")
+        texts = texts_of(table, data.response, "data.response", private=private)
         if tuple(names) == _ONE_KIND or data.label not in table.columns:
             return texts, np.zeros(len(texts), dtype=np.int64)
-    return texts, encode_labels(table.column(data.label, "data.label"), names, table.where)
+    return texts, encode_labels(table.column(data.label, "data.label"), names, table.where, private=private)
 
 
-def _prompts(table: Table | None, data: Data) -> tuple[str, ...] | None:
+def _prompts(table: Table | None, data: Data, *, private: bool = False) -> tuple[str, ...] | None:
     """The prompt of each row; None for classification."""
     if data.response is None:
         return None
@@ -255,16 +259,17 @@ def _prompts(table: Table | None, data: Data) -> tuple[str, ...] | None:
         return ()
     if data.prompt is None:
         return ("",) * len(table.column(columns_of(data.response)[0], "data.response"))
-    return texts_of(table, data.prompt, "data.prompt")
+    return texts_of(table, data.prompt, "data.prompt", private=private)
 
 
-def texts_of(table: Table, pattern: str, key: str) -> tuple[str, ...]:
+def texts_of(table: Table, pattern: str, key: str, *, private: bool = False) -> tuple[str, ...]:
     """What a column, or a pattern of columns, says in each row.
 
     Args:
         table: Has the columns.
         pattern: See `columns_of`.
         key: The configuration key that asks for it.
+        private: Whether an error must not quote what a row holds.
 
     Raises:
         DataError: A column is missing, or a row of it is no text.
@@ -277,8 +282,9 @@ def texts_of(table: Table, pattern: str, key: str) -> tuple[str, ...]:
         if names == (pattern,):
             text = values[pattern]
             if not isinstance(text, str):
+                found = shown_value(text, private=private)
                 raise DataError(
-                    f"{table.where}, row {row + 1}: {text!r} in column {pattern!r} is not text. Every row needs a "
+                    f"{table.where}, row {row + 1}: {found} in column {pattern!r} is not text. Every row needs a "
                     f"text; point {key} at the right column, or remove the row."
                 )
             texts.append(text)

@@ -80,6 +80,9 @@ def run_experiment(
     tracker.start(context.experiment.model_dump(mode="json"), federation.facts())
     try:
         finished = federation.run(should_stop)
+    except KeyboardInterrupt:
+        tracker.finish(federation.summary("stopped"))
+        raise
     except BaseException as error:
         tracker.finish(federation.summary("failed") | {"error": str(error) or type(error).__name__})
         raise

@@ -206,9 +206,9 @@ class MoEEncoderForSequenceClassification(BertPreTrainedModel):
         """Replaces the word embeddings."""
         self.embeddings.word_embeddings = value
 
-    def prefix(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Returns the hidden states that enter the first MoE layer, [B, S, H], from tokens and mask [B, S]."""
-        hidden_states = self.embeddings(input_ids=input_ids)
+    def prefix(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
+        """Returns the hidden states that enter the first MoE layer, [B, S, H], from tokens, mask and types [B, S]."""
+        hidden_states = self.embeddings(input_ids=input_ids, token_type_ids=token_type_ids)
         return self._run(hidden_states, attention_mask, 0, self.first_moe_layer)
 
     def encode(self, hidden_states: Tensor, attention_mask: Tensor) -> Tensor:
@@ -223,6 +223,7 @@ class MoEEncoderForSequenceClassification(BertPreTrainedModel):
         attention_mask: Tensor | None = None,
         hidden_states: Tensor | None = None,
         labels: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
     ) -> SequenceClassifierOutput:
         """Classifies texts.
 
@@ -231,6 +232,7 @@ class MoEEncoderForSequenceClassification(BertPreTrainedModel):
             attention_mask: 1 for real tokens, [B, S]. Default: all are real.
             hidden_states: What `prefix` returned for these tokens, [B, S, H]; the lower layers are then skipped.
             labels: Classes, [B], for a cross-entropy loss.
+            token_type_ids: As BERT's tokenizers give them, [B, S]. Default: 0, which clients train with.
 
         Returns:
             Logits [B, C], and the loss if labels are given.
@@ -244,7 +246,7 @@ class MoEEncoderForSequenceClassification(BertPreTrainedModel):
         if attention_mask is None:
             attention_mask = torch.ones(given.shape[:2], dtype=torch.long, device=given.device)
         if hidden_states is None:
-            hidden_states = self.prefix(given, attention_mask)
+            hidden_states = self.prefix(given, attention_mask, token_type_ids)
         logits = self.classifier(self.encode(hidden_states, attention_mask))
         loss = None if labels is None else cross_entropy(logits, labels)
         return SequenceClassifierOutput(loss=loss, logits=logits)

@@ -113,7 +113,13 @@ def head_parameters(prepared: PreparedModel) -> tuple[str, str]:
     raise ModelError(f"model.head: `prototypes` needs a linear task head with a bias; this model's head is {names}.")
 
 
-def save_full(prepared: PreparedModel, weights: Weights, directory: Path, lora: Lora | None = None) -> None:
+def save_full(
+    prepared: PreparedModel,
+    weights: Weights,
+    directory: Path,
+    lora: Lora | None = None,
+    label_names: Sequence[str] = (),
+) -> None:
     """Writes the whole model with trained weights through save_pretrained, tokenizer included.
 
     LoRA factors are merged into the matrices they adapt; over quantised experts, into what these stand for.
@@ -127,6 +133,7 @@ def save_full(prepared: PreparedModel, weights: Weights, directory: Path, lora: 
         weights: Trained weights.
         directory: Where to write; made if need be.
         lora: What `weights` was trained with, if it holds factors.
+        label_names: Name of each class, for the model's config; without them it has transformers' LABEL_0 and so on.
     """
     import torch
 
@@ -144,6 +151,9 @@ def save_full(prepared: PreparedModel, weights: Weights, directory: Path, lora: 
     for key, arrays in (store.read_experts(prepared.path) | dict(weights.experts)).items():
         tensors = {name: torch.tensor(array) for name, array in arrays.items()}
         layout.write_expert(key, adapted.merged(key, tensors) if adapted and key in weights.experts else tensors)
+    if label_names:
+        module.config.id2label = dict(enumerate(label_names))
+        module.config.label2id = {name: number for number, name in enumerate(label_names)}
     with quiet_transformers():
         module.save_pretrained(directory)
     load_tokenizer(prepared.path).save_pretrained(directory)

@@ -214,10 +214,16 @@ def test_small_client_file(tmp_path):
         load_client_file(files_data(tmp_path), 0)
 
 
-def test_client_label_outside_the_labels(tmp_path):
+def test_errors_about_a_client_file_name_the_row_and_quote_nothing_of_it(tmp_path):
+    """They go to the server, which must not learn what is in the file."""
     write(tmp_path / "client-0.jsonl", ROWS[:9])
-    with pytest.raises(DataError, match=r"client-0.jsonl, row 3: the label 'eel' is not among the 2 known ones"):
+    write(tmp_path / "client-1.jsonl", [row | {"text": 4711, "label": None} for row in ROWS[:9]])
+    with pytest.raises(DataError, match=r"client-0.jsonl, row 3: the label \(a private str\) is not among the 2"):
         load_client_file(files_data(tmp_path, labels=("cat", "dog")), 0)
+    for column, client in (("text", 0), ("label", 1), ("text", 1)):
+        with pytest.raises(DataError, match=rf"client-{client}.jsonl, row 1: ") as caught:
+            load_client_file(files_data(tmp_path, labels=("cat", "dog"), label=column), client)
+        assert not any(private in str(caught.value) for private in ("text number", "4711", "None"))
 
 
 # ------------------------------------------------------------------------------------------------------------- errors

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from moe_models import save_mixtral
 from peft import PeftModel
 from transformers import AutoModelForSequenceClassification
@@ -46,6 +47,11 @@ def test_a_run_is_exported_in_both_forms(config: Path, capsys: pytest.CaptureFix
     for form in ("hf", "peft"):
         assert main(["export", str(run_dir), "--format", form]) == 0
     whole, adapter = (Path(line) for line in capsys.readouterr().out.splitlines())
+    for directory in (whole, adapter):
+        card = (directory / "README.md").read_text()
+        header = yaml.safe_load(card.split("---\n")[1])
+        assert header["library_name"] == ("transformers" if directory is whole else "peft")
+        assert "| all | 100% | 50.0% |" in card and "low-rank factors (rank 2)" in card
     ids = torch.tensor([[3, 4, 5, 6], [7, 8, 9, 10]])
     merged = AutoModelForSequenceClassification.from_pretrained(whole, dtype=torch.float32).eval()
     base = AutoModelForSequenceClassification.from_pretrained(adapter / BASE, dtype=torch.float32)
