@@ -5,6 +5,7 @@ Every command imports what it needs when it runs, so that `--help`, `plan` and e
 
 from hfedmoe_ray.cli.app import commands, main
 from hfedmoe_ray.cli.checking import doctor, plan, validate
+from hfedmoe_ray.cli.clustering import cluster
 from hfedmoe_ray.cli.comparing import compare
 from hfedmoe_ray.cli.measuring import bench
 from hfedmoe_ray.cli.running import export, report, resume, run, submit, verify
@@ -13,5 +14,5 @@ from hfedmoe_ray.cli.studying import study
 __all__ = ["main"]
 
 # In the order in which they are listed, which is the order of use.
-for _command in (run, resume, plan, validate, doctor, report, verify, export, submit, compare, study, bench):
+for _command in (run, resume, plan, validate, doctor, report, verify, export, submit, cluster, compare, study, bench):
     commands.add_command(_command)
