@@ -3,6 +3,7 @@
 import json
 import shlex
 from collections.abc import Sequence
+from itertools import accumulate
 
 from hfedmoe_ray.clusters.design import ClusterDesign, NodeGroup
 from hfedmoe_ray.clusters.document import Part, comment
@@ -46,14 +47,10 @@ dashboard=$((30000 + SLURM_JOB_ID % 10000))
 agent=$((40000 + SLURM_JOB_ID % 10000))
 shared=(--block --disable-usage-stats --min-worker-port=0 --max-worker-port=0)
 
-echo "head at $head:$port"
-srun --het-group=0 ray start "${{shared[@]}}" --head --node-ip-address="$head" --port=$port \\
-  --ray-client-server-port=0 --dashboard-agent-listen-port=$agent --dashboard-host=127.0.0.1 \\
-  --dashboard-port=$dashboard --temp-dir="/tmp/hfedmoe-$SLURM_JOB_ID" \\
-  {head} &
-{workers}
-# The script goes on with every node there, or ends after five minutes.
-timeout 300 python - "$head:$port" {nodes} <<'PYTHON'
+# Returns when so many nodes are there; ends the job after five minutes. Nodes that start at once on one machine choose
+# the same names for their sockets, so each group waits for the one before.
+nodes_are() {{
+  timeout 300 python - "$head:$port" "$1" <<'PYTHON'
 import socket, sys, time
 address, nodes = sys.argv[1], int(sys.argv[2])
 while True:
@@ -63,10 +60,19 @@ while True:
     except OSError:
         time.sleep(1)
 import ray
-ray.init(address, log_to_driver=False)
+ray.init(address, log_to_driver=False, logging_level="ERROR")
 while sum(node["Alive"] for node in ray.nodes()) < nodes:
     time.sleep(1)
 PYTHON
+}}
+
+echo "head at $head:$port"
+srun --het-group=0 ray start "${{shared[@]}}" --head --node-ip-address="$head" --port=$port \\
+  --ray-client-server-port=0 --dashboard-agent-listen-port=$agent --dashboard-host=127.0.0.1 \\
+  --dashboard-port=$dashboard --temp-dir="/tmp/hfedmoe-$SLURM_JOB_ID" \\
+  {head} &
+nodes_are 1
+{workers}
 
 # The run's record is fetched to ./runs; its checkpoints are below $HOME/runs, which the nodes share on most sites.
 hfedmoe submit {arguments} --address "http://127.0.0.1:$dashboard"
@@ -83,15 +89,16 @@ def slurm_script(design: ClusterDesign, arguments: Sequence[str], header: str) -
     """
     components = [options.lines() for options in sbatch_components(design)]
     directives = f"\n{NEXT_COMPONENT}\n".join("\n".join(lines) for lines in components)
+    there = accumulate((group.maximum for group in design.workers), initial=1)
+    next(there)
     workers = "\n".join(
         f'srun --het-group={number} ray start "${{shared[@]}}" --address="$head:$port" '
-        f"--dashboard-agent-listen-port=0 \\\n  {_start_options(group)} &"
-        for number, group in enumerate(design.workers, start=1)
+        f"--dashboard-agent-listen-port=0 \\\n  {_start_options(group)} &\nnodes_are {nodes}"
+        for number, (group, nodes) in enumerate(zip(design.workers, there, strict=True), start=1)
     )
     body = _SCRIPT.format(
         head=_start_options(design.head),
         workers=workers,
-        nodes=1 + sum(group.maximum for group in design.workers),
         arguments=shlex.join(arguments),
     )
     return f"#!/bin/bash\n{comment(header)}{directives}\n{body}"
