@@ -40,7 +40,7 @@ class Started:
 
 
 @contextmanager
-def started_cluster(directory: str, environment: Mapping[str, str], token: str) -> Iterator[Started]:
+def started_cluster(directory: str, environment: dict[str, str], token: str) -> Iterator[Started]:
     """Starts the nodes, each as a process of its own, and ends exactly those.
 
     Args:
@@ -68,7 +68,7 @@ def started_cluster(directory: str, environment: Mapping[str, str], token: str) 
 
 
 @contextmanager
-def _node(options: Sequence[str], directory: str, environment: Mapping[str, str]) -> Iterator[None]:
+def _node(options: Sequence[str], directory: str, environment: dict[str, str]) -> Iterator[None]:
     shared = ["--block", "--disable-usage-stats", "--min-worker-port=0", "--max-worker-port=0"]
     command = [
         sys.executable,
@@ -81,7 +81,8 @@ def _node(options: Sequence[str], directory: str, environment: Mapping[str, str]
     ]
     log = Path(directory, f"{len(list(Path(directory).glob('*.log')))}.log")
     with log.open("w") as out:
-        process = subprocess.Popen(command, env=dict(environment), stdout=out, stderr=subprocess.STDOUT)
+        at_once = {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"}
+        process = subprocess.Popen(command, env=environment | at_once, stdout=out, stderr=subprocess.STDOUT)
     try:
         yield
     finally:

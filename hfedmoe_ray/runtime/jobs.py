@@ -5,7 +5,6 @@ them. The cluster's own Python environment is used; nothing is installed there.
 """
 
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -25,6 +24,10 @@ Show = Callable[[str], object]
 """Is given a job's log, piece by piece."""
 
 
+def _on_screen(piece: str) -> None:
+    print(piece, end="", flush=True)
+
+
 def submit(
     config: Path,
     overrides: Sequence[str],
@@ -33,7 +36,7 @@ def submit(
     follow: bool = True,
     overwrite: bool = False,
     python: str = "python",
-    show: Show = sys.stdout.write,
+    show: Show = _on_screen,
 ) -> int:
     """Submits `hfedmoe run CONFIG OVERRIDES` to a cluster and returns the job's exit code (0 if not followed).
 
@@ -78,7 +81,7 @@ def submit(
     return _accompany(client, job, target, show)
 
 
-def logs(run: str | None, address: str | None, *, follow: bool = True, show: Show = sys.stdout.write) -> int:
+def logs(run: str | None, address: str | None, *, follow: bool = True, show: Show = _on_screen) -> int:
     """Shows the log of a submitted run; when the run has ended, its record is written here as `submit` does.
 
     Args:
