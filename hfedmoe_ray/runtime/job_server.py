@@ -127,6 +127,18 @@ def place_of_driver(address: str | None) -> dict[str, str]:
     return {"ray.io/node-id": f"!{heads[0]}"} if heads and len(nodes) > len(heads) else {}
 
 
+def ray_version(client: JobSubmissionClient) -> str:
+    """The version of Ray that the cluster runs.
+
+    Raises:
+        ClusterError: the answer is not that of a Ray dashboard.
+    """
+    answer = client._do_request("GET", "/api/version")
+    if answer.status_code != 200 or "ray_version" not in answer.json():
+        raise ClusterError(f"The cluster does not tell its version: {answer.status_code} {answer.text[:200]}")
+    return str(answer.json()["ray_version"])
+
+
 def submitted_runs(client: JobSubmissionClient) -> list[SubmittedRun]:
     """The cluster's jobs that `hfedmoe submit` made, the latest last."""
     found = [_submitted(job) for job in client.list_jobs() if job.metadata and "run" in job.metadata]

@@ -20,12 +20,21 @@ from small_run import CONFIG, OVERRIDES, REPOSITORY
 from started_cluster import Started, started_cluster
 
 from hfedmoe_ray.cli import main
+from hfedmoe_ray.doctor import _job_server
 from hfedmoe_ray.errors import ClusterError, ConfigError, DataError
 from hfedmoe_ray.runtime.job_server import auth_headers
 from hfedmoe_ray.runtime.jobs import submit
 
 pytestmark = pytest.mark.ray
+PATHS = (REPOSITORY, REPOSITORY / "tests")
 TOKEN = "0123456789abcdef" * 4
+EXAMINE = """
+import sys
+from hfedmoe_ray.doctor import _cluster
+from small_run import small_experiment
+for finding in _cluster(sys.argv[1], small_experiment(["runtime.slots=2"])):
+    print(finding.level, finding.what)
+"""
 JOIN = """
 import sys
 from hfedmoe_ray.errors import ClusterError
@@ -183,6 +192,16 @@ def test_joining_a_cluster_of_another_version(started: Started):
     told = join(started.address, changed, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=TOKEN)
     assert "Ray: 1.0.0" in told
     assert "Install the cluster's versions" in told
+
+
+@pytest.mark.usefixtures("token")
+def test_the_doctor_asks_every_node(started: Started):
+    told = join(started.address, EXAMINE, RAY_AUTH_TOKEN=TOKEN, PYTHONPATH=os.pathsep.join(map(str, PATHS)))
+    assert "ok 3 nodes with hfedmoe_ray" in told
+    assert "ok the run directory is shared by 3 nodes and writable" in told
+    assert "ok the clients of quickstart fit, 2 at once" in told
+    assert told.count("the object store of node") == 3
+    assert _job_server(started.url).level == "ok"
 
 
 def join(address: str, program: str = JOIN, **environment: str) -> str:

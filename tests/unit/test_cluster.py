@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,6 @@ import kubernetes_validate
 import pytest
 import yaml
 from pydantic import ValidationError
-from ray.runtime_env import RuntimeEnv
 
 import hfedmoe_ray
 from hfedmoe_ray.cli import main
@@ -123,7 +123,7 @@ def test_what_is_rendered_needs_neither_ray_nor_torch():
         "assert not {'ray', 'torch', 'deepspeed'} & set(sys.modules); sys.exit(code)"
     )
     done = subprocess.run(
-        [str(Path(__import__("sys").executable)), "-c", program, "cluster", "render", str(CONFIG)],
+        [sys.executable, "-c", program, "cluster", "render", str(CONFIG)],
         capture_output=True,
         text=True,
         check=False,
@@ -324,7 +324,7 @@ def test_nothing_but_bookkeeping_runs_on_the_head_and_only_the_cluster_reaches_i
     assert unlimited == [[{"podSelector": policy["spec"]["podSelector"]}]]
 
 
-def test_the_job_runs_files_that_the_image_holds_beside_its_volume_and_in_an_environment_ray_accepts():
+def test_the_job_runs_files_that_the_image_holds_on_the_node_with_its_volume():
     spec = ray_object("kuberay/rayjob.yaml")["spec"]
     words = spec["entrypoint"].split()
     paths = [word.removeprefix(f"{IN_IMAGE}/") for word in words if word.startswith(IN_IMAGE)]
@@ -337,7 +337,6 @@ def test_the_job_runs_files_that_the_image_holds_beside_its_volume_and_in_an_env
             assert f"COPY --chown=ray {Path(path).parts[0]} {Path(path).parts[0]}\n" in text
     assert f"output={RUNS}" in words
     assert "runtimeEnvYAML" not in spec, "everything is in the image"
-    assert RuntimeEnv.deserialize(json.dumps(spec.get("runtimeEnvYAML", {}))) == {}
     claims = {one["metadata"]["name"] for one in documents("kuberay/rayjob.yaml") if "Claim" in one["kind"]}
     for group, one in groups("kuberay/rayjob.yaml"):
         pod = one["template"]["spec"]
@@ -379,7 +378,7 @@ def test_the_batch_script_asks_for_every_group_and_starts_it(design: ClusterDesi
     for group, start in zip(everyone, starts, strict=True):
         assert f"--num-cpus={group.client_cpus} " in start
         assert all(f"{key}={value}" in start for key, value in group.labels.items())
-    assert text.rstrip().splitlines()[-2 if text.endswith("\\\n") else -1].startswith("hfedmoe submit configs/")
+    assert text.splitlines()[-1].startswith("hfedmoe submit configs/")
 
 
 @pytest.mark.parametrize("name", ["Dockerfile", "Dockerfile.cuda"])
