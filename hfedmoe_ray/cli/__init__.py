@@ -7,6 +7,7 @@ from hfedmoe_ray.cli.app import commands, main
 from hfedmoe_ray.cli.checking import doctor, plan, validate
 from hfedmoe_ray.cli.clustering import cluster
 from hfedmoe_ray.cli.comparing import compare
+from hfedmoe_ray.cli.evaluating import evaluate
 from hfedmoe_ray.cli.measuring import bench
 from hfedmoe_ray.cli.running import export, report, resume, run, submit, verify
 from hfedmoe_ray.cli.studying import study
@@ -22,6 +23,7 @@ for _command in (
     validate,
     doctor,
     report,
+    evaluate,
     verify,
     export,
     submit,
