@@ -11,9 +11,7 @@ from hfedmoe_ray.cli.running import RUN_DIR, _check_is_run
 @click.command(short_help="Evaluate what a run trained, again or on other data.")
 @click.argument("run_dir", metavar="RUN", type=RUN_DIR)
 @click.argument("data", nargs=-1, metavar="[data.KEY=VALUE]...")
-@click.option(
-    "--round", "number", type=click.IntRange(min=0), help="After which round. Default: the last one."
-)
+@click.option("--round", "number", type=click.IntRange(min=0), help="After which round. Default: the last one.")
 @click.option("--own", is_flag=True, help="Also each client's share of the model on the client's own test split.")
 @click.option("--json", "as_json", is_flag=True, help="Write JSON, with every client's accuracy.")
 def evaluate(run_dir: Path, data: tuple[str, ...], *, number: int | None, own: bool, as_json: bool) -> None:

@@ -45,6 +45,7 @@ head=$(hostname -I | cut -d' ' -f1)
 port=$((20000 + SLURM_JOB_ID % 10000))
 dashboard=$((30000 + SLURM_JOB_ID % 10000))
 agent=$((40000 + SLURM_JOB_ID % 10000))
+client=$((50000 + SLURM_JOB_ID % 10000))
 shared=(--block --disable-usage-stats --min-worker-port=0 --max-worker-port=0)
 
 # Returns when so many nodes are there; ends the job after five minutes. Nodes that start at once on one machine choose
@@ -68,7 +69,7 @@ PYTHON
 
 echo "head at $head:$port"
 srun --het-group=0 ray start "${{shared[@]}}" --head --node-ip-address="$head" --port=$port \\
-  --ray-client-server-port=0 --dashboard-agent-listen-port=$agent --dashboard-host=127.0.0.1 \\
+  --ray-client-server-port=$client --dashboard-agent-listen-port=$agent --dashboard-host=127.0.0.1 \\
   --dashboard-port=$dashboard --temp-dir="/tmp/hfedmoe-$SLURM_JOB_ID" \\
   {head} &
 nodes_are 1

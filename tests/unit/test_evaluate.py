@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import runpy
 from pathlib import Path
 
 import pytest
@@ -34,7 +35,7 @@ def test_every_kept_round_is_found_as_the_run_found_it(done: Path, capsys: pytes
         assert (found["round"], found["accuracy"], found["loss"]) == (
             recorded["round"],
             recorded["accuracy"],
-            recorded["loss"] if "test_loss" not in recorded else recorded["test_loss"],
+            recorded["test_loss"],
         )
         assert sum(found["own"].values()) / len(found["own"]) == pytest.approx(recorded["own_accuracy"])
     assert main(["evaluate", str(done)]) == 0
@@ -63,3 +64,12 @@ def test_what_cannot_be_evaluated_is_refused(
 ):
     assert main(["evaluate", str(done), *arguments]) == code
     assert says in capsys.readouterr().err
+
+
+def test_a_job_evaluates_a_run_below_its_home(
+    done: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setenv("HOME", str(done.parent))
+    job = runpy.run_path(str(Path(__file__).parents[2] / "jobs" / "evaluate.py"))
+    assert job["main"](["run", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["round"] == 2
