@@ -104,6 +104,14 @@ def test_the_committed_files_are_what_is_rendered(tmp_path: Path):
     assert rendered == {path: text for path, text in committed.items() if path != Path("README.md")}
 
 
+def test_the_documentation_names_every_file_and_builds_every_image():
+    text = (CLUSTER / "README.md").read_text()
+    for name in (*LAUNCHERS, *MANIFESTS, "slurm/hfedmoe.sbatch"):
+        assert f"]({name})" in text
+    for gpus, name in ((False, "Dockerfile"), (True, "Dockerfile.cuda")):
+        assert f"docker build -f cluster/docker/{name} -t {read_pins().image(gpus=gpus)} ." in text
+
+
 def test_every_file_names_this_version_and_the_pinned_ray():
     pin = re.search(r"^ray==(\S+)$", (REPOSITORY / "constraints-cpu.txt").read_text(), re.MULTILINE)
     assert pin
