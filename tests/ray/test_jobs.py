@@ -196,7 +196,13 @@ def test_joining_a_cluster_of_another_version(started: Started):
 
 @pytest.mark.usefixtures("token")
 def test_the_doctor_asks_every_node(started: Started):
-    told = join(started.address, EXAMINE, RAY_AUTH_TOKEN=TOKEN, PYTHONPATH=os.pathsep.join(map(str, PATHS)))
+    told = join(
+        started.address,
+        EXAMINE,
+        RAY_AUTH_MODE="token",
+        RAY_AUTH_TOKEN=TOKEN,
+        PYTHONPATH=os.pathsep.join(map(str, PATHS)),
+    )
     assert "ok 3 nodes with hfedmoe_ray" in told
     assert "ok the run directory is shared by 3 nodes and writable" in told
     assert "ok the clients of quickstart fit, 2 at once" in told
