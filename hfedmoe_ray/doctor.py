@@ -1,4 +1,4 @@
-"""What `hfedmoe doctor` looks at: whether this machine, and a cluster if one is named, can run an experiment.
+"""What `hfedmoe doctor` looks at: whether this machine, and a cluster if one is named, can run experiments.
 
 Every check tries the real thing where that takes seconds (an optimizer step through DeepSpeed, a private Ray), and
 returns a finding with its remedy; none raises for what it was made to find.
@@ -12,14 +12,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Literal
 
 from packaging.requirements import Requirement
 
+from hfedmoe_ray.config.schema import Experiment
 from hfedmoe_ray.context import cache_dir
+from hfedmoe_ray.diagnosis import Finding, fits, store_holds, survey_findings
 from hfedmoe_ray.errors import ClusterError
 from hfedmoe_ray.packing import GIB
 from hfedmoe_ray.runtime.machine import object_store_bytes, this_machine
@@ -48,21 +48,12 @@ print(torch.__version__, torch.cuda.device_count())
 """
 
 
-@dataclass(frozen=True, kw_only=True)
-class Finding:
-    """One line of the examination."""
-
-    level: Literal["ok", "note", "problem"]
-    """note: works, but is worth knowing."""
-    what: str
-    remedy: str = ""
-
-
-def examine(address: str | None) -> Iterator[Finding]:
+def examine(address: str | None, experiment: Experiment | None = None) -> Iterator[Finding]:
     """Yields the findings as they are made; the quick checks come first.
 
     Args:
-        address: A Ray cluster to look at as well (host:port, or "auto").
+        address: A Ray cluster to look at as well: host:port or "auto" on one of its nodes, else its dashboard's URL.
+        experiment: One that is to run here, or on that cluster.
     """
     yield _python()
     yield from _packages()
@@ -74,9 +65,16 @@ def examine(address: str | None) -> Iterator[Finding]:
     yield _wandb()
     yield _training()
     yield _ray_token()
+    if experiment and not address:
+        yield fits(experiment, [this_machine()])
+    if experiment:
+        yield store_holds(experiment, object_store_bytes(), "this machine")
     yield _ray(None)
-    if address:
+    if address and address.startswith(("http://", "https://")):
+        yield _job_server(address)
+    elif address:
         yield _ray(address)
+        yield from _cluster(address, experiment)
 
 
 def _python() -> Finding:
@@ -232,3 +230,37 @@ def _ray(address: str | None) -> Finding:
     what = f"the Ray cluster at {address} answers" if address else "a private Ray starts"
     seconds = time.perf_counter() - started
     return Finding(level="ok", what=f"{what} ({seconds:.1f} s): {plural(len(nodes), 'node')}, {offered}")
+
+
+def _job_server(address: str) -> Finding:
+    """Asks a cluster's dashboard from outside: does it take the token, and does it run the same Ray?"""
+    from hfedmoe_ray.runtime.job_server import connect, ray_version
+
+    try:
+        theirs = ray_version(connect(address))
+    except ClusterError as error:
+        return Finding(level="problem", what=f"jobs: {error}")
+    ours = metadata.version("ray")
+    what = f"the cluster at {address} takes jobs from here; it runs Ray {theirs}"
+    if theirs != ours:
+        remedy = f"This machine has Ray {ours}: install the cluster's (pip install 'ray[default]=={theirs}')."
+        return Finding(level="note", what=what, remedy=remedy)
+    return Finding(level="ok", what=what)
+
+
+def _cluster(address: str, experiment: Experiment | None) -> Iterator[Finding]:
+    """What the nodes of a cluster say of themselves, and whether the experiment fits them."""
+    from hfedmoe_ray.runtime.cluster import capacity, connected
+    from hfedmoe_ray.runtime.survey import survey
+
+    try:
+        with connected(address):
+            nodes, reports = capacity(), survey(Path(experiment.output if experiment else "runs").resolve())
+    except ClusterError:
+        return  # told already
+    yield from survey_findings(reports)
+    if experiment:
+        yield fits(experiment, nodes)
+        for report in reports:
+            if report.store_bytes:
+                yield store_holds(experiment, report.store_bytes, f"node {report.name}")

@@ -143,18 +143,29 @@ def validate(config: Path, overrides: tuple[str, ...]) -> None:
     click.echo(f"{config} is valid; what it needs is shown by: hfedmoe plan {config}")
 
 
-@click.command(epilog=examples("hfedmoe doctor", "hfedmoe doctor --address auto"))
-@click.option("--address", metavar="HOST:PORT", help="Also examine the Ray cluster there (or: auto).")
-def doctor(address: str | None) -> int:
-    """Examine this machine: each finding with its remedy."""
+@click.command(
+    epilog=examples("hfedmoe doctor", "hfedmoe doctor configs/quickstart.yaml", "hfedmoe doctor --address auto")
+)
+@click.argument("config", type=click.Path(path_type=Path), required=False)
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--address", metavar="ADDRESS", help="Also examine the Ray cluster there: host:port, auto, or its URL.")
+def doctor(config: Path | None, overrides: tuple[str, ...], address: str | None) -> int:
+    """Examine this machine: each finding with its remedy.
+
+    With CONFIG also whether that experiment's clients, and its model's weights, find room. On a node of a cluster,
+    --address auto examines all of its nodes; from elsewhere, its dashboard's URL tells whether it takes jobs from here.
+    """
     from rich.console import Console
 
+    from hfedmoe_ray.config.load import load_experiment
     from hfedmoe_ray.doctor import examine
+
+    experiment = load_experiment(config, overrides) if config else None
 
     console = Console(highlight=False, soft_wrap=True)
     colours = {"ok": "green", "note": "yellow", "problem": "bold red"}
     problems = 0
-    for finding in examine(address):
+    for finding in examine(address, experiment):
         problems += finding.level == "problem"
         console.print(f"[{colours[finding.level]}]{finding.level:>7}[/]  {finding.what}")
         if finding.remedy:

@@ -110,9 +110,6 @@ def _build(
         tokens, shortened = tokenized(tokenizer, texts, prompts, data)
         arrays |= {f"{split}.{name}": array for name, array in tokens.items()}
         cut += shortened
-    for name, questions in asked.items():
-        made = tokenize_questions(tokenizer, questions, data.max_length)
-        arrays |= {f"{store.benchmark(name)}.{part}": array for part, array in made.items()}
     classes = len(raw.label_names)
     meta = store.Meta(
         sha256="",
@@ -127,7 +124,11 @@ def _build(
         written=raw.train_prompts is not None,
         cut=cut,
     )
+    # What a model is asked besides makes no other run of it.
     meta = replace(meta, sha256=store.content_hash(arrays, asdict(meta)))
+    for name, questions in asked.items():
+        made = tokenize_questions(tokenizer, questions, data.max_length)
+        arrays |= {f"{store.benchmark(name)}.{part}": array for part, array in made.items()}
     store.write(path, arrays, meta, tokenizer if own_files else None)
     return meta
 

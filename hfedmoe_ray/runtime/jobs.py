@@ -4,34 +4,28 @@ What is uploaded is this package, `jobs/federate.py` and the resolved configurat
 them. The cluster's own Python environment is used; nothing is installed there.
 """
 
-import asyncio
-import os
 import shutil
-import socket
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
-from urllib.parse import urlsplit
 
-import aiohttp
-from ray.exceptions import AuthenticationError
 from ray.job_submission import JobSubmissionClient
 
 import hfedmoe_ray
 from hfedmoe_ray.config.load import dump_experiment, load_experiment
 from hfedmoe_ray.config.plugins import plugin_source
 from hfedmoe_ray.errors import ClusterError, ConfigError
-from hfedmoe_ray.runtime import timeouts
+from hfedmoe_ray.runtime import job_server, timeouts
 from hfedmoe_ray.runtime.archive import Receiver
-from hfedmoe_ray.runtime.cluster import TOKEN_ADVICE, first_line
 
-DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 PACKAGE = Path(hfedmoe_ray.__file__).parent
-RECONNECTS = 5
-"""Times a broken log connection is opened again."""
+Show = Callable[[str], object]
+"""Is given a job's log, piece by piece."""
+
+
+def _on_screen(piece: str) -> None:
+    print(piece, end="", flush=True)
 
 
 def submit(
@@ -42,13 +36,14 @@ def submit(
     follow: bool = True,
     overwrite: bool = False,
     python: str = "python",
-    show: Callable[[str], object] = sys.stdout.write,
+    show: Show = _on_screen,
 ) -> int:
     """Submits `hfedmoe run CONFIG OVERRIDES` to a cluster and returns the job's exit code (0 if not followed).
 
-    The run directory is `output`/`name` on the cluster, below the home directory there unless `output` is absolute.
-    A followed job that succeeds sends its record (metrics, summary, report; no checkpoints), which is written to
-    `output`/`name` here.
+    The driver, and with it the server actor, which runs the rounds, goes to the node that was made for it, else to any
+    but the head (`job_server.place_of_driver`). The run directory is `output`/`name` there, below the home directory
+    unless `output` is absolute. A job that succeeds sends its record (metrics, summary, report; no checkpoints), which
+    is written to `output`/`name` here when the job has been followed to its end.
 
     Args:
         config: Configuration file; read, resolved and checked here.
@@ -73,20 +68,52 @@ def submit(
         )
     if overwrite and (target / "config.yaml").is_file():
         shutil.rmtree(target)
-    client = _connect(address or os.environ.get("RAY_API_SERVER_ADDRESS") or DEFAULT_ADDRESS)
+    client = job_server.connect(address)
     with tempfile.TemporaryDirectory(prefix="hfedmoe-job-") as upload:
         fill_upload(Path(upload), dump_experiment(experiment), plugin_source(experiment.strategy.name))
-        options = ["--send-files"] * follow + ["--overwrite"] * overwrite
+        options = ["--send-files", *["--overwrite"] * overwrite]
         entrypoint = " ".join([python, "-u", "jobs/federate.py", *options, "config.yaml"])
-        job = _submit_job(client, entrypoint, upload, experiment.name)
+        about = {"run": experiment.name, "record": str(target)}
+        job = _submit_job(client, entrypoint, upload, about, job_server.place_of_driver(address))
     if not follow:
-        show(f"submitted {job}; follow it with: ray job logs {job} --follow\n")
+        show(f"submitted {job}; hfedmoe status tells how it goes, hfedmoe logs {experiment.name} brings its record\n")
         return 0
+    return _accompany(client, job, target, show)
+
+
+def logs(run: str | None, address: str | None, *, follow: bool = True, show: Show = _on_screen) -> int:
+    """Shows the log of a submitted run; when the run has ended, its record is written here as `submit` does.
+
+    Args:
+        run: Its name, or its job's. Default: the latest.
+        address: URL of the cluster's job server. Default: $RAY_API_SERVER_ADDRESS, else this machine.
+        follow: Wait for the end, rather than show what there is.
+        show: Is given the log, piece by piece.
+
+    Returns:
+        The job's exit code; 0 for one that has not ended.
+
+    Raises:
+        ClusterError: the cluster cannot be reached, refuses the token, or knows no such run.
+        KeyboardInterrupt: Ctrl-C while following; the job goes on.
+    """
+    client = job_server.connect(address)
+    found = job_server.find_run(client, run)
+    if follow or found.over:
+        return _accompany(client, found.job, Path(found.record), show)
+    receiver = Receiver()
+    show(receiver.feed(client.get_job_logs(found.job)))
+    show(receiver.flush())
+    return 0
+
+
+def _accompany(client: JobSubmissionClient, job: str, target: Path, show: Show) -> int:
+    """Shows a job's log to its end, brings the run's record to `target`, and returns the job's exit code."""
     receiver = Receiver()
     try:
-        asyncio.run(_follow(client, job, lambda piece: show(receiver.feed(piece))))
+        job_server.follow(client, job, lambda piece: show(receiver.feed(piece)))
     except KeyboardInterrupt:
-        show(f"\nnot followed any more; the job goes on. To end it: ray job stop {job}\n")
+        show(f"\nnot followed any more; the job goes on: hfedmoe logs {job}. To end it: hfedmoe stop {job}\n")
         raise
     show(receiver.flush())
     info = client.get_job_info(job)
@@ -94,20 +121,25 @@ def submit(
         show(f"{info.message}\n")
         return info.driver_exit_code or 1
     if (target / "summary.json").is_file():
-        show(f"the run is in {target}, which the cluster shares\n")
+        show(f"the run is in {target}\n")
         return 0
     files = receiver.write(target)
     show(f"received {', '.join(sorted(file.name for file in files))} in {target}\n")
     return 0
 
 
-def _submit_job(client: JobSubmissionClient, entrypoint: str, upload: str, run: str) -> str:
+def _submit_job(
+    client: JobSubmissionClient, entrypoint: str, upload: str, about: dict[str, str], place: dict[str, str]
+) -> str:
     """Hands the job over; a cluster that has just been started is given time until it takes jobs."""
     until = time.monotonic() + timeouts.JOB_AGENT
     while True:
         try:
             job: str = client.submit_job(
-                entrypoint=entrypoint, runtime_env={"working_dir": upload}, metadata={"run": run}
+                entrypoint=entrypoint,
+                runtime_env={"working_dir": upload},
+                metadata=about,
+                entrypoint_label_selector=place or None,
             )
         except RuntimeError as error:
             if "No available agent" not in str(error):
@@ -147,57 +179,3 @@ def fill_upload(directory: Path, config: str, plugin: Path | None = None) -> Non
     elif plugin is not None:
         shutil.copy(plugin, directory)
     (directory / "config.yaml").write_text(config, encoding="utf-8")
-
-
-def auth_headers() -> dict[str, str]:
-    """The header that carries the cluster's token, from where Ray itself looks for it; empty where there is none."""
-    if os.environ.get("RAY_AUTH_MODE", "token").lower() != "token":
-        return {}
-    token = os.environ.get("RAY_AUTH_TOKEN", "")
-    file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
-    if not token and file.is_file():
-        token = file.read_text(encoding="utf-8")
-    return {"Authorization": f"Bearer {token.strip()}"} if token.strip() else {}
-
-
-def _connect(address: str) -> JobSubmissionClient:
-    """Opens a job server by its URL."""
-    url = address if "://" in address else f"http://{address}"
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ClusterError(
-            f"{address} is not the address of a job server; write the URL of the cluster's dashboard, such as "
-            f"{DEFAULT_ADDRESS}."
-        )
-    try:
-        port = parts.port or (443 if parts.scheme == "https" else 80)
-        socket.create_connection((parts.hostname, port), timeout=timeouts.CONNECT).close()
-        return JobSubmissionClient(url, headers=auth_headers())
-    except AuthenticationError as error:
-        had = "refused the token that was sent" if auth_headers() else "wants a token, and none was found here"
-        raise ClusterError(f"The cluster at {url} {had} ({first_line(error)}) {TOKEN_ADVICE}") from error
-    except (OSError, RuntimeError) as error:
-        raise ClusterError(
-            f"No Ray job server answers at {url}: {first_line(error)} The dashboard must run on the head node (`ray "
-            "start --head --dashboard-host=0.0.0.0`, with ray[default]) and its port be reachable from here, for "
-            "example through `ssh -L 8265:localhost:8265 HEAD`."
-        ) from error
-
-
-async def _follow(client: Any, job: str, show: Callable[[str], object]) -> None:
-    """Shows a job's log until the job has ended, across broken connections."""
-    shown, problem = 0, "the log ended before the job"
-    for _ in range(RECONNECTS):
-        position = 0
-        try:
-            async for piece in client.tail_job_logs(job):
-                fresh = piece[max(0, shown - position) :]
-                position += len(piece)
-                if fresh:
-                    show(fresh)
-                    shown = position
-        except (RuntimeError, aiohttp.ClientError, OSError) as error:
-            problem = first_line(error)
-        if client.get_job_status(job).is_terminal():
-            return
-    raise ClusterError(f"The log of {job} cannot be followed: {problem} The job goes on: ray job logs {job} --follow")

@@ -7,6 +7,10 @@ CONNECT = 10.0
 """Opening a connection to a cluster's or a job server's port."""
 JOB_AGENT = 60.0
 """From a cluster's start until it takes jobs: its dashboard answers before the agent that starts them is there."""
+SURVEY = 60.0
+"""For every node of a cluster to tell what it is: a process has to be started on each."""
+JOB_STOP = 30.0
+"""From asking a job to end until it has: Ray kills what is left of it after three seconds."""
 CLIENT_START = 300.0
 """From creating a client actor until it has imported its libraries and loaded the model, files transferred included."""
 FIRST_CALL_GRACE = 60.0

@@ -15,25 +15,25 @@ import pytest
 import yaml
 from ray.job_submission import JobSubmissionClient
 from ray.runtime_env import RuntimeEnv
+from ray.util.state.common import StateResource
 from small_run import CONFIG, OVERRIDES, REPOSITORY
+from started_cluster import Started, started_cluster
 
-from hfedmoe_ray.errors import ClusterError, ConfigError
-from hfedmoe_ray.runtime.jobs import auth_headers, submit
+from hfedmoe_ray.cli import main
+from hfedmoe_ray.doctor import _job_server
+from hfedmoe_ray.errors import ClusterError, ConfigError, DataError
+from hfedmoe_ray.runtime.job_server import auth_headers
+from hfedmoe_ray.runtime.jobs import submit
 
 pytestmark = pytest.mark.ray
+PATHS = (REPOSITORY, REPOSITORY / "tests")
 TOKEN = "0123456789abcdef" * 4
-# Ray's agent for jobs listens on one fixed port, which another Ray of the machine, or one just killed, may hold; only
-# `ray start` has an option for it. It also notes where it listens: without that a job joins any Ray it finds.
-HEAD = """
-import functools, ray, socket, sys
-from ray._private import parameter, utils
-with socket.create_server(("127.0.0.1", 0)) as free:
-    port = free.getsockname()[1]
-parameter.RayParams = functools.partial(parameter.RayParams, dashboard_agent_listen_port=port)
-head = ray.init(address="local", num_cpus=2, object_store_memory=2**28, include_dashboard=True, _temp_dir=sys.argv[1])
-utils.write_ray_address(head.address_info["gcs_address"], sys.argv[1])
-print("http://" + head.dashboard_url, head.address_info["gcs_address"], flush=True)
-sys.stdin.read()
+EXAMINE = """
+import sys
+from hfedmoe_ray.doctor import _cluster
+from small_run import small_experiment
+for finding in _cluster(sys.argv[1], small_experiment(["runtime.slots=2"])):
+    print(finding.level, finding.what)
 """
 JOIN = """
 import sys
@@ -53,28 +53,19 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def started(home: Path) -> Iterator[tuple[str, str]]:
-    """(URL of the job server, address) of a head with another home directory than ours; it ends when its input does."""
+def started(home: Path) -> Iterator[Started]:
+    """A cluster whose jobs have another home directory than ours."""
     session = tempfile.mkdtemp(prefix="hfedmoe-test-", dir="/tmp")
-    environment = os.environ | {"HOME": str(home), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
-    process = subprocess.Popen(
-        [sys.executable, "-c", HEAD, session],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=environment,
-        cwd=REPOSITORY,
-    )
-    assert process.stdout is not None
-    url, address = next(line for line in process.stdout if line.startswith("http")).split()
-    yield url, address
-    process.communicate("", timeout=60)
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    ours = {"HOME": str(home), "PATH": path, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
+    with started_cluster(session, os.environ | ours, TOKEN) as started:
+        yield started
     shutil.rmtree(session, ignore_errors=True)
 
 
 @pytest.fixture
-def head(started: tuple[str, str]) -> str:
-    return started[0]
+def head(started: Started) -> str:
+    return started.url
 
 
 @pytest.fixture
@@ -83,15 +74,13 @@ def token(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("token")
-def test_a_submitted_run_succeeds_and_its_record_comes_home(
-    head: str, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_submitted_run_succeeds_away_from_the_head_and_its_record_comes_home(
+    started: Started, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.chdir(tmp_path)
-    log: list[str] = []
-    code = submit(
-        CONFIG, [*OVERRIDES, "rounds=1", "runtime.slots=1", "name=job"], head, python=sys.executable, show=log.append
-    )
-    text = "".join(log)
+    run = [str(CONFIG), *OVERRIDES, "rounds=1", "runtime.slots=1", "name=job"]
+    code = main(["submit", *run, "--address", started.url])
+    text = capsys.readouterr().out
     assert code == 0, text
     assert "round 1/1" in text
     assert "HFEDMOE RUN" not in text
@@ -102,18 +91,46 @@ def test_a_submitted_run_succeeds_and_its_record_comes_home(
         assert (here / name).read_bytes() == (there / name).read_bytes()
     assert json.loads((here / "summary.json").read_text())["status"] == "finished"
     assert (there / "checkpoints").is_dir()
-    with pytest.raises(ConfigError, match=r"job exists already.*--overwrite"):
-        submit(CONFIG, [*OVERRIDES, "name=job"], head)
+    # The driver's node. The server actor goes to the same; but where several nodes share a machine, as here, Ray joins
+    # a driver to the head's, so that it would say nothing.
+    roles = {node["node_id"]: node["labels"]["hfedmoe-role"] for node in started.list(StateResource.NODES)}
+    at = {actor["class_name"]: roles[actor["node_id"]] for actor in started.list(StateResource.ACTORS)}
+    assert at["JobSupervisor"] == "server"
+    assert at["ClientActor"] == "client"
+
+    shutil.rmtree(here)
+    assert main(["logs", "job", "--address", started.url]) == 0
+    assert "round 1/1" in capsys.readouterr().out
+    assert (here / "summary.json").read_bytes() == (there / "summary.json").read_bytes()
+    assert main(["submit", *run, "--address", started.url]) == ConfigError.exit_code
+    assert "--overwrite" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("token")
-def test_a_failed_job_has_its_exit_code_and_its_paragraph(head: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_failed_job_has_its_exit_code_and_its_paragraph(
+    head: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     monkeypatch.chdir(tmp_path)
-    log: list[str] = []
-    overrides = [*OVERRIDES, "name=broken", "data.source=/nowhere/missing.jsonl"]
-    assert submit(CONFIG, overrides, head, python=sys.executable, show=log.append) == 3
-    assert "/nowhere/missing.jsonl" in "".join(log)
+    broken = [str(CONFIG), *OVERRIDES, "name=broken", "data.source=/nowhere/missing.jsonl"]
+    assert main(["submit", *broken, "--address", head]) == DataError.exit_code
+    assert "/nowhere/missing.jsonl" in capsys.readouterr().out
     assert not (tmp_path / "runs" / "broken").exists()
+    assert main(["logs", "broken", "--address", head]) == DataError.exit_code
+    assert main(["stop", "broken", "--address", head]) == 0
+    assert "had ended already: failed" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("token")
+def test_a_submitted_run_is_stopped(head: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    run = [str(CONFIG), *OVERRIDES, "rounds=500", "name=endless", f"output={tmp_path}"]
+    assert main(["submit", *run, "--no-follow", "--address", head]) == 0
+    assert main(["stop", "endless", "--address", head]) == 0
+    assert "stopped" in capsys.readouterr().out
+    assert main(["status", "--address", head]) == 0
+    (row,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("endless"))
+    assert " stopped " in row
+    assert main(["stop", "endles", "--address", head]) == ClusterError.exit_code
+    assert "Did you mean endless?" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("token")
@@ -157,7 +174,7 @@ def test_a_refused_token_says_where_to_put_the_right_one(
 @pytest.mark.parametrize(
     ("environment", "what"),
     [
-        ({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}, "1 node"),
+        ({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}, "3 node"),
         ({"RAY_AUTH_MODE": "token"}, "wants a token, and this process has none. Ray looks for the token in"),
         (
             {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "f" * 64},
@@ -166,17 +183,31 @@ def test_a_refused_token_says_where_to_put_the_right_one(
     ],
     ids=["token", "no token", "wrong token"],
 )
-def test_joining_a_cluster_needs_its_token(
-    started: tuple[str, str], tmp_path: Path, environment: dict[str, str], what: str
-):
-    assert what in join(started[1], HOME=str(tmp_path), **environment)
+def test_joining_a_cluster_needs_its_token(started: Started, tmp_path: Path, environment: dict[str, str], what: str):
+    assert what in join(started.address, HOME=str(tmp_path), **environment)
 
 
-def test_joining_a_cluster_of_another_version(started: tuple[str, str]):
+def test_joining_a_cluster_of_another_version(started: Started):
     changed = "import ray; ray.__version__ = '1.0.0'" + JOIN
-    told = join(started[1], changed, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=TOKEN)
+    told = join(started.address, changed, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=TOKEN)
     assert "Ray: 1.0.0" in told
     assert "Install the cluster's versions" in told
+
+
+@pytest.mark.usefixtures("token")
+def test_the_doctor_asks_every_node(started: Started):
+    told = join(
+        started.address,
+        EXAMINE,
+        RAY_AUTH_MODE="token",
+        RAY_AUTH_TOKEN=TOKEN,
+        PYTHONPATH=os.pathsep.join(map(str, PATHS)),
+    )
+    assert "ok 3 nodes with hfedmoe_ray" in told
+    assert "ok the run directory is shared by 3 nodes and writable" in told
+    assert "ok the clients of quickstart fit, 2 at once" in told
+    assert told.count("the object store of node") == 3
+    assert _job_server(started.url).level == "ok"
 
 
 def join(address: str, program: str = JOIN, **environment: str) -> str:

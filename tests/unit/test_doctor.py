@@ -1,13 +1,17 @@
 """The examination finds what is wrong, and says how to mend it."""
 
 from collections import namedtuple
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from small_run import small_experiment
 
-from hfedmoe_ray import doctor
+from hfedmoe_ray import __version__, doctor
 from hfedmoe_ray.cli import main
-from hfedmoe_ray.doctor import Finding, examine
+from hfedmoe_ray.diagnosis import Finding, NodeReport, fits, store_holds, survey_findings
+from hfedmoe_ray.doctor import examine
+from hfedmoe_ray.packing import NodeCapacity
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -97,6 +101,47 @@ def test_an_unreachable_cluster_is_a_problem():
     assert "127.0.0.1:9" in finding.what
 
 
+@pytest.mark.parametrize(
+    ("overrides", "gpus", "level", "says"),
+    [
+        ([], 0, "ok", "fit, 2 at once"),
+        (["clients.tiers.0.device=0.3"], 1, "ok", "0.3 GPU"),
+        (["clients.tiers.0.num_gpus=2", "clients.tiers.0.device=2"], 1, "problem", "tier phone"),
+        (["clients.tiers.0.labels={site: far}"], 0, "problem", "has no label site=far"),
+    ],
+)
+def test_it_says_whether_an_experiments_clients_find_room(overrides: list[str], gpus: int, level: str, says: str):
+    node = NodeCapacity(node="n", name="n", cpus=2, gpus=gpus, memory_bytes=16 << 30)
+    finding = fits(small_experiment(overrides), [node])
+    assert finding.level == level
+    assert says in finding.what
+
+
+def test_an_object_store_too_small_for_a_round_is_worth_a_note():
+    experiment = small_experiment()
+    assert store_holds(experiment, 1 << 30, "here").level == "ok"
+    small = store_holds(experiment, 1 << 20, "here")
+    assert small.level == "note"
+    assert "--object-store-memory=" in small.remedy
+    few = small_experiment(["clients.per_round=1"])
+    assert store_holds(few, 1 << 20, "here").remedy != small.remedy, "a smaller round needs less"
+
+
+def test_what_nodes_say_of_themselves_becomes_findings():
+    node = NodeReport(name="a", package=__version__, store_bytes=8, shm_bytes=8, sees=True, writes=True)
+    assert [one.level for one in survey_findings([node, node])] == ["ok", "ok"]
+
+    def problems(**changes: object) -> str:
+        findings = survey_findings([node, replace(node, name="b", **changes)])
+        return " ".join(f"{one.level}: {one.what}" for one in findings if one.level != "ok")
+
+    assert problems(error="No module named 'hfedmoe_ray'.").startswith("problem: node b cannot run clients")
+    assert "but b has 0.0" in problems(package="0.0")
+    assert problems(shm_bytes=4).startswith("note: node b: /dev/shm")
+    assert problems(sees=False, writes=False) == "note: the run directory is not shared: not seen by 1 node (b)"
+    assert problems(writes=False).startswith("problem: the run directory is shared, but cannot be written on b")
+
+
 @pytest.mark.ray
 def test_a_private_ray_starts():
     finding = doctor._ray(None)
@@ -109,7 +154,7 @@ def test_the_exit_code_tells_whether_there_is_a_problem(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], level: str, code: int
 ):
     found = [Finding(level="ok", what="fine"), Finding(level=level, what="so-so", remedy="do this")]
-    monkeypatch.setattr(doctor, "examine", lambda _: iter(found))
+    monkeypatch.setattr(doctor, "examine", lambda *_: iter(found))
     assert main(["doctor"]) == code
     said = capsys.readouterr().out
     assert all(word in said for word in ("fine", level, "so-so", "do this"))
@@ -118,4 +163,5 @@ def test_the_exit_code_tells_whether_there_is_a_problem(
 def test_the_named_cluster_is_examined_last(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(doctor, "_training", lambda: Finding(level="ok", what=""))
     monkeypatch.setattr(doctor, "_ray", lambda address: Finding(level="ok", what=f"ray {address}"))
+    monkeypatch.setattr(doctor, "_cluster", lambda *_: iter(()))
     assert [finding.what for finding in examine("head:6379")][-2:] == ["ray None", "ray head:6379"]
