@@ -35,7 +35,7 @@ def on_files(files: Files, *, config: MkDocsConfig) -> Files:
 
 def page() -> str:
     """The whole page, as Markdown."""
-    top = click.Context(commands, info_name="hfedmoe", terminal_width=90, **commands.context_settings)
+    top = click.Context(commands, info_name="hfedmoe", terminal_width=80, **commands.context_settings)
     return "\n".join([INTRODUCTION, *_command(commands, top), JOBS])
 
 
