@@ -63,9 +63,9 @@ class RoundReport:
     """Mean over clients of the accuracy on their own test split, holding only their resident experts."""
     clients: tuple[ClientRecord, ...]
     selected: tuple[tuple[int, ...], ...]
-    """How many clients trained each expert, [L][E]."""
+    """How many clients trained each expert, `[L][E]`."""
     usage: tuple[tuple[float, ...], ...]
-    """Mean gate value of each expert over the cohort's tokens, [L][E]."""
+    """Mean gate value of each expert over the cohort's tokens, `[L][E]`."""
     bytes_up: int
     bytes_down: int
     seconds: float

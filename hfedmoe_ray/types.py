@@ -112,7 +112,7 @@ class LoadBalance:
     rho: float = 0.0
     """Share of the cohort's load in F, 0 to 1; the rest is the load of the batch."""
     load: tuple[tuple[float, ...], ...] = ()
-    """fbar, the cohort's load: each expert's share of its layer's choices, [L][E]; may be empty where rho is 0."""
+    """fbar, the cohort's load: each expert's share of its layer's choices, `[L][E]`; may be empty where rho is 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +120,7 @@ class ExpertPlan:
     """What one client holds, trains and is given for the experts it does not hold, in one round."""
 
     roles: tuple[tuple[Role, ...], ...]
-    """Role of every expert, [L][E]."""
+    """Role of every expert, `[L][E]`."""
     absent: AbsentMode = "mean"
     """What stands in for an ABSENT expert: its mean output, nothing, the token's next present expert, or the merged
     expert it is a member of."""

@@ -29,7 +29,7 @@ from hfedmoe_ray.types import (
 
 
 class HFedMoE(Strategy[configs.HFedMoE]):
-    """The method of the paper, with the decisions of the README where the paper is silent.
+    """The method of the paper, with our decisions (docs/method.md) where the paper is silent.
 
     `state`, with `coverage`: "holders" int [L, E], how many clients have held each expert.
     """

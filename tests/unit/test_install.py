@@ -55,11 +55,11 @@ def test_every_import_of_the_package_is_a_declared_requirement():
 
 def test_make_alone_lists_the_targets():
     listed = {line.split()[1] for line in make().splitlines()}
-    assert listed == {"help", "install", "quickstart", "test", "check", "clean"}
+    assert listed == {"help", "install", "quickstart", "test", "check", "docs", "clean"}
 
 
 def test_quickstart_test_and_check_install_first_and_only_once():
-    for target in ("quickstart", "test", "check"):
+    for target in ("quickstart", "test", "check", "docs"):
         # -o and -W: as if the environment were up to date, or something it depends on had changed.
         assert "-m venv" not in make("--dry-run", "-o", ".venv/.installed", target)
         assert "-m venv" in make("--dry-run", "-W", "constraints-cpu.txt", target)
