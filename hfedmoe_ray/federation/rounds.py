@@ -379,6 +379,7 @@ class Federation:
             participation=participation,
             simulated=simulated,
             ahead=ahead,
+            nodes=self.executor.usage(),
         )
         if found is None:
             self.state.unmeasured = report

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -11,9 +11,22 @@ import wandb_file
 from recorded_run import EXPERTS, LAYERS, ROUNDS, TIERS, facts, round_report, summary, tell_run
 
 from hfedmoe_ray.config.running import Wandb
+from hfedmoe_ray.tracking.files import FileTracker
+from hfedmoe_ray.tracking.tracker import Trackers
 from hfedmoe_ray.tracking.wandb import WandbTracker, resolve_mode
 
 OFFLINE = Wandb(mode="offline", project="tests", group="unit")
+
+
+def tracker(
+    run_dir: Path,
+    warn: Callable[[str], object],
+    settings: Wandb = OFFLINE,
+    save_model: Callable[[Path], None] = Path.mkdir,
+) -> Trackers:
+    """W&B after the files, as a run has them."""
+    wandb_tracker = WandbTracker(run_dir, settings, "quickstart", warn=warn, save_model=save_model)
+    return Trackers([FileTracker(run_dir), wandb_tracker])
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +41,7 @@ def logged(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The file of a whole run, and nothing on the screen."""
     run_dir = tmp_path_factory.mktemp("run") / "quickstart"
     warnings: list[str] = []
-    tell_run(WandbTracker(run_dir, OFFLINE, "quickstart", warn=warnings.append))
+    tell_run(tracker(run_dir, warnings.append))
     assert not warnings
     (path,) = run_dir.glob("wandb/offline-run-*/*.wandb")
     yield path
@@ -85,13 +98,13 @@ def test_round_is_the_step_of_every_metric(logged: Path) -> None:
 
 
 def test_nothing_is_printed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    tell_run(WandbTracker(tmp_path / "quiet", OFFLINE, "quiet", warn=print), last=0)
+    tell_run(tracker(tmp_path / "quiet", print), last=0)
     assert capfd.readouterr() == ("", "")
 
 
 def test_a_resumed_run_keeps_its_identity(tmp_path: Path) -> None:
     for resumed_from in (None, 0, None):
-        tell_run(WandbTracker(tmp_path, OFFLINE, "again", warn=print), 0, facts(resumed_from=resumed_from))
+        tell_run(tracker(tmp_path, print), 0, facts(resumed_from=resumed_from))
     logs = sorted(tmp_path.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime_ns)
     first, second, third = (wandb_file.run_record(path).run_id for path in logs)
     assert first == second
@@ -111,14 +124,16 @@ def test_a_failure_is_told_once_and_never_raised(
     warnings: list[str] = []
     with monkeypatch.context() as broken_wandb:
         broken_wandb.setattr(where, broken, fail)
-        tell_run(WandbTracker(tmp_path / "broken", OFFLINE, "broken", warn=warnings.append))
+        tell_run(tracker(tmp_path / "broken", warnings.append))
     assert len(warnings) == 1
     assert "(ConnectionError: W&B is on the moon);" in warnings[0]
-    assert ("wandb sync" in warnings[0]) == (broken != "init"), "nothing was written that could be sent"
+    assert (f"`hfedmoe wandb sync {tmp_path}/broken`" in warnings[0]) == (broken != "init"), (
+        "nothing was written that could be sent"
+    )
     assert calls == [broken], "after a failure W&B is left alone"
 
     # What the failed run left open in this process must not swallow the next one.
-    tell_run(WandbTracker(tmp_path / "next", OFFLINE, "next", warn=warnings.append), last=1)
+    tell_run(tracker(tmp_path / "next", warnings.append), last=1)
     (path,) = (tmp_path / "next").glob("wandb/offline-run-*/*.wandb")
     assert len(wandb_file.history(path)) == 2
     assert len(warnings) == 1
@@ -131,21 +146,21 @@ def test_a_run_whose_server_cannot_be_reached_is_logged_offline(
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     monkeypatch.setattr("hfedmoe_ray.tracking.wandb.INIT_TIMEOUT_S", 2.0)
     warnings: list[str] = []
-    tell_run(WandbTracker(tmp_path, Wandb(mode="auto"), "unreachable", warn=warnings.append), last=1)
+    tell_run(tracker(tmp_path, warnings.append, Wandb(mode="auto")), last=1)
     (path,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
     assert [line["round"] for line in wandb_file.history(path)] == [0, 1]
     (warning,) = warnings
     assert "cannot be reached (CommError: " in warning
-    assert f"`wandb sync {path.parent}`" in warning
+    assert f"`hfedmoe wandb sync {tmp_path}`" in warning
     assert wandb_file.run_record(path).run_id == (tmp_path / "wandb" / "run-id").read_text().strip()
 
 
 def test_disabled_does_not_even_import_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     warnings: list[str] = []
-    tell_run(WandbTracker(tmp_path / "off", Wandb(mode="disabled"), "off", warn=warnings.append))
+    tell_run(tracker(tmp_path / "off", warnings.append, Wandb(mode="disabled")))
     assert not warnings
-    assert not (tmp_path / "off").exists()
+    assert not (tmp_path / "off" / "wandb").exists()
 
 
 def test_auto_is_online_only_with_credentials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
