@@ -1,9 +1,11 @@
 """A run's numbers as Ray metrics, which Ray serves on every node's metrics port in Prometheus' format.
 
 `cluster/grafana/hfedmoe.json` draws them. Ray puts `ray_` before every name, and adds the session and the node; a run
-is told apart by its label `run`.
+is told apart by its label `run`. Ray forgets a gauge that was not set for two of its export intervals (of ten seconds),
+and a round may take longer: so a thread sets them again and again.
 """
 
+import threading
 from collections import Counter as Count
 from collections.abc import Mapping
 from typing import Any
@@ -12,6 +14,8 @@ from ray.util.metrics import Counter, Gauge
 
 from hfedmoe_ray.records import RoundReport
 
+REPEAT_S = 5.0
+"""Between two times that the gauges are set."""
 GAUGES = {
     "hfedmoe_rounds": "Rounds the run is to have",
     "hfedmoe_round": "Last complete round",
@@ -33,7 +37,7 @@ CLIENTS = "hfedmoe_clients_total"
 
 
 class RayMetrics:
-    """Tells Ray's metrics agent of a run (see `Tracker`). Every call only notes a number in this process."""
+    """Tells Ray's metrics agent of a run (see `Tracker`). Every call only notes numbers in this process."""
 
     def __init__(self, run: str) -> None:
         """Registers the metrics under the run's name."""
@@ -42,6 +46,9 @@ class RayMetrics:
         self._counters = {name: Counter(name, text, ("run",)) for name, text in COUNTERS.items()}
         self._phases = Gauge(PHASE_SECONDS, "Seconds of the last round, by phase", ("run", "phase"))
         self._clients = Counter(CLIENTS, "Results of clients, by tier and status", ("run", "tier", "status"))
+        self._values: dict[tuple[str, str], float] = {}
+        """Values of gauges by (name, phase); no phase is empty."""
+        self._ended = threading.Event()
         self._running: set[tuple[int, str, int]] = set()
         """(round, kind, client) of the tasks that have been started and not finished."""
 
@@ -49,6 +56,7 @@ class RayMetrics:
         """Tells how many rounds there are to be."""
         del facts
         self._set("hfedmoe_rounds", config["rounds"])
+        threading.Thread(target=self._repeat, name="ray-metrics", daemon=True).start()
 
     def event(self, name: str, fields: Mapping[str, Any]) -> None:
         """Counts the clients at work, and those that are tried again."""
@@ -71,16 +79,30 @@ class RayMetrics:
         self._add("hfedmoe_bytes_up_total", report.bytes_up)
         self._add("hfedmoe_bytes_down_total", report.bytes_down)
         for phase, seconds in report.phases.items():
-            self._phases.set(seconds, self._labels | {"phase": phase})
+            self._set(PHASE_SECONDS, seconds, phase)
         for (tier, status), count in Count((one.tier, one.status) for one in report.clients).items():
             self._clients.inc(count, self._labels | {"tier": tier, "status": status})
 
     def finish(self, summary: Mapping[str, Any]) -> None:
-        """Nothing is left to tell: the process ends, and Ray takes its gauges away."""
+        """Lets the gauges go; Ray forgets them some twenty seconds later."""
+        del summary
+        self._ended.set()
 
-    def _set(self, name: str, value: float | None) -> None:
+    def _set(self, name: str, value: float | None, phase: str = "") -> None:
         if value is not None:
+            self._values[name, phase] = value
+            self._show(name, value, phase)
+
+    def _show(self, name: str, value: float, phase: str) -> None:
+        if phase:
+            self._phases.set(value, self._labels | {"phase": phase})
+        else:
             self._gauges[name].set(value, self._labels)
+
+    def _repeat(self) -> None:
+        while not self._ended.wait(REPEAT_S):
+            for (name, phase), value in list(self._values.items()):
+                self._show(name, value, phase)
 
     def _add(self, name: str, value: float) -> None:
         if value:

@@ -65,6 +65,7 @@ def destinations(
 
 
 def _own(name: str, run_dir: Path) -> Tracker:
+    run_dir.mkdir(parents=True, exist_ok=True)
     try:
         tracker: Tracker = load_tracker(name)(run_dir)
     except Exception as error:

@@ -41,6 +41,8 @@ class MLflowTracker:
 
     def start(self, config: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
         """Opens a run with the configuration as parameters; a resumed run continues the one it had."""
+        # Before the import: MLflow reports its use to its makers unless it is told not to, as Ray would.
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         from mlflow import MlflowClient
         from mlflow.entities import Param
 

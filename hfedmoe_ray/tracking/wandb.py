@@ -30,8 +30,6 @@ UPLOAD_MIB_S = 1.0
 """How slow the network may be when the final model is sent: the end of a run then waits for longer."""
 RECORD_MIB = 32.0
 """Largest file of the run directory that becomes an artifact."""
-BEST = {"global/accuracy": "max", "own/accuracy": "max", "global/loss": "min"}
-"""What the table of runs shows of a metric besides its last value."""
 _MIB = 2.0**20
 _CREDENTIALS = ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")
 
@@ -153,8 +151,6 @@ class WandbTracker:
         )
         self._run.define_metric("round")
         self._run.define_metric("*", step_metric="round")
-        for metric, best in BEST.items():
-            self._run.define_metric(metric, step_metric="round", summary=f"{best},last")
 
     def _log(self, report: RoundReport) -> None:
         assert self._scalars is not None
