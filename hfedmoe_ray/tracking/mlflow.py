@@ -53,10 +53,9 @@ class MLflowTracker:
         resumed_from = facts.get("resumed_from")
         self._client = MlflowClient(tracking_uri=uri)
         identity = self._dir / DIRECTORY / "run-id"
-        resumed = resumed_from is not None and identity.exists()
-        missed = self._told.begin(resumed=resumed)
+        missed = self._told.begin(resumed=resumed_from is not None)
         self._scalars = RoundScalars(self._dir, tier_names(config), resumed_from)
-        if resumed:
+        if resumed_from is not None and identity.exists():
             self._run = identity.read_text(encoding="utf-8").strip()
             self._client.update_run(self._run, status="RUNNING")
         else:
@@ -81,10 +80,11 @@ class MLflowTracker:
         from mlflow.entities import Metric
 
         assert self._scalars is not None
+        numbers = self._scalars.of(report)  # also of a round that is there already: it counts in the totals
         if report.round in self._told:
             return
         now = int(time.time() * 1000)
-        metrics = [Metric(name, value, now, report.round) for name, value in self._scalars.of(report).items()]
+        metrics = [Metric(name, value, now, report.round) for name, value in numbers.items()]
         for begin in range(0, len(metrics), BATCH):
             self._client.log_batch(self._run, metrics=metrics[begin : begin + BATCH])
         self._told.add(report.round)

@@ -66,9 +66,10 @@ class TensorBoardTracker:
     def round(self, report: RoundReport) -> None:
         """Writes a round to disk, unless it is there already."""
         assert self._scalars is not None
+        numbers = self._scalars.of(report)  # also of a round that is there already: it counts in the totals
         if report.round in self._told:
             return
-        for name, value in self._scalars.of(report).items():
+        for name, value in numbers.items():
             self._writer.add_scalar(name, value, report.round)
         self._writer.flush()
         self._told.add(report.round)

@@ -155,8 +155,9 @@ class WandbTracker:
     def _log(self, report: RoundReport) -> None:
         assert self._scalars is not None
         assert self._pictures is not None
+        numbers = self._scalars.of(report)  # also of a round that is there already: it counts in the totals
         if report.round not in self._told:
-            self._run.log(self._scalars.of(report) | self._pictures.of(report))
+            self._run.log(numbers | self._pictures.of(report))
             self._told.add(report.round)
 
     def _finish(self, summary: Mapping[str, Any]) -> None:
