@@ -16,7 +16,7 @@ REACH_TIMEOUT_S = 10.0
 
 
 def offline_logs(run_dir: Path) -> tuple[Path, ...]:
-    """What a run has logged offline and not sent yet: a directory for each time it was started or resumed, in order.
+    """What a run has logged offline and not sent yet: a file for each time it was started or resumed, in order.
 
     Raises:
         CheckpointError: it has logged nothing offline.
@@ -27,7 +27,7 @@ def offline_logs(run_dir: Path) -> tuple[Path, ...]:
             f"{run_dir} has nothing to send to Weights & Biases: there is no {run_dir}/wandb/offline-run-*. Either the "
             "run was online, tracking.wandb.mode was disabled, or this is not the directory of a run."
         )
-    return tuple(log.parent for log in logs if not log.with_suffix(".wandb.synced").exists())
+    return tuple(log for log in logs if not _is_sent(log))
 
 
 def sync(logs: Sequence[Path]) -> None:
@@ -51,9 +51,15 @@ def sync(logs: Sequence[Path]) -> None:
             f"Weights & Biases at {server_url()} cannot be reached: {error}. Nothing was sent, and nothing is lost: "
             "give this command again where there is a network."
         ) from error
-    done = subprocess.run([sys.executable, "-m", "wandb", "sync", *map(str, logs)], check=False)
-    if done.returncode:
+    done = subprocess.run([sys.executable, "-m", "wandb", "sync", *(str(log.parent) for log in logs)], check=False)
+    # It ends with 0 also where the server has refused a run; what it has sent it marks.
+    unsent = [log for log in logs if not _is_sent(log)]
+    if done.returncode or unsent:
         raise TrackingError(
-            f"`wandb sync` failed with {done.returncode}; what it said is above. What was not sent is still there: "
-            "give this command again."
+            f"`wandb sync` has not sent {len(unsent)} of {len(logs)} logs to {server_url()}; what it said is above. "
+            "Nothing is lost: give this command again when that is mended."
         )
+
+
+def _is_sent(log: Path) -> bool:
+    return log.with_suffix(".wandb.synced").exists()
