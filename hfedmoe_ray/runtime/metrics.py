@@ -14,7 +14,7 @@ from ray.util.metrics import Counter, Gauge
 
 from hfedmoe_ray.records import RoundReport
 
-REPEAT_S = 5.0
+REPEAT_S = 1.0
 """Between two times that the gauges are set."""
 GAUGES = {
     "hfedmoe_rounds": "Rounds the run is to have",
@@ -84,9 +84,10 @@ class RayMetrics:
             self._clients.inc(count, self._labels | {"tier": tier, "status": status})
 
     def finish(self, summary: Mapping[str, Any]) -> None:
-        """Lets the gauges go; Ray forgets them some twenty seconds later."""
+        """Sets the gauges a last time; Ray forgets them some twenty seconds later."""
         del summary
         self._ended.set()
+        self._show_all()
 
     def _set(self, name: str, value: float | None, phase: str = "") -> None:
         if value is not None:
@@ -101,8 +102,11 @@ class RayMetrics:
 
     def _repeat(self) -> None:
         while not self._ended.wait(REPEAT_S):
-            for (name, phase), value in list(self._values.items()):
-                self._show(name, value, phase)
+            self._show_all()
+
+    def _show_all(self) -> None:
+        for (name, phase), value in list(self._values.items()):
+            self._show(name, value, phase)
 
     def _add(self, name: str, value: float) -> None:
         if value:

@@ -53,7 +53,7 @@ class MLflowTracker:
         resumed_from = facts.get("resumed_from")
         self._client = MlflowClient(tracking_uri=uri)
         identity = self._dir / DIRECTORY / "run-id"
-        missed = self._told.begin(resumed=resumed_from is not None)
+        self._told.begin(resumed=resumed_from is not None)
         self._scalars = RoundScalars(self._dir, tier_names(config), resumed_from)
         if resumed_from is not None and identity.exists():
             self._run = identity.read_text(encoding="utf-8").strip()
@@ -69,7 +69,7 @@ class MLflowTracker:
             params = [Param(key, value) for key, value in parameters(config)]
             for begin in range(0, len(params), BATCH):
                 self._client.log_batch(self._run, params=params[begin : begin + BATCH])
-        for report in missed:
+        for report in self._told.missed() if resumed_from is not None else ():
             self.round(report)
 
     def event(self, name: str, fields: Mapping[str, Any]) -> None:
@@ -87,7 +87,7 @@ class MLflowTracker:
         metrics = [Metric(name, value, now, report.round) for name, value in numbers.items()]
         for begin in range(0, len(metrics), BATCH):
             self._client.log_batch(self._run, metrics=metrics[begin : begin + BATCH])
-        self._told.add(report.round)
+        self._told.set(report.round)
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Closes the run; its configuration, facts and summary become artifacts."""

@@ -51,7 +51,9 @@ def sync(logs: Sequence[Path]) -> None:
             f"Weights & Biases at {server_url()} cannot be reached: {error}. Nothing was sent, and nothing is lost: "
             "give this command again where there is a network."
         ) from error
-    done = subprocess.run([sys.executable, "-m", "wandb", "sync", *(str(log.parent) for log in logs)], check=False)
+    command = [sys.executable, "-m", "wandb", "sync", *(str(log.parent.resolve()) for log in logs)]
+    # Its own log goes beside the runs, not into a new directory here.
+    done = subprocess.run(command, check=False, cwd=logs[0].parents[2])
     # It ends with 0 also where the server has refused a run; what it has sent it marks.
     unsent = [log for log in logs if not _is_sent(log)]
     if done.returncode or unsent:

@@ -50,14 +50,14 @@ class TensorBoardTracker:
         if resumed_from is None:
             for old in directory.glob("events.out.tfevents.*"):
                 old.unlink()
-        missed = self._told.begin(resumed=resumed_from is not None)
+        self._told.begin(resumed=resumed_from is not None)
         self._scalars = RoundScalars(self._dir, tier_names(config), resumed_from)
         self._writer = SummaryWriter(str(directory))
         if resumed_from is None:
             text = dump_experiment(Experiment.model_validate(config))
             self._writer.add_text("configuration", "".join(f"    {line}\n" for line in text.splitlines()), 0)
             self._writer.add_custom_scalars(LAYOUT)
-        for report in missed:
+        for report in self._told.missed() if resumed_from is not None else ():
             self.round(report)
 
     def event(self, name: str, fields: Mapping[str, Any]) -> None:
@@ -72,7 +72,7 @@ class TensorBoardTracker:
         for name, value in numbers.items():
             self._writer.add_scalar(name, value, report.round)
         self._writer.flush()
-        self._told.add(report.round)
+        self._told.set(report.round)
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Closes the file: the summary is in summary.json."""

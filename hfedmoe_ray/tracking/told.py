@@ -19,19 +19,20 @@ class Told:
         self._path = run_dir / destination / "rounds-told"
         self._last = -1
 
-    def begin(self, *, resumed: bool) -> tuple[RoundReport, ...]:
-        """Begins anew or goes on; returns the rounds of the record that were not told, which are to be told now."""
-        self._last = int(self._path.read_text()) if resumed and self._path.exists() else -1
+    def begin(self, *, resumed: bool) -> None:
+        """Begins anew, or goes on where the last process of the run ended."""
+        last = int(self._path.read_text()) if resumed and self._path.exists() else -1
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._path.write_text(f"{self._last}\n")
-        if not resumed:
-            return ()
+        self.set(last)
+
+    def missed(self) -> tuple[RoundReport, ...]:
+        """The rounds of the run's record that were not told, in order."""
         return tuple(report for report in read_run(self._run_dir).rounds if report.round > self._last)
 
     def __contains__(self, round: int) -> bool:
         return round <= self._last
 
-    def add(self, round: int) -> None:
-        """Notes that a round has been told."""
+    def set(self, round: int) -> None:
+        """Notes the last round that has been told."""
         self._last = round
         self._path.write_text(f"{round}\n")

@@ -106,7 +106,8 @@ class WandbTracker:
 
         resumed_from = facts.get("resumed_from")
         self._dir.mkdir(parents=True, exist_ok=True)
-        missed = self._told.begin(resumed=resumed_from is not None)
+        self._told.begin(resumed=resumed_from is not None)
+        sent = _set_aside(self._dir) if resumed_from is not None else False
         self._scalars = RoundScalars(self._dir, tier_names(config), resumed_from)
         self._pictures = Pictures(config["rounds"], facts.get("clients") or ())
         identity = _run_id(self._dir, resumed=resumed_from is not None)
@@ -123,7 +124,14 @@ class WandbTracker:
                 f"Weights & Biases cannot be reached ({_told(error)}); the run goes on and is logged offline. Send it "
                 f"when it has ended: {self._sync()}"
             )
-        for report in missed:
+        if resumed_from is None:
+            return
+        # How much of what it was told W&B has, it knows itself where it is online. A new file has nothing.
+        if self._mode == "online":
+            self._told.set(int(self._run.starting_step) - 1)
+        elif not sent:
+            self._told.set(-1)
+        for report in self._told.missed():
             self._log(report)
 
     def _open(self, config: Mapping[str, Any], facts: Mapping[str, Any], identity: str) -> None:
@@ -157,8 +165,8 @@ class WandbTracker:
         assert self._pictures is not None
         numbers = self._scalars.of(report)  # also of a round that is there already: it counts in the totals
         if report.round not in self._told:
-            self._run.log(numbers | self._pictures.of(report))
-            self._told.add(report.round)
+            self._run.log(numbers | self._pictures.of(report), step=report.round, commit=True)
+            self._told.set(report.round)
 
     def _finish(self, summary: Mapping[str, Any]) -> None:
         import wandb
@@ -208,6 +216,20 @@ class WandbTracker:
     def _sync(self) -> str:
         """The command that sends what was written here."""
         return f"`hfedmoe wandb sync {self._dir}`"
+
+
+def _set_aside(run_dir: Path) -> bool:
+    """Renames the offline logs of a run that is resumed, if none was sent yet; returns whether any was.
+
+    Of a process that was killed the last rounds are missing in them, and W&B can not append to one: the new log has all
+    rounds, and the others are not to be sent as well.
+    """
+    logs = list(run_dir.glob("wandb/offline-run-*"))
+    if any(list(log.glob("*.wandb.synced")) for log in logs):
+        return True
+    for log in logs:
+        log.rename(log.with_name(f"superseded-{log.name}"))
+    return False
 
 
 def _told(error: Exception) -> str:

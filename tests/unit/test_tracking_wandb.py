@@ -115,7 +115,7 @@ def test_nothing_is_printed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -
 def test_a_resumed_run_keeps_its_identity(tmp_path: Path) -> None:
     for resumed_from in (None, 0, None):
         tell_run(tracker(tmp_path, print), 0, facts(resumed_from=resumed_from))
-    logs = sorted(tmp_path.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime_ns)
+    logs = sorted(tmp_path.glob("wandb/*offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime_ns)
     first, second, third = (wandb_file.run_record(path).run_id for path in logs)
     assert first == second
     assert third != first
