@@ -33,8 +33,8 @@ Exit codes:
   1  doctor found a problem,      6  Ray cluster unreachable, or refuses
      or a bug (with a traceback)  7  training stopped
   2  configuration or usage       8  run directory or checkpoint
-  3  data                       130  interrupted: go on with `hfedmoe resume`
-  4  model
+  3  data                         9  a tracking server is unreachable, or refuses
+  4  model                      130  interrupted: go on with `hfedmoe resume`
 """
 BUG = "error: this is a bug in hfedmoe, not a mistake of yours. Please report it with the traceback above."
 
