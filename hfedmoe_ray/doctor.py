@@ -157,7 +157,7 @@ def _wandb() -> Finding:
         return Finding(level="ok", what="Weights & Biases: there is an API key, runs are sent online")
     what = "Weights & Biases: no API key, runs are kept offline in runs/NAME/wandb"
     return Finding(
-        level="ok", what=what, remedy="To send them: wandb login; afterwards for old ones: wandb sync DIRECTORY."
+        level="ok", what=what, remedy="To send them: wandb login; afterwards for old ones: hfedmoe wandb sync RUN."
     )
 
 

@@ -51,3 +51,9 @@ class CheckpointError(HFedMoEError):
     """A run directory or checkpoint is missing, damaged, or belongs to another configuration."""
 
     exit_code = 8
+
+
+class TrackingError(HFedMoEError):
+    """A tracking server, such as that of Weights & Biases, cannot be reached or does not take what it is sent."""
+
+    exit_code = 9

@@ -50,6 +50,24 @@ class BenchmarkScore:
 
 
 @dataclass(frozen=True, kw_only=True)
+class NodeUsage:
+    """How busy one machine was, everything that runs on it counted."""
+
+    node: int
+    """Its number in this run, from 0 in the order in which nodes were first seen."""
+    name: str
+    """Its address."""
+    cpu_percent: float
+    """Mean over all cores and the time since the report before."""
+    memory_percent: float
+    """In use at the moment of the report."""
+    gpu_percent: tuple[float, ...] = ()
+    """Of each GPU, mean over samples taken every ten seconds."""
+    gpu_memory_percent: tuple[float, ...] = ()
+    """Of each GPU, the largest of these samples."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RoundReport:
     """One round as it is tracked: a line of `metrics.jsonl`, a step in W&B, a row on the screen."""
 
@@ -82,3 +100,5 @@ class RoundReport:
     """What the round would take on the tiers' devices: its slowest client's, of those that were waited for."""
     benchmarks: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """What the global model answered, fields of `BenchmarkScore` by benchmark (first and last round only)."""
+    nodes: tuple[NodeUsage, ...] = ()
+    """The machines of the run, the first 64 of them; those that did not answer in time are left out."""

@@ -14,6 +14,7 @@ from safetensors.numpy import load_file
 
 from hfedmoe_ray.config.evaluation import Evaluation
 from hfedmoe_ray.config.load import load_experiment
+from hfedmoe_ray.config.running import Tracking, Wandb
 from hfedmoe_ray.errors import CheckpointError
 from hfedmoe_ray.types import Array
 
@@ -61,9 +62,7 @@ def verify_run(
             "backend": backend or experiment.backend,
             "evaluate": Evaluation(every=last + 1, own="never"),
             "runtime": experiment.runtime.model_copy(update={"keep_checkpoints": len(repeated) + 1}),
-            "tracking": experiment.tracking.model_copy(
-                update={"wandb": experiment.tracking.wandb.model_copy(update={"mode": "disabled"})}
-            ),
+            "tracking": Tracking(wandb=Wandb(mode="disabled")),
         }
     )
     with tempfile.TemporaryDirectory(prefix="hfedmoe-verify-") as directory:

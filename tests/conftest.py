@@ -123,6 +123,7 @@ def ray_directory() -> Iterator[str]:
 def cluster(cache: Path) -> Iterator[None]:
     """A private Ray instance, the same for all tests that use it, which is why they come last."""
     del cache  # set before Ray starts: its processes inherit it
+    os.environ.setdefault("RAY_metrics_report_interval_ms", "1000")  # a test waits for what is reported
     from hfedmoe_ray.runtime.cluster import connected
 
     with importable_by_actors(), connected(None):

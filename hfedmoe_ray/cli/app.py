@@ -38,8 +38,8 @@ Exit codes:
   1  doctor found a problem,      6  Ray cluster unreachable, or refuses
      or a bug (with a traceback)  7  training stopped
   2  configuration or usage       8  run directory or checkpoint
-  3  data                       130  interrupted: go on with `hfedmoe resume`
-  4  model
+  3  data                         9  a tracking server is unreachable, or refuses
+  4  model                      130  interrupted: go on with `hfedmoe resume`
 """
 COMPLETE = "_HFEDMOE_COMPLETE"
 """Set by the script of `hfedmoe completion`: then nothing runs, and what may come next is printed."""

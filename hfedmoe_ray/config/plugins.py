@@ -1,4 +1,4 @@
-"""Strategies of the user's own: `strategy: {name: "package.module:Class"}` names a class that is imported here.
+"""Classes of the user's own: `strategy: {name: "package.module:Class"}` names one that is imported here.
 
 Torch-free as long as the module that is named is.
 """
@@ -33,16 +33,43 @@ class Configurable:
 
 
 def is_plugin(name: Any) -> bool:
-    """Whether a strategy's name is that of a class."""
+    """Whether a name is that of a class."""
     return isinstance(name, str) and ":" in name
 
 
 def load_plugin(name: str) -> type[Configurable]:
-    """Imports the class that `name` names. The working directory counts as importable, as it is for a Ray job.
+    """Imports the strategy that `name` names.
 
     Raises:
         ValueError: in one sentence: it cannot be imported, or is not a strategy.
     """
+    found = _imported(name, Configurable, "strategies")
+    if not issubclass(found, Configurable):
+        raise ValueError(f"'{name}' is no strategy: derive the class from hfedmoe_ray.strategies.Strategy")
+    if not issubclass(found.Options, StrategyOptions):
+        raise ValueError(
+            f"{name}.Options is no section of options: derive it from hfedmoe_ray.strategies.StrategyOptions"
+        )
+    return found
+
+
+def load_tracker(name: str) -> type[Any]:
+    """Imports the tracker that `name` names (see `hfedmoe_ray.tracking.tracker.Tracker`).
+
+    Raises:
+        ValueError: in one sentence: it cannot be imported, or lacks a method.
+    """
+    found = _imported(name, object, "classes")
+    lacking = [method for method in ("start", "event", "round", "finish") if not hasattr(found, method)]
+    if lacking:
+        raise ValueError(
+            f"'{name}' is no tracker: it lacks {', '.join(lacking)} (see hfedmoe_ray.tracking.tracker.Tracker)"
+        )
+    return found
+
+
+def _imported(name: str, base: type, what: str) -> type[Any]:
+    """Imports a class. The working directory counts as importable, as it is for a Ray job."""
     module_name, _, class_name = name.partition(":")
     here = str(Path.cwd())
     if here not in sys.path and "" not in sys.path:
@@ -58,16 +85,10 @@ def load_plugin(name: str) -> type[Configurable]:
         raise ValueError(f"'{name}' cannot be imported: {module_name} raises {_said(error)}") from error
     found = getattr(module, class_name, None)
     if not isinstance(found, type):
-        classes = [key for key, value in vars(module).items() if _is_strategy(value, module_name)]
-        known = f" (strategies in it: {', '.join(classes)})" if classes else ""
+        classes = [key for key, value in vars(module).items() if _is_own(value, base, module_name)]
+        known = f" ({what} in it: {', '.join(classes)})" if classes else ""
         raise ValueError(
             f"'{name}' cannot be used: {module_name} has no class {class_name or 'of an empty name'}{known}"
-        )
-    if not issubclass(found, Configurable):
-        raise ValueError(f"'{name}' is no strategy: derive the class from hfedmoe_ray.strategies.Strategy")
-    if not issubclass(found.Options, StrategyOptions):
-        raise ValueError(
-            f"{name}.Options is no section of options: derive it from hfedmoe_ray.strategies.StrategyOptions"
         )
     return found
 
@@ -78,15 +99,15 @@ def plugin_options(name: str) -> type[StrategyOptions]:
 
 
 def plugin_source(name: str) -> Path | None:
-    """The module or package below the working directory that a strategy comes from; None if it is installed."""
+    """The module or package below the working directory that a class comes from; None if it is installed."""
     here = Path.cwd()
     top = name.partition(":")[0].partition(".")[0]
     found = [path for path in (here / top, here / f"{top}.py") if is_plugin(name) and path.exists()]
     return found[0] if found else None
 
 
-def _is_strategy(value: Any, module: str) -> bool:
-    return isinstance(value, type) and issubclass(value, Configurable) and value.__module__ == module
+def _is_own(value: Any, base: type, module: str) -> bool:
+    return isinstance(value, type) and issubclass(value, base) and value.__module__ == module
 
 
 def _said(error: Exception) -> str:

@@ -42,9 +42,26 @@ class Wandb(Section):
     project: str = "hfedmoe"
     entity: str | None = None
     group: str | None = None
+    model_mib: NonNegativeFloat = 0.0
+    """Log the final model, as `hfedmoe export` writes it, as an artifact if it has at most so many MiB; it is also kept
+    below wandb/. 0: never."""
+
+
+class MLflow(Section):
+    """MLflow, written by the server alone. Needs the package mlflow or mlflow-skinny."""
+
+    uri: str | None = None
+    """Tracking server or store: http://host:5000, sqlite:////data/mlflow.db. Default: $MLFLOW_TRACKING_URI."""
+    experiment: str = "hfedmoe"
 
 
 class Tracking(Section):
-    """Who is told what happened."""
+    """Who is told what happened, besides the files of the run directory."""
 
     wandb: Wandb = Wandb()
+    tensorboard: bool = False
+    """Write event files to tensorboard/ in the run directory. Needs the package tensorboard."""
+    mlflow: MLflow | None = None
+    others: tuple[str, ...] = ()
+    """Trackers of your own, as "package.module:Class": each is called with the run directory and has the methods of
+    `hfedmoe_ray.tracking.tracker.Tracker`."""

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, Protocol
 
+from hfedmoe_ray.records import NodeUsage
 from hfedmoe_ray.types import ClientTask, TaskResult, Weights
 
 Notify = Callable[[str, Mapping[str, Any]], None]
@@ -36,6 +37,9 @@ class Executor(Protocol):
         A task whose process dies is tried again elsewhere; one that outlasts the deadline is "late"; an exception in
         client code is "failed" with its last line as reason. Closing the iterator early stops what still runs.
         """
+
+    def usage(self) -> tuple[NodeUsage, ...]:
+        """How busy the machines were since it was last asked; never waits long for one that does not answer."""
 
     def close(self) -> None:
         """Releases every process and object; never blocks on a hanging client."""

@@ -15,7 +15,7 @@ from hfedmoe_ray.context import RunContext
 from hfedmoe_ray.federation.evaluation import Evaluation, mean_accuracy, variance, worst_tenth
 from hfedmoe_ray.federation.state import FederationState, model_sha256
 from hfedmoe_ray.moe import derived
-from hfedmoe_ray.records import ClientRecord, RoundReport
+from hfedmoe_ray.records import ClientRecord, NodeUsage, RoundReport
 from hfedmoe_ray.types import (
     ClientTask,
     ClientUpdate,
@@ -131,6 +131,7 @@ def round_report(
     participation: float | None,
     simulated: float | None,
     ahead: Sequence[ClientRecord] = (),
+    nodes: Sequence[NodeUsage] = (),
 ) -> RoundReport:
     """Returns the report of a round that is not evaluated yet (`with_evaluation`) from its parts.
 
@@ -158,6 +159,7 @@ def round_report(
         agreement=agreement(profiles),
         participation=participation,
         simulated_seconds=simulated,
+        nodes=tuple(nodes),
     )
 
 

@@ -383,6 +383,7 @@ class Federation:
             participation=participation,
             simulated=simulated,
             ahead=ahead,
+            nodes=self.executor.usage(),
         )
         if found is None:
             self.state.unmeasured = report

@@ -4,6 +4,7 @@ from collections.abc import Generator, Iterable, Mapping, Sequence
 from typing import Any
 
 from hfedmoe_ray.federation.executor import Executor, Further, Notify, nothing_further
+from hfedmoe_ray.records import NodeUsage
 from hfedmoe_ray.types import ClientTask, TaskResult, Weights
 
 _About = tuple[str | None, int | None, int | None]
@@ -72,6 +73,10 @@ class Stream:
         finally:
             if left:
                 self._withdraw(left.values())
+
+    def usage(self) -> tuple[NodeUsage, ...]:
+        """See `Executor.usage`."""
+        return self._executor.usage()
 
     def close(self) -> None:
         """Stops what still runs and forgets it; the executor can be used on."""

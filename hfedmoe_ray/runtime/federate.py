@@ -1,7 +1,7 @@
 """A whole run in one process, given where its clients run: prepare, train, record. Free of Ray."""
 
 import errno
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +10,9 @@ from hfedmoe_ray.context import RunContext
 from hfedmoe_ray.errors import CheckpointError
 from hfedmoe_ray.federation.executor import Executor
 from hfedmoe_ray.records import RoundReport
+from hfedmoe_ray.tracking.destinations import destinations
 from hfedmoe_ray.tracking.files import FileTracker
-from hfedmoe_ray.tracking.tracker import Trackers
-from hfedmoe_ray.tracking.wandb import WandbTracker
+from hfedmoe_ray.tracking.tracker import Tracker, Trackers
 from hfedmoe_ray.train.environment import quick_imports
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -29,8 +29,18 @@ def federate(
     make_executor: Callable[[RunContext], Executor],
     render: Render,
     should_stop: Callable[[], bool],
+    further: Sequence[Tracker] = (),
 ) -> dict[str, Any]:
     """Prepares and runs an experiment, or what is left of it; returns its summary.
+
+    Args:
+        experiment: What to run.
+        run_dir: Where its record and checkpoints are.
+        resume: Continue from the last checkpoint.
+        make_executor: Makes what runs the clients.
+        render: Told what happens.
+        should_stop: Asked between rounds.
+        further: Trackers besides those that the configuration asks for.
 
     Raises:
         HFedMoEError: it cannot be prepared, or cannot go on.
@@ -43,10 +53,16 @@ def federate(
     def warn(message: str) -> None:
         trackers.event("warning", {"message": message})
 
+    def save_model(directory: Path) -> None:
+        from hfedmoe_ray.export import export_run
+
+        export_run(context.run_dir, "hf", directory)
+
     render("preparing", {})
     context = prepare_run(experiment, run_dir)
-    wandb = WandbTracker(context.run_dir, experiment.tracking.wandb, experiment.name, warn=warn)
-    trackers = Trackers([FileTracker(context.run_dir), wandb, RenderTracker(render)])
+    # The files come first: others read in them what they were not told.
+    asked = destinations(experiment, context.run_dir, save_model=save_model, warn=warn)
+    trackers = Trackers([FileTracker(context.run_dir), *asked, *further, RenderTracker(render)])
     executor = make_executor(context)
     try:
         return run_experiment(context, executor, trackers, resume=resume, should_stop=should_stop)

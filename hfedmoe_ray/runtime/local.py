@@ -3,6 +3,7 @@
 Results are those of the Ray executor, bit for bit: both run the same worker, which computes on one thread.
 """
 
+import platform
 import time
 import traceback
 from collections.abc import Generator, Sequence
@@ -10,7 +11,9 @@ from collections.abc import Generator, Sequence
 from hfedmoe_ray.context import RunContext
 from hfedmoe_ray.federation.executor import Further, Notify, nothing_further
 from hfedmoe_ray.moe.derived import bits_of, merged_expert, quantised_expert
+from hfedmoe_ray.records import NodeUsage
 from hfedmoe_ray.runtime.overlay import overlay, read_only, view
+from hfedmoe_ray.runtime.usage import UsageMeter
 from hfedmoe_ray.runtime.worker import Worker, WorkerFactory, client_worker, last_line, late_reason, out_of_memory
 from hfedmoe_ray.types import ClientTask, Status, TaskResult, TaskWeights, Weights
 from hfedmoe_ray.wire import parse_metrics
@@ -29,6 +32,7 @@ class LocalExecutor:
         self._worker_factory = worker_factory
         self._worker: Worker | None = None
         self._versions: dict[int, Weights] = {}
+        self._meter = UsageMeter()
 
     def publish(self, weights: Weights, keep: frozenset[int] = frozenset()) -> None:
         """See `Executor.publish`."""
@@ -48,8 +52,13 @@ class LocalExecutor:
             yield self._execute(self._worker, ready.pop(0), notify)
             ready += sorted(further(), key=lambda task: task.client)
 
+    def usage(self) -> tuple[NodeUsage, ...]:
+        """See `Executor.usage`."""
+        return (NodeUsage(node=0, name=platform.node(), **self._meter.read()),)
+
     def close(self) -> None:
         """See `Executor.close`."""
+        self._meter.close()
         self._worker = None
         self._versions.clear()
 

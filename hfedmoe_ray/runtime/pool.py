@@ -16,9 +16,11 @@ from hfedmoe_ray.budget import tier_of
 from hfedmoe_ray.context import RunContext
 from hfedmoe_ray.errors import HFedMoEError, TrainingError
 from hfedmoe_ray.federation.executor import Further, Notify, nothing_further
+from hfedmoe_ray.records import NodeUsage
 from hfedmoe_ray.runtime import cluster, timeouts
 from hfedmoe_ray.runtime.client import Loading
 from hfedmoe_ray.runtime.holder import alive, start_holder
+from hfedmoe_ray.runtime.nodes import NodeMeters
 from hfedmoe_ray.runtime.results import Payload, about, finished, told
 from hfedmoe_ray.runtime.room import FreeRoom, Queue
 from hfedmoe_ray.runtime.scaling import Stranded, free_room, further_slots, plan_when_there, release
@@ -70,6 +72,7 @@ class RayExecutor:
         room = FreeRoom()
         for slot in self.slots:
             slot.start(self._offer(slot), queue=not room.take(slot.spec))
+        self._meters = NodeMeters()
 
     def publish(self, weights: Weights, keep: frozenset[int] = frozenset()) -> None:
         """See `Executor.publish`."""
@@ -106,8 +109,13 @@ class RayExecutor:
                 if slot.state is State.BUSY:
                     slot.ask_to_stop()
 
+    def usage(self) -> tuple[NodeUsage, ...]:
+        """See `Executor.usage`."""
+        return self._meters.read()
+
     def close(self) -> None:
         """Kills the pool's own actors and drops its objects."""
+        self._meters.close()
         for slot in self.slots:
             slot.kill()
         for holder in self._holders.values():

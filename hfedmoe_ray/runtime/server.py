@@ -20,10 +20,11 @@ from hfedmoe_ray.config.schema import Experiment
 from hfedmoe_ray.errors import HFedMoEError
 from hfedmoe_ray.runtime import timeouts
 from hfedmoe_ray.runtime.federate import federate
+from hfedmoe_ray.runtime.metrics import RayMetrics
 from hfedmoe_ray.runtime.pool import RayExecutor
 from hfedmoe_ray.runtime.scaling import plan_when_there, release
 
-FORWARDED = ("HFEDMOE_", "WANDB_", "HF_", "TRANSFORMERS_")
+FORWARDED = ("HFEDMOE_", "WANDB_", "MLFLOW_", "HF_", "TRANSFORMERS_")
 """Environment variables of the driver that hold for the server too: its cache, and its accounts."""
 
 
@@ -115,6 +116,7 @@ class ServerActor:
                 make_executor=RayExecutor,
                 render=self._news.add,
                 should_stop=self._stop.is_set,
+                further=[RayMetrics(self._experiment.name)],
             )
         except Exception as error:
             return Outcome.of(error)

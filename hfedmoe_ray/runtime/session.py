@@ -6,6 +6,7 @@ from typing import Any
 from hfedmoe_ray.config.schema import Experiment
 from hfedmoe_ray.errors import ClusterError
 from hfedmoe_ray.runtime.federate import Render, federate
+from hfedmoe_ray.tracking.destinations import check_destinations
 
 STOPPING = "stopping after this round, to be resumed; press Ctrl-C again to stop at once"
 
@@ -23,6 +24,7 @@ def run(experiment: Experiment, run_dir: Path, *, resume: bool, render: Render) 
         HFedMoEError: the run could not start or could not go on.
         KeyboardInterrupt: Ctrl-C; the last checkpoint is complete.
     """
+    check_destinations(experiment.tracking)
     if experiment.backend == "ray":
         return _run_on_ray(experiment, run_dir.resolve(), resume, render)
     from hfedmoe_ray.runtime.local import LocalExecutor

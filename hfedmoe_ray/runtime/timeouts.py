@@ -43,3 +43,5 @@ LIFELINE_POLL = 10.0
 """Between two looks of a gang's first rank whether it still waits for the right thing: the others' deaths."""
 LAST_WORDS = 15.0
 """For reading what a dead client left on its node: a process may have to be started for it."""
+USAGE = 1.0
+"""For the nodes to say how busy they are, once a round; one that does not is left out."""

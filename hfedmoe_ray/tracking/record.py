@@ -11,11 +11,11 @@ from typing import Any, TypeVar
 import yaml
 
 from hfedmoe_ray.errors import CheckpointError
-from hfedmoe_ray.records import ClientRecord, RoundReport
+from hfedmoe_ray.records import ClientRecord, NodeUsage, RoundReport
 from hfedmoe_ray.tracking.files import CONFIG, EVENTS, FACTS, METRICS, SUMMARY
 from hfedmoe_ray.tracking.jsonl import read_lines
 
-Built = TypeVar("Built", "ClientFacts", ClientRecord, RoundReport)
+Built = TypeVar("Built", "ClientFacts", ClientRecord, NodeUsage, RoundReport)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +98,7 @@ def read_run(run_dir: Path) -> RunRecord:
     for (number, _), result in results.items():
         of_round.setdefault(number, []).append(result)
     rounds = tuple(
-        _build(RoundReport, line | {"clients": tuple(of_round.get(line["round"], ()))})
+        _report(line, tuple(of_round.get(line["round"], ())))
         for line in sorted(lines, key=lambda line: int(line["round"]))
     )
     clients = tuple(_build(ClientFacts, client) for client in facts.get("clients") or ())
@@ -120,7 +120,12 @@ def read_run(run_dir: Path) -> RunRecord:
 
 def round_report(line: Mapping[str, Any]) -> RoundReport:
     """Builds a report from its fields as JSON carries them, its clients included."""
-    return _build(RoundReport, {**line, "clients": tuple(_build(ClientRecord, client) for client in line["clients"])})
+    return _report(line, tuple(_build(ClientRecord, client) for client in line["clients"]))
+
+
+def _report(line: Mapping[str, Any], clients: tuple[ClientRecord, ...]) -> RoundReport:
+    nodes = tuple(_build(NodeUsage, node) for node in line.get("nodes") or ())
+    return _build(RoundReport, {**line, "clients": clients, "nodes": nodes})
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -1,32 +1,35 @@
 """Weights & Biases, written by the server alone, and never able to stop or to hold up a run.
 
-Every metric has `round` as its step. What W&B has no chart type for, such as the heat map of expert selection, is
-logged twice: as an HTML panel that shows the report's own drawing, and as a table to query.
+Every metric has `round` as its step, and no round is logged twice, however often a run is resumed. Pictures, tables
+and artifacts are bounded in number and size (`pictures`, `wandb.model_mib`).
 """
 
 import netrc
 import os
 import secrets
-from collections import Counter
+import shutil
 from collections.abc import Callable, Mapping
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from hfedmoe_ray.config.running import Wandb
 from hfedmoe_ray.records import RoundReport
-from hfedmoe_ray.tracking.charts import scale
-from hfedmoe_ray.tracking.formatting import plural
+from hfedmoe_ray.tracking.files import CONFIG, FACTS, METRICS, SUMMARY
 from hfedmoe_ray.tracking.jsonl import plain
-from hfedmoe_ray.tracking.sections import selection_map
-from hfedmoe_ray.tracking.tiers import by_tier
+from hfedmoe_ray.tracking.pictures import Pictures
+from hfedmoe_ray.tracking.scalars import RoundScalars, tier_names
+from hfedmoe_ray.tracking.told import Told
 from hfedmoe_ray.tracking.versions import software_versions
 
 INIT_TIMEOUT_S = 15.0
 """How long a server that does not answer may hold up the start of a run, which is then logged offline."""
 FINISH_TIMEOUT_S = 60.0
 """How long the end of a run may wait for what is not sent yet."""
+UPLOAD_MIB_S = 1.0
+"""How slow the network may be when the final model is sent: the end of a run then waits for longer."""
+RECORD_MIB = 32.0
+"""Largest file of the run directory that becomes an artifact."""
 _MIB = 2.0**20
 _CREDENTIALS = ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")
 
@@ -34,17 +37,35 @@ _CREDENTIALS = ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")
 class WandbTracker:
     """Logs a run to W&B, or to `run_dir`/wandb when offline (see `Tracker`)."""
 
-    def __init__(self, run_dir: Path, settings: Wandb, name: str, *, warn: Callable[[str], None]) -> None:
-        """Args: `warn` is told, once, in one sentence, when W&B has failed and nothing more will be logged."""
+    def __init__(
+        self,
+        run_dir: Path,
+        settings: Wandb,
+        name: str,
+        *,
+        warn: Callable[[str], None],
+        save_model: Callable[[Path], None],
+    ) -> None:
+        """Opens nothing yet.
+
+        Args:
+            run_dir: The run's directory.
+            settings: `tracking.wandb`.
+            name: The run's name.
+            warn: Is told, once, in one sentence, when W&B has failed and nothing more will be logged.
+            save_model: Writes the run's model into a directory that does not exist yet.
+        """
         self._dir = run_dir
         self._settings = settings
         self._name = name
         self._warn = warn
+        self._save_model = save_model
         self._mode = resolve_mode(settings.mode)
         self._silent = self._mode == "disabled"
         self._run: Any = None
-        self._order: tuple[str, ...] = ()
-        self._budgets: dict[int, Mapping[str, Any]] = {}
+        self._told = Told(run_dir, "wandb")
+        self._scalars: RoundScalars | None = None
+        self._pictures: Pictures | None = None
 
     def start(self, config: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
         """Opens the W&B run, offline if that cannot be done online; a resumed run continues the one it had."""
@@ -54,8 +75,8 @@ class WandbTracker:
         """Events are for the files and the screen: W&B is told of whole rounds."""
 
     def round(self, report: RoundReport) -> None:
-        """Logs a round."""
-        self._attempt("log a round", lambda: self._run.log(self._metrics(report)))
+        """Logs a round, unless W&B has it already."""
+        self._attempt("log a round", lambda: self._log(report))
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Logs the summary and closes the run, as failed if the summary holds an error."""
@@ -83,10 +104,13 @@ class WandbTracker:
     def _start(self, config: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
         import wandb
 
-        self._order = tuple(tier["name"] for tier in config["clients"]["tiers"])
-        self._budgets = {client["client"]: client for client in facts.get("clients") or ()}
+        resumed_from = facts.get("resumed_from")
         self._dir.mkdir(parents=True, exist_ok=True)
-        identity = _run_id(self._dir, resumed=facts.get("resumed_from") is not None)
+        self._told.begin(resumed=resumed_from is not None)
+        sent = _set_aside(self._dir) if resumed_from is not None else False
+        self._scalars = RoundScalars(self._dir, tier_names(config), resumed_from)
+        self._pictures = Pictures(config["rounds"], facts.get("clients") or ())
+        identity = _run_id(self._dir, resumed=resumed_from is not None)
         try:
             self._open(config, facts, identity)
         except Exception as error:
@@ -100,6 +124,15 @@ class WandbTracker:
                 f"Weights & Biases cannot be reached ({_told(error)}); the run goes on and is logged offline. Send it "
                 f"when it has ended: {self._sync()}"
             )
+        if resumed_from is None:
+            return
+        # How much of what it was told W&B has, it knows itself where it is online. A new file has nothing.
+        if self._mode == "online":
+            self._told.set(int(self._run.starting_step) - 1)
+        elif not sent:
+            self._told.set(-1)
+        for report in self._told.missed():
+            self._log(report)
 
     def _open(self, config: Mapping[str, Any], facts: Mapping[str, Any], identity: str) -> None:
         import wandb
@@ -107,7 +140,7 @@ class WandbTracker:
         options: dict[str, Any] = {"silent": True, "console": "off", "disable_git": True, "save_code": False}
         options["init_timeout"] = INIT_TIMEOUT_S
         if "finish_timeout" in wandb.Settings.model_fields:  # Older versions wait for the network for ever.
-            options["finish_timeout"] = FINISH_TIMEOUT_S
+            options["finish_timeout"] = FINISH_TIMEOUT_S + self._settings.model_mib / UPLOAD_MIB_S
         versions = software_versions() | dict(facts.get("versions") or {})
         self._run = wandb.init(
             dir=str(self._dir),
@@ -127,95 +160,81 @@ class WandbTracker:
         self._run.define_metric("round")
         self._run.define_metric("*", step_metric="round")
 
-    def _metrics(self, report: RoundReport) -> dict[str, Any]:
-        """A round as W&B names. What was not measured in this round is left out."""
-        statuses = Counter(client.status for client in report.clients)
-        metrics: dict[str, Any] = {
-            "round": report.round,
-            "global/accuracy": report.accuracy,
-            "global/loss": report.test_loss,
-            "own/accuracy": report.own_accuracy,
-            "own/personalised_accuracy": report.personalised_accuracy,
-            "train/loss": report.loss,
-            "experts/trained": sum(count > 0 for layer in report.selected for count in layer),
-            "experts/agreement": report.agreement,
-            "experts/participation": report.participation,
-            "traffic/up_mib": report.bytes_up / _MIB,
-            "traffic/down_mib": report.bytes_down / _MIB,
-            "seconds/round": report.seconds,
-            "seconds/simulated": report.simulated_seconds,
-        }
-        for benchmark, score in report.benchmarks.items():
-            metrics |= {f"benchmark/{benchmark}/{field}": score[field] for field in ("accuracy", "normalised")}
-        metrics |= {f"seconds/{phase}": seconds for phase, seconds in report.phases.items()}
-        metrics |= {
-            f"clients/{status}": statuses[status]
-            for status in ("ok", "late", "failed", "memory", "rejected", "dropped")
-        }
-        for tier, row in by_tier(report.clients, self._order).items():
-            metrics |= {
-                f"tier/{tier}/loss": row.loss,
-                f"tier/{tier}/seconds": row.seconds,
-                f"tier/{tier}/experts_held": row.resident,
-                f"tier/{tier}/experts_trained": row.trained,
-                f"tier/{tier}/up_mib": row.bytes_up / _MIB,
-                f"tier/{tier}/down_mib": row.bytes_down / _MIB,
-            }
-        metrics = {name: value for name, value in metrics.items() if value is not None}
-        return metrics | self._pictures(report)
-
-    def _pictures(self, report: RoundReport) -> dict[str, Any]:
-        import wandb
-
-        selection = [
-            [layer, expert, count, report.usage[layer][expert]]
-            for layer, row in enumerate(report.selected)
-            for expert, count in enumerate(row)
-        ]
-        budgets = [
-            [
-                client.client,
-                client.tier,
-                self._budgets.get(client.client, {}).get("resident_experts"),
-                client.resident,
-                client.trained,
-                client.status,
-            ]
-            for client in report.clients
-        ]
-        peak = max([1, *(count for layer in report.selected for count in layer)])
-        heat_map = scale("1", plural(peak, "client")) + selection_map(report.selected, peak, f"round {report.round}")
-        return {
-            "experts/heatmap": wandb.Html(_page(heat_map), inject=False),
-            "experts/selection": wandb.Table(columns=["layer", "expert", "clients", "usage"], data=selection),
-            "clients/budgets": wandb.Table(
-                columns=["client", "tier", "budget", "held", "trained", "status"], data=budgets
-            ),
-        }
+    def _log(self, report: RoundReport) -> None:
+        assert self._scalars is not None
+        assert self._pictures is not None
+        numbers = self._scalars.of(report)  # also of a round that is there already: it counts in the totals
+        if report.round not in self._told:
+            self._run.log(numbers | self._pictures.of(report), step=report.round, commit=True)
+            self._told.set(report.round)
 
     def _finish(self, summary: Mapping[str, Any]) -> None:
         import wandb
 
-        self._run.summary.update(plain(summary))
-        self._run.finish(exit_code=1 if summary.get("error") else 0)
-        # `finish` may return before W&B's own process has written the last of an offline file, and the process of a
-        # server is killed as soon as its run is over. This waits for that process to end.
-        wandb.teardown()
+        try:
+            self._run.summary.update(plain(summary))
+            self._log_record()
+            if self._settings.model_mib and summary.get("status") == "finished":
+                self._log_model()
+        finally:
+            self._run.finish(exit_code=1 if summary.get("error") else 0)
+            # `finish` may return before W&B's own process has written the last of an offline file, and the process of
+            # a server is killed as soon as its run is over. This waits for that process to end.
+            wandb.teardown()
+
+    def _log_record(self) -> None:
+        """The run's own files, from where they are: resolved configuration, facts, rounds, summary."""
+        import wandb
+
+        record = wandb.Artifact(f"{self._name}-record", type="record")
+        for name in (CONFIG, FACTS, METRICS, SUMMARY):
+            file = self._dir / name
+            if file.is_file() and file.stat().st_size <= RECORD_MIB * _MIB:
+                record.add_file(str(file), name=name, policy="immutable")
+        if record.manifest.entries:
+            self._run.log_artifact(record)
+
+    def _log_model(self) -> None:
+        """The final model, unless it is larger than the configuration allows."""
+        import wandb
+
+        directory = self._dir / "wandb" / "model"
+        shutil.rmtree(directory, ignore_errors=True)
+        self._save_model(directory)
+        mib = sum(file.stat().st_size for file in directory.rglob("*") if file.is_file()) / _MIB
+        if mib > self._settings.model_mib:
+            shutil.rmtree(directory)
+            self._warn(
+                f"The final model has {mib:.0f} MiB and is not logged to Weights & Biases: tracking.wandb.model_mib is "
+                f"{self._settings.model_mib:g}. It can be written with: hfedmoe export {self._dir}"
+            )
+            return
+        model = wandb.Artifact(f"{self._name}-model", type="model")
+        model.add_dir(str(directory), policy="immutable")
+        self._run.log_artifact(model)
 
     def _sync(self) -> str:
         """The command that sends what was written here."""
-        return f"`wandb sync {Path(self._run.dir).parent}`"
+        return f"`hfedmoe wandb sync {self._dir}`"
+
+
+def _set_aside(run_dir: Path) -> bool:
+    """Renames the offline logs of a run that is resumed, if none was sent yet; returns whether any was.
+
+    Of a process that was killed the last rounds are missing in them, and W&B can not append to one: the new log has all
+    rounds, and the others are not to be sent as well.
+    """
+    logs = list(run_dir.glob("wandb/offline-run-*"))
+    if any(list(log.glob("*.wandb.synced")) for log in logs):
+        return True
+    for log in logs:
+        log.rename(log.with_name(f"superseded-{log.name}"))
+    return False
 
 
 def _told(error: Exception) -> str:
     """An error in one line."""
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-
-
-def _page(drawing: str) -> str:
-    style = files("hfedmoe_ray.tracking").joinpath("report.css").read_text(encoding="utf-8")
-    style += "body { padding: .5rem }"
-    return f'<!doctype html><meta charset="utf-8"><style>{style}</style><figure>{drawing}</figure>'
 
 
 def resolve_mode(mode: Literal["auto", "online", "offline", "disabled"]) -> Literal["online", "offline", "disabled"]:
@@ -229,14 +248,21 @@ def resolve_mode(mode: Literal["auto", "online", "offline", "disabled"]) -> Lite
     match os.environ.get("WANDB_MODE"):
         case "online" | "offline" | "disabled" as wish:
             return wish
-    return "online" if any(map(os.environ.get, _CREDENTIALS)) or _in_netrc() else "offline"
+    return "online" if has_credentials() else "offline"
 
 
-def _in_netrc() -> bool:
+def server_url() -> str:
+    """W&B's server, or one's own."""
+    return os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai"
+
+
+def has_credentials() -> bool:
+    """Whether there is a key for that server in the environment, or in the netrc file that `wandb login` writes."""
+    if any(map(os.environ.get, _CREDENTIALS)):
+        return True
     path = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
-    host = urlsplit(os.environ.get("WANDB_BASE_URL", "")).hostname or "api.wandb.ai"
     try:
-        return netrc.netrc(path).authenticators(host) is not None
+        return netrc.netrc(path).authenticators(urlsplit(server_url()).hostname or "") is not None
     except (OSError, netrc.NetrcParseError):
         return False
 
@@ -247,6 +273,8 @@ def _run_id(run_dir: Path, *, resumed: bool) -> str:
     if resumed and path.exists():
         return path.read_text(encoding="utf-8").strip()
     path.parent.mkdir(parents=True, exist_ok=True)
-    identity = secrets.token_hex(8)
+    # A sweep's agent has made the run that it waits for.
+    in_sweep = os.environ.get("WANDB_RUN_ID") if os.environ.get("WANDB_SWEEP_ID") else None
+    identity = in_sweep or secrets.token_hex(8)
     path.write_text(identity + "\n", encoding="utf-8")
     return identity

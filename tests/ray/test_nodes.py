@@ -1,18 +1,23 @@
 """Several nodes: clients stay where their labels say, and nodes without the prepared files receive them."""
 
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 import ray
 from ray.cluster_utils import Cluster
+from ray.util.state import list_actors
 from tiny_worker import TIERS, Log, TinyWorker, context, outcome, task, weights
 
 from hfedmoe_ray.context import RunContext
 from hfedmoe_ray.errors import CapacityError, ClusterError
+from hfedmoe_ray.runtime import timeouts
 from hfedmoe_ray.runtime.cluster import capacity, connected
 from hfedmoe_ray.runtime.local import LocalExecutor
+from hfedmoe_ray.runtime.nodes import NodeMeters
 from hfedmoe_ray.runtime.pool import RayExecutor
 from hfedmoe_ray.runtime.transfer import Directory, directory_hash
 
@@ -112,3 +117,32 @@ def test_a_directory_hash_sees_names_and_bytes(tmp_path: Path):
             path.write_bytes(data)
         hashes.add(directory_hash(tmp_path / str(number)))
     assert len(hashes) == len(contents)
+
+
+def test_each_node_says_how_busy_it_is_through_an_actor_that_is_light(sites: dict[str, Path]):
+    meters = NodeMeters()
+    try:
+        until = time.monotonic() + 30  # an actor's process has to start first
+        while len(found := meters.read()) < len(sites) and time.monotonic() < until:
+            time.sleep(0.2)
+        assert [row.node for row in found] == [0, 1, 2]
+        assert all(0 <= row.cpu_percent <= 100 and 0 < row.memory_percent < 100 for row in found)
+        started = time.monotonic()
+        assert len(meters.read()) == 3
+        assert time.monotonic() - started < timeouts.USAGE
+        actors = [psutil.Process(pid) for pid in pids("UsageMeter")]
+        assert len(actors) == 2, "none on the server's own node"
+        for actor in actors:
+            assert not [one.path for one in actor.memory_maps() if "torch" in one.path]
+            assert actor.memory_full_info().pss < 120 * 2**20
+    finally:
+        meters.close()
+    psutil.wait_procs(actors, timeout=10)
+    assert not [actor for actor in actors if actor.is_running()]
+
+
+def pids(name: str) -> list[int]:
+    """Processes of this cluster's live actors of a class."""
+    return [
+        actor.pid for actor in list_actors(filters=[("class_name", "=", name), ("state", "=", "ALIVE")], detail=True)
+    ]

@@ -46,7 +46,7 @@ def test_help_names_every_exit_code(capsys: pytest.CaptureFixture[str]):
     codes = {
         kind.exit_code for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, HFedMoEError)
     }
-    assert len(codes) == 8
+    assert len(codes) == 9
     for code in codes | {0, 130}:
         assert f" {code}  " in text
 

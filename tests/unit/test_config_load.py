@@ -33,7 +33,8 @@ def write(tmp_path: Path):
 
 
 def test_every_shipped_configuration_loads():
-    configs = sorted(QUICKSTART.parent.glob("*.yaml"))
+    # A sweep of W&B is no experiment; what it runs is tested with W&B.
+    configs = sorted(path for path in QUICKSTART.parent.glob("*.yaml") if path.name != "sweep.yaml")
     assert QUICKSTART in configs
     for path in configs:
         assert load_experiment(path).name
