@@ -2,12 +2,12 @@
 
 import json
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from hfedmoe_ray import __version__
 from hfedmoe_ray.config.schema import Experiment
 from hfedmoe_ray.tracking.files import SUMMARY
 from hfedmoe_ray.tracking.formatting import percent
@@ -34,8 +34,8 @@ def model_card(experiment: Experiment, run_dir: Path, *, adapter: bool) -> str:
     sections = [
         f"---\n{yaml.safe_dump(header, sort_keys=False)}---",
         f"# {experiment.name}",
-        f"{_what(experiment)} It was fine-tuned by federated learning with hfedmoe_ray {__version__}: each client "
-        "trained on its own part of the data, and sent only the experts that it had trained.",
+        f"{_what(experiment)} It was fine-tuned by federated learning with hfedmoe_ray {version('hfedmoe-ray')}: each "
+        "client trained on its own part of the data, and sent only the experts that it had trained.",
         f"## Training\n\n{_training(experiment, summary)}",
         f"## Clients and their budgets\n\n{_budgets(experiment)}",
         f"## Evaluation\n\n{_evaluation(experiment, summary)}",

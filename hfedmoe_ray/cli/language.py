@@ -45,7 +45,8 @@ def upcycle(
     the whole feed-forward layer, plus noise: without noise the model writes what it wrote before. `split` deals the
     layer's neurons to the experts, and needs texts to calibrate the routers.
     """
-    from hfedmoe_ray.config.schema import Data, Model, Upcycle
+    from hfedmoe_ray.config.data import Data
+    from hfedmoe_ray.config.model import Model, Upcycle
     from hfedmoe_ray.context import cache_dir
     from hfedmoe_ray.data.sources import load_raw
     from hfedmoe_ray.moe.prepare import initial_weights, prepare_model, save_full

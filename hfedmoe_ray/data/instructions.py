@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from hfedmoe_ray.config.schema import Data
+from hfedmoe_ray.config.data import Data
 from hfedmoe_ray.data.tokenize import TokenArray, pad_id, tokenize
 from hfedmoe_ray.errors import ConfigError
 from hfedmoe_ray.types import Array

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from hfedmoe_ray.config.schema import Partition
+from hfedmoe_ray.config.data import Partition
 from hfedmoe_ray.data.labels import IntArray
 from hfedmoe_ray.errors import DataError
 from hfedmoe_ray.seeds import generator

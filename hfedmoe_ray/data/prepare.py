@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
+from hfedmoe_ray.config.data import Data
 from hfedmoe_ray.config.evaluation import Benchmark
-from hfedmoe_ray.config.schema import Data
 from hfedmoe_ray.context import PreparedData
 from hfedmoe_ray.data import store
 from hfedmoe_ray.data.choices import Questions, read_questions, tokenize_questions

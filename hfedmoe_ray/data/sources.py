@@ -6,7 +6,7 @@ from string import Formatter
 
 import numpy as np
 
-from hfedmoe_ray.config.schema import Data
+from hfedmoe_ray.config.data import Data
 from hfedmoe_ray.data.labels import IntArray, encode_labels, label_names, shown_value
 from hfedmoe_ray.data.partition import draw_examples
 from hfedmoe_ray.data.tables import Table, read_file, read_hub, read_packaged

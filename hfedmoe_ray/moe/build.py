@@ -26,7 +26,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from hfedmoe_ray.config.schema import Model
+from hfedmoe_ray.config.model import Model
 from hfedmoe_ray.data.tokenize import load_tokenizer, pad_id, tokenize
 from hfedmoe_ray.errors import ModelError
 from hfedmoe_ray.moe.layout import MoELayout, layout_of

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hfedmoe_ray.config.lora import Lora
-from hfedmoe_ray.config.schema import Model
+from hfedmoe_ray.config.model import Model
 from hfedmoe_ray.context import PreparedModel
 from hfedmoe_ray.data.tokenize import load_tokenizer, tokenizer_hash
 from hfedmoe_ray.errors import ModelError

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hfedmoe_ray.config.schema import Model, Upcycle
+from hfedmoe_ray.config.model import Model, Upcycle
 from hfedmoe_ray.context import cache_dir
 from hfedmoe_ray.errors import ModelError
 from hfedmoe_ray.moe.factors import adapted_shape

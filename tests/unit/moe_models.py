@@ -22,7 +22,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from hfedmoe_ray.config.schema import Model
+from hfedmoe_ray.config.model import Model
 from hfedmoe_ray.context import PreparedModel
 from hfedmoe_ray.moe import layout as layouts
 from hfedmoe_ray.moe import shape

@@ -11,8 +11,9 @@ import torch
 from moe_models import FAMILIES, WORDS, plan, prepare, save_family, save_tokenizer, task_weights
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from hfedmoe_ray.config.data import Data
 from hfedmoe_ray.config.evaluation import Benchmark
-from hfedmoe_ray.config.schema import Data, Experiment
+from hfedmoe_ray.config.schema import Experiment
 from hfedmoe_ray.data.choices import Choices, read_questions, stored_choices, tokenize_questions
 from hfedmoe_ray.data.dataset import FederatedDataset, Split
 from hfedmoe_ray.data.instructions import tokenize_instructions

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis.extra.numpy import arrays
 
-from hfedmoe_ray.config.schema import Partition
+from hfedmoe_ray.config.data import Partition
 from hfedmoe_ray.data.partition import deal, draw_examples, natural, repair, split_own_test, stratified_order
 from hfedmoe_ray.errors import DataError
 from hfedmoe_ray.seeds import generator

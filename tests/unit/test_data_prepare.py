@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from hfedmoe_ray.config.schema import Data, Partition
+from hfedmoe_ray.config.data import Data, Partition
 from hfedmoe_ray.data import prepare, store
 from hfedmoe_ray.data.dataset import FederatedDataset, Split
 from hfedmoe_ray.data.describe import partition_table

@@ -12,7 +12,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from hfedmoe_ray.config.schema import Data, Partition
+from hfedmoe_ray.config.data import Data, Partition
 from hfedmoe_ray.data.sources import RawDataset, draw_subset, load_client_file, load_raw
 from hfedmoe_ray.errors import DataError
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification, BertModel
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from hfedmoe_ray.config import strategies as configs
-from hfedmoe_ray.config.schema import Model, Upcycle
+from hfedmoe_ray.config.model import Model, Upcycle
 from hfedmoe_ray.errors import ConfigError, ModelError
 from hfedmoe_ray.federation.checkpoint import load_checkpoint, run_identity
 from hfedmoe_ray.moe.prepare import initial_weights, save_full

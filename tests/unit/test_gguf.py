@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hfedmoe_ray.config.schema import Model, Upcycle
+from hfedmoe_ray.config.model import Model, Upcycle
 from hfedmoe_ray.errors import ModelError
 from hfedmoe_ray.moe.gguf import unpacked
 from hfedmoe_ray.moe.shape import read_shape

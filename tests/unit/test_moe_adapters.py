@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy, linear
 from transformers import AutoModelForSequenceClassification
 
 from hfedmoe_ray.config.lora import Lora
-from hfedmoe_ray.config.schema import Model
+from hfedmoe_ray.config.model import Model
 from hfedmoe_ray.context import PreparedModel
 from hfedmoe_ray.errors import ConfigError, ModelError, TrainingError
 from hfedmoe_ray.moe import quantised

@@ -22,7 +22,7 @@ from moe_models import (
 )
 from transformers import AutoTokenizer, MixtralForSequenceClassification
 
-from hfedmoe_ray.config.schema import Model
+from hfedmoe_ray.config.model import Model
 from hfedmoe_ray.context import PreparedModel
 from hfedmoe_ray.errors import ConfigError, HFedMoEError, ModelError
 from hfedmoe_ray.moe import store

@@ -9,7 +9,7 @@ import torch
 from moe_models import batch, save_bert
 from transformers import BertModel
 
-from hfedmoe_ray.config.schema import Upcycle
+from hfedmoe_ray.config.model import Upcycle
 from hfedmoe_ray.moe.encoder import MoEEncoderForSequenceClassification
 from hfedmoe_ray.moe.upcycle.assemble import upcycle
 from hfedmoe_ray.moe.upcycle.calibrate import LayerInputs, LayerReport

@@ -23,7 +23,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from hfedmoe_ray.config.schema import Experiment, Model, Upcycle
+from hfedmoe_ray.config.model import Model, Upcycle
+from hfedmoe_ray.config.schema import Experiment
 from hfedmoe_ray.errors import ConfigError, HFedMoEError, ModelError
 from hfedmoe_ray.moe.prepare import initial_weights, prepare_model, save_full
 from hfedmoe_ray.moe.shape import read_shape

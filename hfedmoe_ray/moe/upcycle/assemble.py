@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from transformers import PreTrainedModel
 
-from hfedmoe_ray.config.schema import Upcycle
+from hfedmoe_ray.config.model import Upcycle
 from hfedmoe_ray.moe.layout import MoELayout
 from hfedmoe_ray.moe.layout.base import assign, on_meta
 from hfedmoe_ray.moe.store import Task

@@ -6,7 +6,7 @@ Torch-free.
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from hfedmoe_ray.config.schema import Upcycle
+from hfedmoe_ray.config.model import Upcycle
 from hfedmoe_ray.errors import ConfigError, ModelError
 
 DENSE_FAMILIES: Mapping[str, str] = {"bert": "hfedmoe_encoder", "llama": "mixtral", "mistral": "mixtral"}
