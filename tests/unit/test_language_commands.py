@@ -47,6 +47,9 @@ def test_an_upcycled_model_needs_nothing_but_transformers(llama: Path, tmp_path:
 def test_a_run_learns_to_write_and_does(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     rows = [{"asked": f"word{i % 4}", "said": f"word{10 + i % 4} word9"} for i in range(120)]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    items = [{"q": f"word{i}", "a": f"word{10 + i}", "b": f"word{10 + (i + 1) % 4}", "label": 0} for i in range(4)]
+    (tmp_path / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    asked = {"name": "items", "source": str(tmp_path / "items.jsonl"), "prompt": "q", "choices": ["a", "b"]}
     settings = {
         "name": "run",
         "output": str(tmp_path),
@@ -62,11 +65,17 @@ def test_a_run_learns_to_write_and_does(llama: Path, tmp_path: Path, capsys: pyt
         },
         "data": {"source": str(tmp_path / "data.jsonl"), "prompt": "asked", "response": "said", "max_length": 8},
         "local": {"steps": 30, "batch_size": 16, "profile_examples": 8, "learning_rate": 1e-2},
+        "evaluate": {"benchmarks": [asked]},
         "tracking": {"wandb": {"mode": "disabled"}},
     }
     (tmp_path / "config.yaml").write_text(json.dumps(settings))
     assert main(["run", str(tmp_path / "config.yaml")]) == 0
+    answered = json.loads((tmp_path / "run" / "summary.json").read_text())["benchmarks"]["items"]
+    assert answered["before"]["accuracy"] < 1
+    assert answered["after"] == {"items": 4, "accuracy": 1.0, "normalised": 1.0}
     capsys.readouterr()
+    assert main(["evaluate", str(tmp_path / "run")]) == 0
+    assert "items 100.0 %, by character 100.0 % (4 items)" in capsys.readouterr().out
     assert main(["generate", str(tmp_path / "run"), *(f"word{i}" for i in range(4)), "--max-tokens", "4"]) == 0
     assert capsys.readouterr().out.splitlines() == [f"word{10 + i} word9" for i in range(4)]
 
