@@ -98,7 +98,7 @@ ELSEWHERE: dict[str, tuple[str, ...]] = {
         "tests/unit/test_cluster.py::test_the_batch_script_asks_for_every_group_and_starts_it",
     ),
     "docker build": ("tests/unit/test_cluster.py::test_an_image_is_built_from_what_exists_and_from_fixed_versions",),
-    # No account at W&B here: what is sent is read from its log, and what the server may answer is tried with one of ours.
+    # No account at W&B here: what is sent is read from its log, and what a server may answer is tried with one of ours.
     "hfedmoe wandb sync": (
         "tests/unit/test_tracking_wandb.py::test_every_round_arrives_with_its_numbers",
         "tests/unit/test_tracking_wandb.py::test_sending_says_what_is_missing",
