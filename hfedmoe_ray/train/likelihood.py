@@ -12,7 +12,6 @@ from hfedmoe_ray.data.dataset import Batch
 from hfedmoe_ray.types import Array, FloatArray
 
 
-@torch.inference_mode()
 def answer(
     choices: Choices, forward: Callable[[Array], tuple[Batch, Tensor]], size: int, poll: Callable[[], None]
 ) -> dict[str, float]:
@@ -24,23 +23,29 @@ def answer(
         size: Rows of one forward pass.
         poll: Called before each; may raise.
     """
-    likelihoods = np.zeros(len(choices.rows))
-    tokens = 0
+    scores = likelihoods(choices, forward, size, poll)
+    return {
+        "tokens": int(choices.rows.lengths.sum()),
+        "loss": -float(scores.sum()) / max(choices.rows.weight(np.arange(len(choices.rows))), 1),
+        "correct": right_answers(scores, choices),
+        "correct_normalised": right_answers(scores / np.maximum(choices.lengths, 1), choices),
+        "examples": len(choices),
+    }
+
+
+@torch.inference_mode()
+def likelihoods(
+    choices: Choices, forward: Callable[[Array], tuple[Batch, Tensor]], size: int, poll: Callable[[], None]
+) -> FloatArray:
+    """Returns the log-likelihood of every choice after its prompt, [R]; see `answer`."""
+    scores = np.zeros(len(choices.rows))
     # Rows of like length together: little padding, whatever the order of the items.
     order = np.argsort(choices.rows.lengths, kind="stable")
     for start in range(0, len(order), size):
         poll()
         rows = order[start : start + size]
-        batch, logits = forward(rows)
-        likelihoods[rows] = log_likelihoods(batch, logits)
-        tokens += int(batch.attention_mask.sum())
-    return {
-        "tokens": tokens,
-        "loss": -float(likelihoods.sum()) / max(choices.rows.weight(order), 1),
-        "correct": right_answers(likelihoods, choices),
-        "correct_normalised": right_answers(likelihoods / np.maximum(choices.lengths, 1), choices),
-        "examples": len(choices),
-    }
+        scores[rows] = log_likelihoods(*forward(rows))
+    return scores
 
 
 def log_likelihoods(batch: Batch, logits: Tensor) -> FloatArray:
