@@ -50,7 +50,7 @@ ELSEWHERE: dict[str, tuple[str, ...]] = {
     "hfedmoe run configs/quickstart.yaml backend=local": (
         "tests/ray/test_session.py::test_every_way_to_run_gives_the_same_model_and_tells_the_same_story",
     ),
-    # A language model of 135 million parameters takes a quarter of an hour: a small one learns to write there.
+    # A model of 135 million parameters, and data that are not ours to give: there a small one learns to write.
     "hfedmoe run configs/smollm2_upcycled.yaml": (
         "tests/unit/test_language_commands.py::test_a_run_learns_to_write_and_does",
     ),
