@@ -1,4 +1,4 @@
-"""Makes a saved view "hfedmoe" in a W&B project, with the panels described in wandb.md.
+"""Makes a saved view "hfedmoe" in a W&B project, with the panels described in howto/tracking.md.
 
     pip install wandb-workspaces
     python docs/wandb_panels.py ENTITY PROJECT

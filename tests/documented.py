@@ -10,7 +10,7 @@ import yaml
 
 REPOSITORY = Path(__file__).parents[1]
 SHELL = ("bash", "console")
-PROGRAMS = ("docker", "hfedmoe", "kubectl", "make", "pip", "python", "ray", "wandb")
+PROGRAMS = ("docker", "hfedmoe", "kubectl", "make", "pip", "python", "ray", "sbatch", "wandb")
 _BLOCK = re.compile(r"^(?P<indent> *)```(?P<head>[^\n`]*)\n(?P<body>.*?)^(?P=indent)```$", re.MULTILINE | re.DOTALL)
 
 
@@ -41,7 +41,7 @@ def pages() -> list[Path]:
     # The file names no Python objects, but its loader must not stumble over tags either.
     site = yaml.safe_load((REPOSITORY / "mkdocs.yml").read_text(encoding="utf-8"))
     listed = [REPOSITORY / "docs" / name for name in _leaves(site["nav"])]
-    others = [REPOSITORY / "cluster" / "README.md"]
+    others = [REPOSITORY / "cluster" / "README.md", REPOSITORY / "examples" / "cross_silo" / "README.md"]
     return [REPOSITORY / "README.md", *(page for page in listed if page.exists()), *others]
 
 

@@ -14,15 +14,15 @@ INTRODUCTION = """\
 # Command line
 
 What `hfedmoe COMMAND --help` prints, taken from the commands when these pages were built. How every one can end:
-[Exit codes](exit-codes.md).
+[Exit codes and errors](../errors.md).
 """
 JOBS = """
 ## Jobs
 
-Entry points for `ray job submit`, in `jobs/`: `federate.py CONFIG [KEY=VALUE]...` is `hfedmoe run` and
-`compare.py CONFIG [options]` is `hfedmoe compare`, on the cluster the job runs in. A job's working directory is deleted
-when it ends, so a relative `output` is taken from the home directory of the node. `jobs/runtime_env.yaml` is what a job
-submitted by hand carries along.
+Entry points for `ray job submit`, in `jobs/`: `federate.py CONFIG [KEY=VALUE]...` is `hfedmoe run`,
+`compare.py CONFIG [options]` is `hfedmoe compare` and `evaluate.py RUN [options]` is `hfedmoe evaluate`, on the cluster
+the job runs in. A job's working directory is deleted when it ends, so a relative `output`, or RUN, is taken from the
+home directory of the node. `jobs/runtime_env.yaml` is what a job submitted by hand carries along.
 """
 assert hfedmoe_ray.cli
 

@@ -17,7 +17,7 @@ import pytest
 from documented import REPOSITORY
 
 from hfedmoe_ray.cli.app import commands
-from hfedmoe_ray.config.explain import _all_keys
+from hfedmoe_ray.config.explain import all_keys
 from hfedmoe_ray.config.schema import Experiment
 
 LOADED = {"script": "src", "img": "src", "iframe": "src", "source": "src", "video": "src", "link": "href"}
@@ -77,7 +77,7 @@ def test_no_page_loads_anything_from_elsewhere(site: Path):
 
 def test_the_reference_has_every_key_and_every_command(site: Path):
     keys = (site / "reference" / "configuration.html").read_text(encoding="utf-8")
-    for key in _all_keys(Experiment, ""):
+    for key in all_keys(Experiment, ""):
         assert f"<code>{key.rpartition('.')[2]}</code>" in keys, key
     told = (site / "reference" / "commands.html").read_text(encoding="utf-8")
     for command in commands.commands:
