@@ -96,7 +96,9 @@ def _lede(run: RunRecord) -> str:
     if not measured:
         return f"{what}. The global model was not evaluated."
     (first_round, first), (_, last) = measured[0], measured[-1]
-    result = f"{what}. The global model now classifies <b>{percent(last)}</b> of the test set correctly"
+    writes = (run.config.get("model") or {}).get("task") == "causal"
+    does, of = ("predicts", "the tokens of the test set's responses") if writes else ("classifies", "the test set")
+    result = f"{what}. The global model now {does} <b>{percent(last)}</b> of {of} correctly"
     if len(measured) == 1:
         return f"{result}."
     before = "before training" if first_round == 0 else f"after round {first_round}"

@@ -73,6 +73,9 @@ def test_a_run_learns_to_write_and_does(llama: Path, tmp_path: Path, capsys: pyt
     answered = json.loads((tmp_path / "run" / "summary.json").read_text())["benchmarks"]["items"]
     assert answered["before"]["accuracy"] < 1
     assert answered["after"] == {"items": 4, "accuracy": 1.0, "normalised": 1.0}
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "now predicts" in page
+    assert '<th scope="col">Benchmark</th>' in page
     capsys.readouterr()
     assert main(["evaluate", str(tmp_path / "run")]) == 0
     assert "items 100.0 %, by character 100.0 % (4 items)" in capsys.readouterr().out

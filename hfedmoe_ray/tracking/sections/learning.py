@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from html import escape
 from itertools import accumulate
 
 from hfedmoe_ray.records import RoundReport
 from hfedmoe_ray.tracking import charts
 from hfedmoe_ray.tracking.charts import Series, Write
-from hfedmoe_ray.tracking.markup import figure, section, switch
+from hfedmoe_ray.tracking.formatting import percent
+from hfedmoe_ray.tracking.markup import figure, section, switch, table
 from hfedmoe_ray.tracking.record import RunRecord
 
 Measured = Sequence[tuple[str, Sequence[float | None]]]
@@ -58,9 +60,26 @@ def learning(run: RunRecord) -> str:
             " Simulated time is arithmetic, not measured: what each round's work would take on the devices that the "
             f"tiers stand for, where a round {waits} and evaluation takes no time."
         )
-    return section(
-        "Learning", intro, switch("Over", [(name, f'<div class="pair">{pane}</div>') for name, pane in panes])
-    )
+    pairs = switch("Over", [(name, f'<div class="pair">{pane}</div>') for name, pane in panes])
+    return section("Learning", intro, pairs, _benchmarks(run))
+
+
+def _benchmarks(run: RunRecord) -> str:
+    """What the global model answered before the first round and after the last, if it was asked."""
+    asked = run.summary.get("benchmarks") or {}
+    rows = [
+        (
+            escape(name),
+            str(moments["after"]["items"]),
+            *(percent(moments[moment][kind]) for kind in ("accuracy", "normalised") for moment in ("before", "after")),
+        )
+        for name, moments in asked.items()
+    ]
+    if not rows:
+        return ""
+    headings = ["Benchmark", "*Items", "*Before", "*After", "*By character, before", "*After"]
+    note = "Multiple choice, by log-likelihood of the choice after the prompt, as it is and divided by its characters."
+    return figure("Benchmarks", table(headings, rows), note=note)
 
 
 def _axes(rounds: Sequence[RoundReport]) -> list[_Axis]:
