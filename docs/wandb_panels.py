@@ -34,7 +34,7 @@ SECTIONS = {
         panels.LinePlot(
             title="Where a round's seconds went",
             x="round",
-            y=[f"seconds/{phase}" for phase in ("profile", "plan", "publish", "train", "reduce", "evaluate")],
+            y=[f"seconds/{phase}" for phase in ("profile", "plan", "publish", "train", "wait", "reduce", "evaluate")],
         ),
         panels.LinePlot(title="MiB of a round", x="round", y=["traffic/up_mib", "traffic/down_mib"]),
         panels.LinePlot(title="Processors of each node (%)", x="round", metric_regex="node/[0-9]+/(cpu|gpu[0-9]+)"),

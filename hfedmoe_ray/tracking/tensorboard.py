@@ -20,7 +20,7 @@ LAYOUT = {
         "loss": ["Multiline", ["global/loss", "train/loss"]],
     },
     "What it cost": {
-        "seconds of a round by phase": ["Multiline", ["seconds/(profile|plan|publish|train|reduce|evaluate)"]],
+        "seconds of a round by phase": ["Multiline", ["seconds/(profile|plan|publish|train|wait|reduce|evaluate)"]],
         "MiB of a round": ["Multiline", ["traffic/up_mib", "traffic/down_mib"]],
         "processors (%)": ["Multiline", [r"node/\d+/(cpu|gpu\d+)"]],
     },
