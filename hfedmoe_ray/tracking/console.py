@@ -136,8 +136,10 @@ class ConsoleRenderer:
             self._print("")
             self._print(self._table(summary))
             self._print("")
-        for subject, words in self._result(summary):
-            self._print(Text.assemble((f"  {subject:8}", "dim"), words))
+        told = self._result(summary)
+        width = max(7, *(len(subject) for subject, _ in told))
+        for subject, words in told:
+            self._print(Text.assemble((f"  {subject:{width}} ", "dim"), words))
 
     # --------------------------------------------------------------------------------------------- how it looks
 
