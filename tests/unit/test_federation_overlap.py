@@ -16,7 +16,7 @@ from hfedmoe_ray.tracking.files import FileTracker
 from hfedmoe_ray.tracking.jsonl import plain
 from hfedmoe_ray.tracking.record import read_run
 
-TIMES = {"seconds", "step_seconds", "peak_mib", "phases", "clients"}
+TIMES = {"seconds", "step_seconds", "peak_mib", "phases", "nodes", "clients"}
 """What no two runs have alike; clients are compared by themselves."""
 
 
@@ -54,7 +54,7 @@ def made(sources: Path, **changes: Any) -> Experiment:
 
 
 def told(rounds: Any) -> list[dict[str, Any]]:
-    """Round by round what is told, its clients included, but for how long it took."""
+    """Round by round what is told, its clients included, but for how long it took and how busy machines were."""
     return [
         {name: value for name, value in plain(report).items() if name not in TIMES}
         | {"clients": [{n: v for n, v in plain(c).items() if n not in TIMES} for c in report.clients]}
