@@ -9,6 +9,7 @@ from hfedmoe_ray.federation.checkpoint import load_checkpoint, run_identity
 from hfedmoe_ray.model_card import model_card
 from hfedmoe_ray.moe.store import Task
 from hfedmoe_ray.prepare import prepare_run
+from hfedmoe_ray.rundir import check_empty
 
 Form = Literal["hf", "peft"]
 
@@ -35,8 +36,7 @@ def export_run(run_dir: Path, form: Form, directory: Path) -> None:
             f"{run_dir} trained whole experts, of which peft has no form. Write --format hf, or train with "
             "model.lora, e.g. model.lora.rank=8."
         )
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise ConfigError(f"{directory} holds something already. Name an empty directory with --output, or remove it.")
+    check_empty(directory, "--output")
     context = prepare_run(experiment, run_dir)
     weights = load_checkpoint(run_dir / "checkpoints", run_identity(context)).weights
     if form == "peft":

@@ -40,6 +40,12 @@ def how_to_go_on(run_dir: Path) -> str:
     )
 
 
+def check_empty(directory: Path, option: str) -> None:
+    """Raises ConfigError where something is in the way of what is to be written; `option` names another place."""
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise ConfigError(f"{directory} holds something already. Name an empty directory with {option}, or remove it.")
+
+
 def make_room(run_dir: Path, *, overwrite: bool) -> None:
     """Makes sure that a new run does not mix with an earlier one.
 

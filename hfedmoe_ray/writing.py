@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from hfedmoe_ray.data.tokenize import pad_id
 from hfedmoe_ray.errors import ConfigError, ModelError
 from hfedmoe_ray.export import export_run
 from hfedmoe_ray.moe.sources import resolve
@@ -61,7 +62,7 @@ class Writer:
                 input_ids=inputs["input_ids"],
                 attention_mask=inputs["attention_mask"],
                 max_new_tokens=max_tokens,
-                pad_token_id=self._tokenizer.pad_token_id or self._tokenizer.eos_token_id,
+                pad_token_id=pad_id(self._tokenizer),
                 **drawn,
             )
         written: Any = self._tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

@@ -50,9 +50,9 @@ def upcycle(
     from hfedmoe_ray.context import cache_dir
     from hfedmoe_ray.data.sources import load_raw
     from hfedmoe_ray.moe.prepare import initial_weights, prepare_model, save_full
+    from hfedmoe_ray.rundir import check_empty
 
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out} holds something already. Name an empty directory with --out, or remove it.")
+    check_empty(out, "--out")
     if top_k > experts:
         raise ConfigError(f"--top-k is {top_k}, but a layer has only {experts} experts. Lower it.")
     texts = () if calibrate is None else load_raw(Data(source=str(calibrate), response=text)).train_texts[:256]

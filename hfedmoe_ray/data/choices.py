@@ -93,12 +93,17 @@ def tokenize_questions(tokenizer: Any, questions: Questions, max_length: int) ->
     """Returns the arrays of `Choices` by name; of what is longer than `max_length` the prompt's beginning is left out.
 
     Raises:
-        DataError: A choice alone is longer.
+        DataError: A choice alone is longer, or has no token of its own.
     """
     rows: list[tuple[list[int], int]] = []
     for prompt, choices in zip(questions.prompts, questions.choices, strict=True):
         for choice in choices:
             before, after = _encoded_pair(tokenizer, prompt, choice)
+            if not after:
+                raise DataError(
+                    f"evaluate.benchmarks: the choice {choice!r} after {prompt[-40:]!r} has no token of its own, so it "
+                    "cannot be told how likely it is. Correct the row."
+                )
             if len(after) >= max_length:
                 raise DataError(
                     f"evaluate.benchmarks: a choice has {len(after)} tokens, but data.max_length is {max_length}: "
@@ -150,7 +155,8 @@ def _answers(table: Table, benchmark: Benchmark, key: str) -> IntArray:
     """The number of each item's right choice, from 0."""
     answers = []
     for row, value in enumerate(table.column(benchmark.answer, f"{key}.answer"), start=1):
-        number = int(value) if isinstance(value, int | float) or (isinstance(value, str) and value.isdecimal()) else -1
+        whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+        number = int(value) if whole or (isinstance(value, str) and value.isdecimal()) else -1  # type: ignore[call-overload]
         if not 0 <= number < len(benchmark.choices):
             raise DataError(
                 f"{table.where}, row {row}: the answer {value!r} is no number of one of the {len(benchmark.choices)} "

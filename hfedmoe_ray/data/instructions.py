@@ -1,7 +1,7 @@
 """Prompts and responses to token ids, for models that are to write the responses.
 
 A prompt's last tokens and a response's first ones are never merged into one: both are tokenised by themselves, so that
-the model is asked for exactly the response, in training as when its choices are scored.
+the model is asked for exactly the response. (Choices of benchmarks are tokenised as others do it: `data.choices`.)
 """
 
 from collections.abc import Sequence
@@ -60,7 +60,7 @@ def tokenize_instructions(
         prompts: May be empty texts: then the response is plain text.
         responses: What is to be written.
         max_length: Most tokens of an example, at least 2.
-        template: See `config.schema.Data.template`.
+        template: See `config.data.Data.template`.
 
     Raises:
         ConfigError: `template` is chat, and the tokenizer has no chat template.

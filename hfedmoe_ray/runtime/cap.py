@@ -95,7 +95,10 @@ def marked(actor: str, budget: int) -> Iterator[None]:
 
 
 def died_of_memory(actor: str, node: str) -> bool:
-    """Whether an actor that has died was close to its limit; of one that died with its node nobody knows."""
+    """Whether an actor that has died was close to its limit.
+
+    Of one that died with its node nobody knows, nor where the node does not answer in time: that is like any death.
+    """
     there = NodeAffinitySchedulingStrategy(node, soft=False)
     try:
         return bool(ray.get(_was_marked.options(scheduling_strategy=there).remote(actor), timeout=timeouts.LAST_WORDS))

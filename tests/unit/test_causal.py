@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from hfedmoe_ray.config.data import Data
 from hfedmoe_ray.config.evaluation import Benchmark
 from hfedmoe_ray.config.schema import Experiment
-from hfedmoe_ray.data.choices import Choices, read_questions, stored_choices, tokenize_questions
+from hfedmoe_ray.data.choices import Choices, Questions, read_questions, stored_choices, tokenize_questions
 from hfedmoe_ray.data.dataset import FederatedDataset, Split
 from hfedmoe_ray.data.instructions import tokenize_instructions
 from hfedmoe_ray.data.prepare import prepare_data
@@ -233,5 +233,8 @@ def test_a_benchmark_that_cannot_be_read_is_told(tokenizer: Any, tmp_path: Path)
     with pytest.raises(DataError, match="no number of one of the 2 choices"):
         read_questions(benchmark(tmp_path, answer="goal"))
     assert len(read_questions(benchmark(tmp_path, examples=4)).prompts) == 4
+    nothing = Questions(prompts=("word1",), choices=(("word2", ""),), lengths=np.array([5, 0]), answers=np.array([0]))
+    with pytest.raises(DataError, match="no token of its own"):
+        tokenize_questions(tokenizer, nothing, 20)
     with pytest.raises(DataError, match="max_length"):
         tokenize_questions(tokenizer, read_questions(benchmark(tmp_path)), 2)

@@ -7,7 +7,9 @@ import pytest
 
 from hfedmoe_ray.cli import main
 from hfedmoe_ray.config.load import load_experiment
+from hfedmoe_ray.config.model import Model
 from hfedmoe_ray.moe.layout import FAMILIES
+from hfedmoe_ray.moe.shape import read_shape
 from hfedmoe_ray.moe.sources import read_config, resolve
 from hfedmoe_ray.validate import check_sources
 
@@ -32,6 +34,22 @@ def test_the_header_is_what_plan_says(name: str, family: str, capsys: pytest.Cap
     told = [line.removeprefix("#   ") for line in config.read_text().splitlines() if line.startswith("#   ")]
     assert len(told) == 6
     assert set(told) <= set(printed)
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [
+        ("olmoe_1b_7b_lora", 6.92),
+        ("deepseek_moe_16b_qlora", 15.7),
+        ("qwen3_moe_30b_a3b_qlora", 30.5),
+        ("mixtral_8x7b_qlora", 46.7),
+    ],
+)
+def test_a_model_of_these_sizes_has_as_many_parameters_as_was_published(name: str, billions: float) -> None:
+    source = load_experiment(CONFIGS / f"{name}.yaml").model.source
+    shape = read_shape(Model(source=source, task="causal"))
+    parameters = (shape.total_experts * shape.expert_bytes + shape.shared_bytes + shape.frozen_bytes) / 4
+    assert parameters / 1e9 == pytest.approx(billions, rel=0.005)
 
 
 @pytest.mark.parametrize("name", [*PUBLISHED, "smollm2_upcycled"])
