@@ -7,7 +7,6 @@ Legend: B batch, S sequence, L MoE layers, E experts, H hidden.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,7 @@ from hfedmoe_ray.errors import ModelError
 from hfedmoe_ray.moe.layout import MoELayout, layout_of
 from hfedmoe_ray.moe.quiet import quiet_transformers
 from hfedmoe_ray.moe.store import CONFIG, Meta, Tensors, write_meta
+from hfedmoe_ray.moe.threads import one_thread
 from hfedmoe_ray.moe.upcycle.assemble import upcycle
 from hfedmoe_ray.seeds import derive_seed
 from hfedmoe_ray.types import Array, ExpertKey
@@ -66,7 +66,7 @@ def build(*, source: Path, model: Model, num_labels: int, seed: int, texts: Sequ
     tokenizer.save_pretrained(directory)
     upcycling: list[dict[str, Any]] = []
     writes = model.task == "causal"
-    with _one_thread(), quiet_transformers():
+    with one_thread(), threadpool_limits(1), quiet_transformers():
         if model.upcycle is not None:
             loaded = _load(AutoModelForCausalLM if writes else AutoModel, source, ("pooler",), _full_precision(source))
             dense = loaded.base_model
@@ -224,14 +224,3 @@ def _batches(tokenizer: Any, texts: Sequence[str]) -> Iterator[tuple[Tensor, Ten
     for start in range(0, len(ids), _BATCH_TEXTS):
         rows = slice(start, start + _BATCH_TEXTS)
         yield torch.from_numpy(ids[rows]).long(), torch.from_numpy(mask[rows]).long()
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with threadpool_limits(1):
-            yield
-    finally:
-        torch.set_num_threads(threads)

@@ -27,6 +27,7 @@ from hfedmoe_ray.errors import ModelError
 from hfedmoe_ray.moe.routing import ProfileAccumulator
 from hfedmoe_ray.moe.store import check
 from hfedmoe_ray.moe.subset import SparseModel
+from hfedmoe_ray.moe.threads import one_thread
 from hfedmoe_ray.seeds import derive_seed, generator
 from hfedmoe_ray.strategies import build_strategy
 from hfedmoe_ray.train.activations import checkpointed_layers
@@ -70,7 +71,7 @@ class ClientWorker:
         self._tiers = tier_of(context.experiment.clients)
         self._alone = Ranks()
         self._joined: JoinedRanks | None = None
-        with _one_thread():
+        with one_thread():
             self._model = SparseModel(context.model.path, lora=context.experiment.model.lora, frozen=frozen)
             self._data = FederatedDataset(context.data, context.experiment.data)
         self._strategy = build_strategy(self._experiment.strategy, context.model.shape, self._experiment.seed)
@@ -142,7 +143,7 @@ class ClientWorker:
         rank = self._ranks_of(task).rank
         seed = derive_seed(task.seed, "torch", task.round, task.client, *((rank,) if rank else ()))
         # Models with dropout draw from torch's generator: forked, so that neither callers nor tasks share it.
-        with _one_thread(), torch.random.fork_rng(devices=[]):
+        with one_thread(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             try:
                 self._model.bind(task.plan, weights, self._experiment.model.trainable)
@@ -395,14 +396,3 @@ def _next_round(task: ClientTask) -> ClientTask:
 
 def _without_counts(means: Mapping[ExpertKey, tuple[Array, int]]) -> dict[ExpertKey, Array]:
     return {key: mean for key, (mean, _) in means.items()}
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Runs a block on one intra-op thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
