@@ -62,15 +62,15 @@ class AsynchronousFederation(Federation):
         plans = {client: flight.plan for client, flight in landed.items()}
         last = self.state.weights
         with self._phase("reduce"):
-            records, updates, participation = self.reduce(results, plans)
+            averaged = self.averaging.reduce(results, plans)
         with self._phase("publish"):
             needed = {flight.version for flight in self.state.flights}
             known = {**self.state.older, last.version: last}
             self.state.older = {number: known[number] for number in sorted(needed)}
             self.executor.publish(self.state.weights)
-        records = [_as_simulated(record, landed[record.client], round, last.version) for record in records]
+        records = [_as_simulated(record, landed[record.client], round, last.version) for record in averaged.records]
         now = max((flight.ends for flight in landed.values()), default=self.now)
-        self._end(round, started, records, updates, participation, simulated=now - self.now)
+        self._end(round, started, replace(averaged, records=records), simulated=now - self.now)
 
     @property
     def now(self) -> float:

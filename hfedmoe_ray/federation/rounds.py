@@ -6,16 +6,16 @@ they hold the strategy's, and who is told the tracker's. A round may be evaluate
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, replace
 from typing import Any
 
 from hfedmoe_ray import budget
 from hfedmoe_ray.context import RunContext
-from hfedmoe_ray.errors import TrainingError
 from hfedmoe_ray.federation import reporting
 from hfedmoe_ray.federation.ahead import meanwhile
+from hfedmoe_ray.federation.averaging import Averaged, Averaging
 from hfedmoe_ray.federation.checkpoint import load_checkpoint, run_identity, save_checkpoint
 from hfedmoe_ray.federation.clock import Clock
 from hfedmoe_ray.federation.cohort import select_cohort
@@ -26,25 +26,20 @@ from hfedmoe_ray.federation.evaluation import Evaluation
 from hfedmoe_ray.federation.evaluator import Evaluator
 from hfedmoe_ray.federation.executor import Executor
 from hfedmoe_ray.federation.phases import Phases
-from hfedmoe_ray.federation.quorum import below_quorum
 from hfedmoe_ray.federation.state import FederationState
 from hfedmoe_ray.federation.stream import Stream
 from hfedmoe_ray.moe.prepare import head_parameters, initial_weights, router_layers
 from hfedmoe_ray.records import ClientRecord, RoundReport
 from hfedmoe_ray.strategies import build_strategy
-from hfedmoe_ray.strategies.aggregation import ClassMeans, MeanOutputs, Reducer
+from hfedmoe_ray.strategies.aggregation import ClassMeans, MeanOutputs
 from hfedmoe_ray.strategies.scores import uniform_plan
-from hfedmoe_ray.strategies.server import ServerOptimizer
 from hfedmoe_ray.tracking.tracker import Tracker
 from hfedmoe_ray.types import (
     ClientInfo,
     ClientTask,
-    ClientUpdate,
     ExpertPlan,
-    PersonalWeights,
     Role,
     TaskKind,
-    TaskResult,
 )
 
 
@@ -103,7 +98,6 @@ class Federation:
         self.strategy = build_strategy(
             self.experiment.strategy, context.model.shape, self.experiment.seed, self.experiment.rules
         )
-        self.router_layers = router_layers(context.model)
         # Once: a run may have very many clients, and a round asks few of them.
         self.tiers = budget.tier_of(self.experiment.clients)
         self.budgets = {
@@ -122,7 +116,6 @@ class Federation:
             self.state = FederationState(weights=weights)
         self.strategy.state = self.state.strategy
         self.strategy.report = tracker.event
-        self.optimizer = ServerOptimizer(self.experiment.server, self.state.server)
         self.resumed_from = self.state.round if resume else None
         self.ladder = Ladder(
             self.experiment, self.executor, self.strategy, self.state, tiers=self.tiers, client_info=self.client_info
@@ -138,6 +131,13 @@ class Federation:
         )
         self.collector = Collector(
             self.experiment, self.ladder, self.strategy, self.tiers, clock=self.clock, notify=tracker.event
+        )
+        self.averaging = Averaging(
+            self.experiment,
+            self.strategy,
+            self.state,
+            collector=self.collector,
+            router_layers=router_layers(context.model),
         )
 
     def run(self, should_stop: Callable[[], bool]) -> bool:
@@ -164,7 +164,8 @@ class Federation:
         started = self._begin(0, len(cohort))
         with self._phase("profile"):
             records = self.profile(0, cohort)
-        self._end(0, started, records, {}, None, simulated=self.clock.elapsed(records))
+        averaged = Averaged(records=records, updates={}, participation=None)
+        self._end(0, started, averaged, simulated=self.clock.elapsed(records))
 
     def train_round(self, round: int) -> None:
         """One round of federated training."""
@@ -185,12 +186,12 @@ class Federation:
             results = without_dropouts(results, self.experiment.clients.failure_rate)
         with self._profiled_ahead(round + 1) as ahead:
             with self._phase("reduce"):
-                records, updates, participation = self.reduce(results, plans)
+                averaged = self.averaging.reduce(results, plans)
             with self._phase("publish"):
                 self.executor.publish(self.state.weights)
-        simulated = self.clock.elapsed(profiled, records, ahead)
-        records = unprofiled + records
-        self._end(round, started, records, updates, participation, simulated=simulated, ahead=ahead)
+        simulated = self.clock.elapsed(profiled, averaged.records, ahead)
+        averaged = replace(averaged, records=unprofiled + averaged.records)
+        self._end(round, started, averaged, simulated=simulated, ahead=ahead)
 
     def profile(self, round: int, cohort: Sequence[int]) -> list[ClientRecord]:
         """Profiles those of a cohort that have no profile yet, in one forward-only pass over a sample of their data.
@@ -243,56 +244,6 @@ class Federation:
         for update in self.collector.accepted(results, dict.fromkeys(cohort, plan), records, self.state):
             assert update.profile is not None
             self.state.profiles[update.client] = update.profile
-
-    def reduce(
-        self, results: Sequence[TaskResult], plans: Mapping[int, ExpertPlan]
-    ) -> tuple[list[ClientRecord], dict[int, ClientUpdate], float | None]:
-        """Folds a round's updates, in client order, into the next weights and the clients' profiles.
-
-        Returns:
-            A record per client, the accepted updates without their tensors, and the mean of |S_c| / |S_global|
-            (eq. 18; None if nothing was averaged).
-        """
-        state, strategy = self.state, self.strategy
-        reducer = Reducer(
-            old=state.weights,
-            router_layers=self.router_layers,
-            layers=strategy.shape[0],
-            rules=strategy.rules,
-            average=self.experiment.model.lora.average if self.experiment.model.lora else "factors",
-        )
-        means = MeanOutputs()
-        private = dict(state.weights.personal or {})
-        records: list[ClientRecord] = []
-        updates: dict[int, ClientUpdate] = {}
-        taken: list[int] = []
-        for update in self.collector.accepted(results, plans, records, state):
-            client = update.client
-            if strategy.federated:
-                taken.append(len(reducer.add(update, plans[client])))
-                means.add(update)
-                if strategy.private_router:
-                    routers = {name: value for name, value in update.shared.items() if name in self.router_layers}
-                    private[client] = PersonalWeights(shared=routers, experts={})
-            else:
-                before = private[client].experts if client in private else {}
-                private[client] = PersonalWeights(shared=update.shared, experts={**before, **update.experts})
-            state.samples[client] = update.samples
-            # The tensors are folded; keeping them would make memory grow with the cohort.
-            updates[client] = replace(update, experts={}, shared={}, means={})
-        # Dropping out is the experiment's doing, not a fault that should stop it.
-        if not self.collector.quorum(record.status == "ok" for record in records if record.status != "dropped"):
-            raise TrainingError(below_quorum([(r.client, r.status, r.reason) for r in records]))
-        weights = self.optimizer.step(state.weights, reducer.result(), reducer.rows)
-        state.weights = replace(weights, means=means.result(weights.means), personal=private or None)
-        cohort = reporting.mean_profile([u.profile for u in updates.values() if u.profile is not None])
-        for client, update in updates.items():
-            if update.profile is not None and cohort is not None:
-                state.profiles[client] = strategy.blend(update.profile, plans[client], cohort)
-        strategy.observe(state.round + 1, updates, plans)
-        state.strategy = strategy.state  # which it may have filled or put another in place of
-        everyone = len(reducer.participants)
-        return records, updates, sum(taken) / (everyone * len(taken)) if everyone else None
 
     def report_last(self) -> None:
         """Waits for the evaluation of the last round where that is still due, and reports the round."""
@@ -357,9 +308,7 @@ class Federation:
         self,
         round: int,
         started: float,
-        records: Sequence[ClientRecord],
-        updates: Mapping[int, ClientUpdate],
-        participation: float | None,
+        averaged: Averaged,
         *,
         simulated: float | None,
         ahead: Sequence[ClientRecord] = (),
@@ -370,17 +319,17 @@ class Federation:
             self.evaluator.begin(round)
             found = None if self.evaluator.overlaps else self.evaluator.result()
         seconds = time.perf_counter() - started
-        self.state.record(round, [*records, *ahead], seconds, simulated)
-        for record in records:
+        self.state.record(round, [*averaged.records, *ahead], seconds, simulated)
+        for record in averaged.records:
             self.tracker.event("client", asdict(record))
         report = reporting.round_report(
             round,
-            records,
-            updates,
+            averaged.records,
+            averaged.updates,
             shape=self.strategy.shape,
             seconds=seconds,
             phases=self._phase.seconds,
-            participation=participation,
+            participation=averaged.participation,
             simulated=simulated,
             ahead=ahead,
             nodes=self.executor.usage(),

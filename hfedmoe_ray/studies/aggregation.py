@@ -159,7 +159,7 @@ def watch(run: RunRecord) -> Watched:
                 shared={**own.shared, **update.shared}, experts={**own.experts, **update.experts}
             )
         trained = accuracies(replace(state.weights, version=state.weights.version + 1, personal=private))
-        federation.reduce(results, plans)
+        federation.averaging.reduce(results, plans)
         return Watched(received=received, trained=trained, aggregated=accuracies(state.weights))
 
 

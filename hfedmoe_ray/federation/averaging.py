@@ -1,0 +1,142 @@
+"""How a round's updates become the next weights: folded one at a time, in client order.
+
+In this order: each update is folded into the means, its tensors are let go; the server's optimizer steps; what clients
+keep to themselves, their profiles and the strategy's state follow. A mechanism that protects clients from the server,
+or the model from clients, comes in at one of these places.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from hfedmoe_ray.config.schema import Experiment
+from hfedmoe_ray.errors import TrainingError
+from hfedmoe_ray.federation import reporting
+from hfedmoe_ray.federation.collecting import Collector
+from hfedmoe_ray.federation.quorum import below_quorum
+from hfedmoe_ray.federation.state import FederationState
+from hfedmoe_ray.records import ClientRecord
+from hfedmoe_ray.strategies import AnyStrategy
+from hfedmoe_ray.strategies.aggregation import MeanOutputs, Reducer
+from hfedmoe_ray.strategies.server import ServerOptimizer
+from hfedmoe_ray.types import ClientUpdate, ExpertPlan, PersonalWeights, TaskResult, Weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class Averaged:
+    """What became of a round's results."""
+
+    records: list[ClientRecord]
+    """One per client."""
+    updates: dict[int, ClientUpdate]
+    """The accepted updates without their tensors, by client."""
+    participation: float | None
+    """Mean of |S_c| / |S_global| (eq. 18); None if nothing was averaged."""
+
+
+class Averaging:
+    """Makes results the next weights, in place of the state's."""
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        strategy: AnyStrategy,
+        state: FederationState,
+        *,
+        collector: Collector,
+        router_layers: Mapping[str, int],
+    ) -> None:
+        """Takes note of the run.
+
+        Args:
+            experiment: The run's server optimizer, and how it averages LoRA factors.
+            strategy: Its rules of reduction.
+            state: What is renewed, in place.
+            collector: Validates what came back.
+            router_layers: Router parameter name -> its MoE layer.
+        """
+        self._strategy = strategy
+        self._state = state
+        self._collector = collector
+        self._router_layers = router_layers
+        self._lora_average = experiment.model.lora.average if experiment.model.lora else "factors"
+        self._optimizer = ServerOptimizer(experiment.server, state.server)
+
+    def reduce(self, results: Sequence[TaskResult], plans: Mapping[int, ExpertPlan]) -> Averaged:
+        """Folds a round's updates into the next weights and the clients' profiles.
+
+        Raises:
+            TrainingError: Too few of them may be used; the state is as it was, but for what clients keep.
+        """
+        state = self._state
+        records: list[ClientRecord] = []
+        accepted = self._collector.accepted(results, plans, records, state)
+        fold = self._fold_federated if self._strategy.federated else self._fold_apart
+        averaged = fold(accepted, plans, records)
+        self._follow(averaged.updates, plans)
+        return averaged
+
+    def _fold_federated(
+        self, accepted: Iterable[ClientUpdate], plans: Mapping[int, ExpertPlan], records: list[ClientRecord]
+    ) -> Averaged:
+        """Averages updates; where routers are private each client keeps its own."""
+        old = self._state.weights
+        reducer = Reducer(
+            old=old,
+            router_layers=self._router_layers,
+            layers=self._strategy.shape[0],
+            rules=self._strategy.rules,
+            average=self._lora_average,
+        )
+        means = MeanOutputs()
+        private = dict(old.personal or {})
+        updates: dict[int, ClientUpdate] = {}
+        taken: list[int] = []
+        for update in accepted:
+            taken.append(len(reducer.add(update, plans[update.client])))
+            means.add(update)
+            if self._strategy.private_router:
+                routers = {name: value for name, value in update.shared.items() if name in self._router_layers}
+                private[update.client] = PersonalWeights(shared=routers, experts={})
+            updates[update.client] = self._let_go(update)
+        self._check_quorum(records)
+        weights = self._optimizer.step(old, reducer.result(), reducer.rows)
+        self._state.weights = replace(weights, means=means.result(weights.means), personal=private or None)
+        everyone = len(reducer.participants)
+        participation = sum(taken) / (everyone * len(taken)) if everyone else None
+        return Averaged(records=records, updates=updates, participation=participation)
+
+    def _fold_apart(
+        self, accepted: Iterable[ClientUpdate], plans: Mapping[int, ExpertPlan], records: list[ClientRecord]
+    ) -> Averaged:
+        """Averages nothing: everyone keeps what it has trained."""
+        del plans
+        old: Weights = self._state.weights
+        private = dict(old.personal or {})
+        updates: dict[int, ClientUpdate] = {}
+        for update in accepted:
+            before = private[update.client].experts if update.client in private else {}
+            private[update.client] = PersonalWeights(shared=update.shared, experts={**before, **update.experts})
+            updates[update.client] = self._let_go(update)
+        self._check_quorum(records)
+        self._state.weights = replace(old, version=old.version + 1, personal=private or None)
+        return Averaged(records=records, updates=updates, participation=None)
+
+    def _let_go(self, update: ClientUpdate) -> ClientUpdate:
+        """An update without its tensors, which would make memory grow with the cohort; notes its examples."""
+        self._state.samples[update.client] = update.samples
+        return replace(update, experts={}, shared={}, means={})
+
+    def _check_quorum(self, records: Sequence[ClientRecord]) -> None:
+        """Raises TrainingError if too few have delivered; dropping out is the experiment's doing, and no fault."""
+        if not self._collector.quorum(record.status == "ok" for record in records if record.status != "dropped"):
+            raise TrainingError(below_quorum([(r.client, r.status, r.reason) for r in records]))
+
+    def _follow(self, updates: Mapping[int, ClientUpdate], plans: Mapping[int, ExpertPlan]) -> None:
+        """Brings the clients' profiles and the strategy's state up to date."""
+        state, strategy = self._state, self._strategy
+        cohort = reporting.mean_profile([u.profile for u in updates.values() if u.profile is not None])
+        for client, update in updates.items():
+            if update.profile is not None and cohort is not None:
+                state.profiles[client] = strategy.blend(update.profile, plans[client], cohort)
+        strategy.observe(state.round + 1, updates, plans)
+        state.strategy = strategy.state  # which it may have filled or put another in place of
