@@ -42,7 +42,7 @@ class Evaluation(Section):
     batch_size: PositiveInt = 32
     """Examples of one forward pass. Clients evaluate too, and 64 texts of 64 tokens took more memory than training."""
     benchmarks: tuple[Benchmark, ...] = ()
-    """`model.task: causal`: what the whole model is asked before the first round and after the last."""
+    """`model.task: causal` or seq2seq: what the whole model is asked before the first round and after the last."""
     target: UnitInterval | None = None
     """Accuracy whose first reaching is reported as rounds_to_target."""
 

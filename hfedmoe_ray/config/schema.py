@@ -263,12 +263,18 @@ class Experiment(Section):
 
     @model_validator(mode="after")
     def _fit_together(self) -> Self:
-        if (self.model.task == "causal") != (self.data.response is not None):
+        writes = self.model.task != "classification"
+        if writes != (self.data.response is not None):
             raise ValueError(
-                "`model.task: causal` and `data.response`, the column with what the model shall write, need each "
-                "other: write both or neither"
+                "`model.task: causal` (or seq2seq) and `data.response`, the column with what the model shall write, "
+                "need each other: write both or neither"
             )
-        if self.evaluate.benchmarks and self.model.task != "causal":
+        if self.model.task == "seq2seq" and (self.data.prompt is None or self.data.template != "auto"):
+            raise ValueError(
+                "`model.task: seq2seq` needs `data.prompt`, which its encoder reads as it is: name its column, and "
+                "leave `data.template` out"
+            )
+        if self.evaluate.benchmarks and not writes:
             raise ValueError(
                 "`evaluate.benchmarks` asks a language model which choice it would write, and `model.task` is "
                 f"{self.model.task}: leave them out, or write `task: causal`"

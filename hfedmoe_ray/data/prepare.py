@@ -34,6 +34,7 @@ def prepare_data(
     seed: int,
     cache: Path,
     benchmarks: Sequence[Benchmark] = (),
+    translates: bool = False,
 ) -> PreparedData:
     """Draws, deals, tokenises and stores a dataset as `<cache>/data/<key>/` (see `store`), unless it is there already.
 
@@ -48,21 +49,39 @@ def prepare_data(
         seed: Run seed: of the draws, the partition and the clients' own test splits.
         cache: Directory for prepared data; created as needed.
         benchmarks: Multiple-choice questions to be stored along.
+        translates: Whether an encoder reads the prompts, and a decoder writes the responses.
 
     Raises:
         DataError: the examples cannot be dealt as the partition asks, or a benchmark's file is wrong.
         ModelError: there is no tokenizer in `tokenizer_dir`.
     """
     asked = {benchmark.name: read_questions(benchmark) for benchmark in benchmarks}
-    path = cache.resolve() / "data" / _cache_key(data, raw, asked, tokenizer_hash(tokenizer_dir), clients, seed)
+    path = (
+        cache.resolve()
+        / "data"
+        / _cache_key(data, raw, asked, tokenizer_hash(tokenizer_dir), clients, seed, translates)
+    )
     meta = store.read_meta(path) or _build(
-        data, raw, asked, tokenizer_dir=tokenizer_dir, clients=clients, seed=seed, path=path
+        data,
+        raw,
+        asked,
+        tokenizer_dir=tokenizer_dir,
+        clients=clients,
+        seed=seed,
+        path=path,
+        translates=translates,
     )
     return PreparedData(path=path, sha256=meta.sha256, label_names=meta.label_names, counts=meta.counts, cut=meta.cut)
 
 
 def _cache_key(  # noqa: PLR0917 - all that determines it
-    data: Data, raw: RawDataset, asked: Mapping[str, Questions], tokenizer: str, clients: int, seed: int
+    data: Data,
+    raw: RawDataset,
+    asked: Mapping[str, Questions],
+    tokenizer: str,
+    clients: int,
+    seed: int,
+    translates: bool,
 ) -> str:
     # The texts themselves count, not the name of the file they came from.
     digest = hashlib.sha256()
@@ -81,6 +100,7 @@ def _cache_key(  # noqa: PLR0917 - all that determines it
         "tokenizer": tokenizer,
         "clients": clients,
         "seed": seed,
+        "translates": translates,
     }
     return store.content_hash({"train": raw.train_labels, "test": raw.test_labels}, facts)[:24]
 
@@ -94,6 +114,7 @@ def _build(
     clients: int,
     seed: int,
     path: Path,
+    translates: bool,
 ) -> store.Meta:
     raw = draw_subset(raw, data, seed)
     own_files = data.partition.how == "files"
@@ -107,7 +128,7 @@ def _build(
         ("train", [raw.train_texts[row] for row in rows], train_prompts),
         ("test", raw.test_texts, raw.test_prompts),
     ):
-        tokens, shortened = tokenized(tokenizer, texts, prompts, data)
+        tokens, shortened = tokenized(tokenizer, texts, prompts, data, translates=translates)
         arrays |= {f"{split}.{name}": array for name, array in tokens.items()}
         cut += shortened
     classes = len(raw.label_names)
@@ -122,12 +143,13 @@ def _build(
         pad_id=pad_id(tokenizer),
         tokenizer_sha256=tokenizer_hash(tokenizer_dir),
         written=raw.train_prompts is not None,
+        translates=translates,
         cut=cut,
     )
     # What a model is asked besides makes no other run of it.
     meta = replace(meta, sha256=store.content_hash(arrays, asdict(meta)))
     for name, questions in asked.items():
-        made = tokenize_questions(tokenizer, questions, data.max_length)
+        made = tokenize_questions(tokenizer, questions, data.max_length, translates=translates)
         arrays |= {f"{store.benchmark(name)}.{part}": array for part, array in made.items()}
     store.write(path, arrays, meta, tokenizer if own_files else None)
     return meta

@@ -25,7 +25,7 @@ import numpy as np
 from hfedmoe_ray.errors import DataError
 from hfedmoe_ray.types import Array
 
-FORMAT = 2
+FORMAT = 3
 """Part of the cache key, raised whenever the layout above changes: data is then prepared anew."""
 
 TOKENIZER = "tokenizer"
@@ -50,6 +50,8 @@ class Meta:
     tokenizer_sha256: str
     written: bool
     """Whether the examples are prompts and responses."""
+    translates: bool
+    """Whether an encoder is to read the prompts, and a decoder to write the responses."""
     cut: int
     """Prompts and responses, own and global test split included, that were longer than `max_length`."""
 

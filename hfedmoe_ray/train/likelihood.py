@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from hfedmoe_ray.data.batches import Batch
 from hfedmoe_ray.data.choices import Choices
-from hfedmoe_ray.data.dataset import Batch
 from hfedmoe_ray.types import Array, FloatArray
 
 
@@ -55,11 +55,10 @@ def log_likelihoods(batch: Batch, logits: Tensor) -> FloatArray:
         batch: Rows with `targets`, N in all.
         logits: At these, [N, V].
     """
-    assert batch.targets is not None
     labels = torch.from_numpy(batch.labels).to(logits.device)
     each = -cross_entropy(logits.float(), labels, reduction="none").double().cpu().numpy()
-    sums = np.zeros(len(batch.targets))
-    np.add.at(sums, batch.targets.nonzero()[0], each)
+    sums = np.zeros(batch.examples)
+    np.add.at(sums, batch.asked, each)
     return sums
 
 

@@ -21,8 +21,9 @@ from hfedmoe_ray.budget import tier_of
 from hfedmoe_ray.config.section import Precision
 from hfedmoe_ray.config.strategies import HFedMoE
 from hfedmoe_ray.context import RunContext
+from hfedmoe_ray.data.batches import Batch
 from hfedmoe_ray.data.choices import stored_choices
-from hfedmoe_ray.data.dataset import Batch, FederatedDataset, Split
+from hfedmoe_ray.data.dataset import FederatedDataset, Split
 from hfedmoe_ray.errors import ModelError
 from hfedmoe_ray.moe.routing import ProfileAccumulator
 from hfedmoe_ray.moe.store import check
@@ -238,7 +239,7 @@ class ClientWorker:
                 loss += float(cross_entropy(logits.float(), labels, reduction="sum"))
                 correct += int((logits.argmax(dim=-1) == labels).sum())
                 predictions += len(labels)
-                tokens += int(batch.attention_mask.sum())
+                tokens += self._model.tape.tokens
         mean = loss / max(predictions, 1)
         return b"", _metrics(task, split, tokens=tokens, loss=mean, correct=correct, examples=predictions)
 

@@ -18,8 +18,9 @@ from output import Row, json_option, publish
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hfedmoe_ray.config.evaluation import Benchmark
+from hfedmoe_ray.data.batches import Batch
 from hfedmoe_ray.data.choices import Choices, Questions, read_questions, tokenize_questions
-from hfedmoe_ray.data.dataset import Batch, Split
+from hfedmoe_ray.data.dataset import Split
 from hfedmoe_ray.moe.quiet import quiet_transformers
 from hfedmoe_ray.moe.sources import resolve
 from hfedmoe_ray.train.likelihood import likelihoods, right_answers

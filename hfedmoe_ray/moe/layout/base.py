@@ -141,6 +141,18 @@ class MoELayout(ABC):
         return len(self.blocks)
 
     @property
+    def decoder_from(self) -> int:
+        """The first MoE layer of a decoder that reads other tokens than the encoder below it; L: there is none."""
+        return next((n for n, name in enumerate(self.block_names) if name.startswith("decoder.")), self.layers)
+
+    @property
+    def start(self) -> int | None:
+        """What a decoder reads before its first token; None: there is no encoder beside it."""
+        if self.model.get_output_embeddings() is None or not self.model.config.is_encoder_decoder:
+            return None
+        return int(self.model.config.decoder_start_token_id)
+
+    @property
     def expert_bytes(self) -> int:
         """Bytes of one expert in fp32."""
         return 4 * sum(math.prod(shape) for shape in self.expert_shapes.values())
