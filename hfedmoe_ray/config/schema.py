@@ -274,6 +274,11 @@ class Experiment(Section):
                 "`model.task: seq2seq` needs `data.prompt`, which its encoder reads as it is: name its column, and "
                 "leave `data.template` out"
             )
+        if self.data.packing and self.model.task != "causal":
+            raise ValueError(
+                f"`data.packing` is exact where a token sees those before it and nothing else; `model.task: "
+                f"{self.model.task}` pools over a row, or counts an expert's capacity in it. Leave it out"
+            )
         if self.evaluate.benchmarks and not writes:
             raise ValueError(
                 "`evaluate.benchmarks` asks a language model which choice it would write, and `model.task` is "

@@ -1,6 +1,10 @@
-"""Examples as a model takes them: rows padded to the longest, or read by an encoder and written by a decoder.
+"""Examples as a model takes them: a row each, several in a row, or read by an encoder and written by a decoder.
 
-Legend: B examples of a batch, S' longest text of the batch, D longest response, N predictions.
+Several in a row (`packed`) are the same examples with less padding between them: each sees itself alone and counts its
+own positions, so that losses, gradients and routing are those of rows of their own, within rounding.
+
+Legend: B examples of a batch, S' longest text of the batch, D longest response, N predictions, R rows of C places that
+B texts fill.
 """
 
 from dataclasses import dataclass
@@ -27,20 +31,30 @@ class Batch:
     classification."""
     decoder_ids: IntArray | None = None
     """What a decoder reads while an encoder reads `input_ids`, [B, D]; `targets` marks its real tokens."""
+    positions: IntArray | None = None
+    """Place of each token in its own text, where rows hold several: then everything here is [R, C] instead of [B, S'].
+    0 for padding."""
+    texts: IntArray | None = None
+    """Which example each place of such rows belongs to, [R, C]; -1 for padding."""
 
     @property
     def examples(self) -> int:
         """B."""
-        return len(self.input_ids)
+        return len(self.input_ids) if self.texts is None else int(self.texts.max()) + 1
 
     @property
     def asked(self) -> IntArray:
         """Which example each prediction belongs to, [N]."""
-        return np.arange(self.examples) if self.targets is None else self.targets.nonzero()[0]
+        if self.targets is None:
+            return np.arange(self.examples)
+        return self.targets.nonzero()[0] if self.texts is None else self.texts[self.targets]
 
     def owners(self, *, decoder: bool = False) -> IntArray:
         """Returns which example each real token belongs to, [T]: of those that a decoder reads, or of the others."""
-        return self.asked if decoder else self.attention_mask.nonzero()[0]
+        if decoder:
+            return self.asked
+        real = self.attention_mask.astype(bool)
+        return real.nonzero()[0] if self.texts is None else self.texts[real]
 
 
 def written_after(ids: IntArray, lengths: TokenArray, prompts: TokenArray) -> Batch:
@@ -79,6 +93,45 @@ def translated(ids: IntArray, lengths: TokenArray, prompts: TokenArray, start: i
         labels=responses[targets],
         targets=targets,
         decoder_ids=decoder_ids,
+    )
+
+
+def packed(ids: IntArray, lengths: TokenArray, prompts: TokenArray, room: int) -> Batch:
+    """Returns the examples of `written_after` in as few rows as first fit by falling length finds.
+
+    Args:
+        ids: Prompt and response, [B, S'].
+        lengths: Tokens of both, [B].
+        prompts: Tokens of the prompts, [B].
+        room: Most tokens of a row, C at most; at least S'.
+    """
+    rows: list[list[int]] = []
+    used: list[int] = []
+    for text in np.argsort(-lengths, kind="stable"):
+        length = int(lengths[text])
+        row = next((number for number, taken in enumerate(used) if taken + length <= room), len(rows))
+        if row == len(rows):
+            rows.append([])
+            used.append(0)
+        rows[row].append(int(text))
+        used[row] += length
+    shape = (len(rows), max(used))
+    texts, positions = np.full(shape, -1, dtype=np.int64), np.zeros(shape, dtype=np.int64)
+    for row, members in enumerate(rows):
+        own = lengths[members]
+        texts[row, : used[row]] = np.repeat(members, own)
+        positions[row, : used[row]] = np.concatenate([np.arange(length) for length in own])
+    real = texts >= 0
+    place = positions + 1  # of the token that is to come, in its text
+    targets = real & (place >= prompts[texts]) & (place < lengths[texts])
+    filled = np.where(real, ids[texts, positions], 0)
+    return Batch(
+        input_ids=filled,
+        attention_mask=real.astype(np.int64),
+        labels=ids[texts[targets], place[targets]],
+        targets=targets,
+        positions=positions,
+        texts=texts,
     )
 
 

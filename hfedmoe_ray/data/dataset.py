@@ -13,7 +13,7 @@ import numpy.typing as npt
 from hfedmoe_ray.config.data import Data
 from hfedmoe_ray.context import PreparedData
 from hfedmoe_ray.data import store
-from hfedmoe_ray.data.batches import Batch, translated, written_after
+from hfedmoe_ray.data.batches import Batch, packed, translated, written_after
 from hfedmoe_ray.data.instructions import tokenized
 from hfedmoe_ray.data.labels import IntArray
 from hfedmoe_ray.data.partition import split_own_test
@@ -36,6 +36,8 @@ class Split:
     """Class numbers [N]."""
     prompts: TokenArray | None = None
     """Tokens of each prompt [N], after which a response is to be written; None for classification."""
+    packing: bool = False
+    """Whether batches hold several texts in a row, of at most S tokens."""
     key: str
     """Names exactly these examples, in every process and run: for caches of what is computed from them."""
 
@@ -56,6 +58,8 @@ class Split:
         if self.prompts is None:
             mask = (np.arange(longest) < lengths[:, None]).astype(np.int64)
             return Batch(input_ids=ids, attention_mask=mask, labels=self.labels[rows])
+        if self.packing:
+            return packed(ids, lengths, self.prompts[rows], self.input_ids.shape[1])
         if start is None:
             return written_after(ids, lengths, self.prompts[rows])
         return translated(ids, lengths, self.prompts[rows], start)
@@ -83,6 +87,7 @@ class Split:
             lengths=self.lengths[rows],
             labels=self.labels[rows],
             prompts=None if self.prompts is None else self.prompts[rows],
+            packing=self.packing,
             key=key,
         )
 
@@ -146,6 +151,7 @@ class FederatedDataset:
             lengths=store.open_array(self._path, f"{split}.lengths"),
             labels=store.open_array(self._path, f"{split}.labels"),
             prompts=store.open_array(self._path, f"{split}.prompts") if self._meta.written else None,
+            packing=self._data.packing,
             key=f"{self._meta.sha256[:16]}/{split}",
         )
 
@@ -169,7 +175,11 @@ class FederatedDataset:
         arrays: dict[str, Array] = {**tokens, "labels": labels}
         key = f"{store.content_hash(arrays, facts)[:16]}/{client}"
         train, own_test = (
-            Split(**{field: array[rows] for field, array in arrays.items()}, key=f"{key}/{name}")
+            Split(
+                **{field: array[rows] for field, array in arrays.items()},
+                packing=self._data.packing,
+                key=f"{key}/{name}",
+            )
             for rows, name in zip(rows_of, ("train", "own_test"), strict=True)
         )
         return train, own_test

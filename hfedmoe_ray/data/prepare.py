@@ -24,6 +24,9 @@ from hfedmoe_ray.data.tokenize import load_tokenizer, pad_id, tokenizer_hash
 from hfedmoe_ray.seeds import generator
 from hfedmoe_ray.types import Array
 
+_NOT_STORED = {"source", "subset", "text", "label", "test", "prompt", "packing"}
+"""Keys of `data` that say where texts come from, which count by themselves, or how batches are made of them."""
+
 
 def prepare_data(
     data: Data,
@@ -93,7 +96,7 @@ def _cache_key(  # noqa: PLR0917 - all that determines it
             digest.update(len(encoded).to_bytes(8, "big") + encoded)
     facts = {
         "format": store.FORMAT,
-        "data": data.model_dump(mode="json", exclude={"source", "subset", "text", "label", "test", "prompt"}),
+        "data": data.model_dump(mode="json", exclude=_NOT_STORED),
         "label_names": raw.label_names,
         "texts": digest.hexdigest(),
         "answers": {name: one.answers.tolist() for name, one in asked.items()},

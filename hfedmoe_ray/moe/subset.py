@@ -40,6 +40,7 @@ from hfedmoe_ray.moe.store import BASE, CONFIG, EXPERTS, Task, Trainable, read_m
 from hfedmoe_ray.types import Array, ExpertKey, ExpertPlan, ModelShape, TaskWeights
 
 _TARGETS = "targets"
+_REAL = "real_tokens"
 
 AUTO_CLASSES: Mapping[Task, Any] = {
     "classification": AutoModelForSequenceClassification,
@@ -210,7 +211,9 @@ class SparseModel:
         mask: Tensor,
         hidden: Tensor | None = None,
         targets: Tensor | None = None,
+        *,
         decoder: Tensor | None = None,
+        positions: Tensor | None = None,
     ) -> Tensor:
         """Returns logits, [B, C] or of a language model [N, V], and records the routing on `tape`.
 
@@ -221,8 +224,9 @@ class SparseModel:
             targets: Of a language model, the N places where the next token is asked for, [B, S]; of one with an
                 encoder [B, D], and every real token of the decoder is one. Default: all.
             decoder: What the decoder reads where an encoder reads `batch`, [B, D].
+            positions: Place of each token in its own text, [B, S], where rows hold several; 0 for padding.
         """
-        return self.module(**self.inputs(batch, mask, hidden, targets, decoder)).logits
+        return self.module(**self.inputs(batch, mask, hidden, targets, decoder=decoder, positions=positions)).logits
 
     def inputs(
         self,
@@ -230,13 +234,17 @@ class SparseModel:
         mask: Tensor,
         hidden: Tensor | None = None,
         targets: Tensor | None = None,
+        *,
         decoder: Tensor | None = None,
+        positions: Tensor | None = None,
     ) -> dict[str, Any]:
         """Returns the module's keyword arguments for `forward`, for callers that wrap the module in an engine."""
         asked: dict[str, Any] = {} if targets is None else {_TARGETS: targets}
         if decoder is not None:
             # Padding is to the right of a decoder's tokens, so that no real one attends to it.
             asked |= {"decoder_input_ids": decoder.long(), "use_cache": False}
+        if positions is not None:
+            return {"input_ids": batch.long(), _REAL: mask, **self.layout.apart(positions.long()), **asked}
         if hidden is not None:
             return {"hidden_states": hidden, "attention_mask": mask.long(), **asked}
         return {"input_ids": batch.long(), "attention_mask": mask.long(), **asked}
@@ -298,7 +306,8 @@ class SparseModel:
     def _begin(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # No argument of the module's own: its head is told by the hook below.
         self._targets = kwargs.pop(_TARGETS, None)
-        self.tape.begin(kwargs.get("attention_mask"), self._targets if "decoder_input_ids" in kwargs else None)
+        mask = kwargs.pop(_REAL, kwargs.get("attention_mask"))
+        self.tape.begin(mask, self._targets if "decoder_input_ids" in kwargs else None)
         return args, kwargs
 
     def _only_targets(self, _head: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

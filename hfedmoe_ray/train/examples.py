@@ -32,7 +32,8 @@ class Examples:
         hidden = None if self.states is None else self.states.batch(indices, mask.shape[1], model.device)
         targets = None if batch.targets is None else torch.from_numpy(batch.targets).to(model.device)
         decoder = None if batch.decoder_ids is None else torch.from_numpy(batch.decoder_ids).to(model.device)
-        return batch, model.inputs(ids, mask, hidden, targets, decoder)
+        positions = None if batch.positions is None else torch.from_numpy(batch.positions).to(model.device)
+        return batch, model.inputs(ids, mask, hidden, targets, decoder=decoder, positions=positions)
 
 
 def task_examples(

@@ -78,9 +78,14 @@ def main(json_file: Path | None, items: int, **files: Path) -> None:
     for name, texts in TASKS.items():
         questions = read_questions(Benchmark(name=name, source=str(files[name]), examples=items, **texts))
         made = tokenize_questions(tokenizer, questions, MOST_TOKENS)
-        tokens = {field: made[field] for field in ("input_ids", "lengths", "prompts")}
         choices = Choices(
-            rows=Split(**tokens, labels=made["item"], key=name),
+            rows=Split(
+                input_ids=made["input_ids"],
+                lengths=made["lengths"],
+                prompts=made["prompts"],
+                labels=made["item"],
+                key=name,
+            ),
             item=made["item"],
             lengths=made["characters"],
             answers=made["answers"],

@@ -133,6 +133,16 @@ class MoELayout(ABC):
         """Returns expert numbers and gate weights, [T, K] each, from what a block hands its experts with the tokens."""
         return first, second
 
+    def apart(self, positions: Tensor) -> dict[str, Any]:
+        """Returns the model's arguments by which several texts in a row do not see each other.
+
+        Most of transformers' decoders read off the positions where a text begins, if they are given no mask.
+
+        Args:
+            positions: Place of each token in its own text, [B, S].
+        """
+        return {"position_ids": positions}
+
     # ------------------------------------------------------------------------------------- what follows from it
 
     @property
