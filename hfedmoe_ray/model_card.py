@@ -10,6 +10,7 @@ import yaml
 
 from hfedmoe_ray.config.schema import Experiment
 from hfedmoe_ray.moe.store import Task
+from hfedmoe_ray.tracking.benchmarks import measures
 from hfedmoe_ray.tracking.files import SUMMARY
 from hfedmoe_ray.tracking.formatting import percent
 
@@ -103,12 +104,11 @@ def _evaluation(experiment: Experiment, summary: dict[str, Any]) -> str:
         (f"{what} predicted right, test split", summary.get("initial_accuracy"), summary.get("accuracy")),
         ("the same, on clients' own test data with the experts they hold", None, summary.get("own_accuracy")),
     ]
-    for name, moments in (summary.get("benchmarks") or {}).items():
-        rows += [
-            (f"{name}, {moments['after']['items']} items", moments["before"]["accuracy"], moments["after"]["accuracy"]),
-            (f"{name}, by character", moments["before"]["normalised"], moments["after"]["normalised"]),
-        ]
     told = [(label, percent(before), percent(after)) for label, before, after in rows if after is not None]
+    for name, moments in (summary.get("benchmarks") or {}).items():
+        before, after = measures(moments["before"]), measures(moments["after"])
+        items = moments["after"]["items"]
+        told += [(f"{name}, {items} items, {measure}", before[measure], value) for measure, value in after.items()]
     return _table(("", "before", "after"), told) if told else "Nothing has been measured."
 
 

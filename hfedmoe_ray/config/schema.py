@@ -281,8 +281,13 @@ class Experiment(Section):
             )
         if self.evaluate.benchmarks and not writes:
             raise ValueError(
-                "`evaluate.benchmarks` asks a language model which choice it would write, and `model.task` is "
+                "`evaluate.benchmarks` asks a language model what it would write, and `model.task` is "
                 f"{self.model.task}: leave them out, or write `task: causal`"
+            )
+        if self.model.task == "seq2seq" and any(one.kind == "perplexity" for one in self.evaluate.benchmarks):
+            raise ValueError(
+                "`kind: perplexity` asks how likely a text is by itself, which a model that answers what its encoder "
+                "read does not tell: leave that benchmark out"
             )
         zero = any(tier.zero_stage for tier in self.clients.tiers)
         if self.clients.sampling == "weighted" and self.data.partition.how == "files":

@@ -14,12 +14,12 @@ import numpy as np
 from hfedmoe_ray.config.evaluation import Benchmark
 from hfedmoe_ray.data import store
 from hfedmoe_ray.data.dataset import FederatedDataset, Split
+from hfedmoe_ray.data.items import key_of, read_items
 from hfedmoe_ray.data.labels import IntArray
-from hfedmoe_ray.data.sources import TEST_SPLITS, columns_of, split_rows, texts_of
-from hfedmoe_ray.data.tables import Table, read_file
+from hfedmoe_ray.data.sources import texts_of
+from hfedmoe_ray.data.tables import Table
 from hfedmoe_ray.data.tokenize import pad_id
 from hfedmoe_ray.errors import DataError
-from hfedmoe_ray.seeds import generator
 from hfedmoe_ray.types import Array
 
 
@@ -70,15 +70,7 @@ def read_questions(benchmark: Benchmark) -> Questions:
     Raises:
         DataError: The file, a column or a text is missing, or an answer names no choice.
     """
-    key = f"evaluate.benchmarks.{benchmark.name}"
-    patterns = (benchmark.prompt, *benchmark.choices)
-    wanted = (*(name for pattern in patterns for name in columns_of(pattern)), benchmark.answer, "split")
-    table = read_file(benchmark.source, f"{key}.source", wanted)
-    table = (split_rows(table, TEST_SPLITS) if "split" in table.columns else None) or table
-    if benchmark.examples is not None and benchmark.examples < _size(table):
-        # Seed 0 whatever the run: different runs are compared on the same items.
-        drawn = np.sort(generator(0, "benchmark").permutation(_size(table))[: benchmark.examples])
-        table = table.rows([int(row) for row in drawn], table.where)
+    table, key = read_items(benchmark), key_of(benchmark)
     prompts = texts_of(table, benchmark.prompt, f"{key}.prompt")
     columns = [texts_of(table, pattern, f"{key}.choices") for pattern in benchmark.choices]
     return Questions(
@@ -169,7 +161,3 @@ def _answers(table: Table, benchmark: Benchmark, key: str) -> IntArray:
             )
         answers.append(number)
     return np.array(answers, dtype=np.int64)
-
-
-def _size(table: Table) -> int:
-    return len(next(iter(table.columns.values())))

@@ -122,6 +122,28 @@ def _pieces(tokenizer: Any, prompt: str, response: str, template: _Template) -> 
     return before or [pad_id(tokenizer)], after or [pad_id(tokenizer)]
 
 
+def prompt_ids(tokenizer: Any, prompt: str, *, chat: bool, translates: bool) -> list[int]:
+    """Returns the token ids of a prompt, at least one, as they stand before a response.
+
+    Args:
+        tokenizer: transformers' own.
+        prompt: What is asked.
+        chat: Whether it is a user's turn in the tokenizer's chat template.
+        translates: Whether an encoder reads it.
+
+    Raises:
+        ConfigError: There is no chat template.
+    """
+    if chat and not getattr(tokenizer, "chat_template", None):
+        raise ConfigError(
+            "evaluate.benchmarks: `chat: true` puts prompts into the tokenizer's chat template, and this model's has "
+            "none. Leave it out."
+        )
+    if translates:
+        return _pair(tokenizer, prompt, "")[0]
+    return _pieces(tokenizer, prompt, "", "chat" if chat else "plain")[0]
+
+
 def _pair(tokenizer: Any, prompt: str, response: str) -> tuple[list[int], list[int]]:
     """Token ids of a prompt as an encoder reads it, and of a response as a decoder writes it, each at least one."""
     before = list(tokenizer(prompt)["input_ids"])

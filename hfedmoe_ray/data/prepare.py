@@ -15,7 +15,7 @@ from hfedmoe_ray.config.data import Data
 from hfedmoe_ray.config.evaluation import Benchmark
 from hfedmoe_ray.context import PreparedData
 from hfedmoe_ray.data import store
-from hfedmoe_ray.data.choices import Questions, read_questions, tokenize_questions
+from hfedmoe_ray.data.benchmarks import Asked, read_benchmark
 from hfedmoe_ray.data.instructions import tokenized
 from hfedmoe_ray.data.labels import IntArray
 from hfedmoe_ray.data.partition import deal, split_own_test
@@ -51,14 +51,14 @@ def prepare_data(
         clients: Number of clients, C.
         seed: Run seed: of the draws, the partition and the clients' own test splits.
         cache: Directory for prepared data; created as needed.
-        benchmarks: Multiple-choice questions to be stored along.
+        benchmarks: What else is asked, to be stored along.
         translates: Whether an encoder reads the prompts, and a decoder writes the responses.
 
     Raises:
         DataError: the examples cannot be dealt as the partition asks, or a benchmark's file is wrong.
         ModelError: there is no tokenizer in `tokenizer_dir`.
     """
-    asked = {benchmark.name: read_questions(benchmark) for benchmark in benchmarks}
+    asked = {benchmark.name: read_benchmark(benchmark) for benchmark in benchmarks}
     path = (
         cache.resolve()
         / "data"
@@ -80,7 +80,7 @@ def prepare_data(
 def _cache_key(  # noqa: PLR0917 - all that determines it
     data: Data,
     raw: RawDataset,
-    asked: Mapping[str, Questions],
+    asked: Mapping[str, Asked],
     tokenizer: str,
     clients: int,
     seed: int,
@@ -88,8 +88,7 @@ def _cache_key(  # noqa: PLR0917 - all that determines it
 ) -> str:
     # The texts themselves count, not the name of the file they came from.
     digest = hashlib.sha256()
-    questions = [text for one in asked.values() for text in (*one.prompts, *(c for row in one.choices for c in row))]
-    fields = (questions, raw.train_texts, raw.test_texts, raw.train_groups, raw.train_prompts, raw.test_prompts)
+    fields = (raw.train_texts, raw.test_texts, raw.train_groups, raw.train_prompts, raw.test_prompts)
     for texts in (field or () for field in fields):
         for text in (str(len(texts)), *texts):
             encoded = text.encode("utf-8", "surrogatepass")
@@ -99,7 +98,7 @@ def _cache_key(  # noqa: PLR0917 - all that determines it
         "data": data.model_dump(mode="json", exclude=_NOT_STORED),
         "label_names": raw.label_names,
         "texts": digest.hexdigest(),
-        "answers": {name: one.answers.tolist() for name, one in asked.items()},
+        "asked": store.content_hash({}, {name: one.facts for name, one in asked.items()}),
         "tokenizer": tokenizer,
         "clients": clients,
         "seed": seed,
@@ -111,7 +110,7 @@ def _cache_key(  # noqa: PLR0917 - all that determines it
 def _build(
     data: Data,
     raw: RawDataset,
-    asked: Mapping[str, Questions],
+    asked: Mapping[str, Asked],
     *,
     tokenizer_dir: Path,
     clients: int,
@@ -151,8 +150,8 @@ def _build(
     )
     # What a model is asked besides makes no other run of it.
     meta = replace(meta, sha256=store.content_hash(arrays, asdict(meta)))
-    for name, questions in asked.items():
-        made = tokenize_questions(tokenizer, questions, data.max_length, translates=translates)
+    for name, one in asked.items():
+        made = one.tokenized(tokenizer, data.max_length, translates=translates)
         arrays |= {f"{store.benchmark(name)}.{part}": array for part, array in made.items()}
     store.write(path, arrays, meta, tokenizer if own_files else None)
     return meta

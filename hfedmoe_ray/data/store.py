@@ -4,7 +4,7 @@
     train.input_ids.npy     int32 [N, S], padded on the right; train.lengths.npy [N]; train.labels.npy [N];
                             train.prompts.npy [N], tokens of each prompt, where responses are to be written
     test.*.npy              the same for the global test split
-    benchmark-NAME.*.npy    rows of the choices of a benchmark's items (`choices.Choices`)
+    benchmark-NAME.*.npy    what a benchmark asks (`choices.Choices`, `exercises.Prompts`, `passages.Passages`)
     bounds.npy              int64 [C, 3]: client c trains on rows b0..b1 and tests on rows b1..b2 of train
     tokenizer/              only where clients read their own files (then train is empty)
 

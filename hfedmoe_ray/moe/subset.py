@@ -10,7 +10,7 @@ Legend: L MoE layers, E experts, B batch, S sequence, H hidden, C classes, V voc
 
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +128,7 @@ class SparseModel:
         self.module.register_forward_pre_hook(self._begin, with_kwargs=True)
         self.features = None
         self._targets: Tensor | None = None
+        self._writes = False
         language_head = self.module.get_output_embeddings()
         if language_head is None:
             self.module.get_submodule(self.layout.heads[0]).register_forward_pre_hook(self._note_features)
@@ -249,6 +250,16 @@ class SparseModel:
             return {"hidden_states": hidden, "attention_mask": mask.long(), **asked}
         return {"input_ids": batch.long(), "attention_mask": mask.long(), **asked}
 
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Within the block `module.generate` writes; every token counts as real."""
+        self._targets, self._writes = None, True
+        self.tape.begin(None)
+        try:
+            yield
+        finally:
+            self._writes = False
+
     @property
     def supports_prefix(self) -> bool:
         """Whether `prefix` exists for this family and, with what now trains, is the same for every client and round."""
@@ -304,6 +315,9 @@ class SparseModel:
         return torch.tensor(array, dtype=torch.float32, device=self.device)
 
     def _begin(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._writes:
+            self.tape.begin(None)
+            return args, kwargs
         # No argument of the module's own: its head is told by the hook below.
         self._targets = kwargs.pop(_TARGETS, None)
         mask = kwargs.pop(_REAL, kwargs.get("attention_mask"))

@@ -9,7 +9,7 @@ import torch
 
 from hfedmoe_ray.config.schema import Experiment, LocalTraining
 from hfedmoe_ray.data.batches import Batch
-from hfedmoe_ray.data.choices import stored_choices
+from hfedmoe_ray.data.benchmarks import stored_benchmark
 from hfedmoe_ray.data.dataset import FederatedDataset, Split
 from hfedmoe_ray.moe.subset import SparseModel
 from hfedmoe_ray.seeds import generator
@@ -56,7 +56,8 @@ def task_examples(
         case "global_test":
             split = data.global_test()
         case "benchmark":
-            return Examples(stored_choices(data, task.benchmark).part(*task.part).rows, None)
+            benchmark = experiment.evaluate.named(task.benchmark)
+            return Examples(stored_benchmark(data, benchmark).part(*task.part).rows, None)
     split = split.part(*task.part)
     local = experiment.local
     cached = local.cache == "auto" and model.supports_prefix and experiment.model.trainable != "full"

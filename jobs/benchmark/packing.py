@@ -2,9 +2,9 @@
 
 hfedmoe bench packing --data FILE [--json FILE]
 
-The model and the data of configs/smollm2_upcycled.yaml: LoRA over the experts of SmolLM2-135M, upcycled, on instructions
-with short answers, FILE having its columns. Every figure comes from `ClientWorker.execute`, as in `step`: the same
-batches, packed and padded in turns; real tokens alone are counted.
+The model and the data of configs/smollm2_upcycled.yaml: LoRA over the experts of an upcycled SmolLM2-135M, on
+instructions with short answers, FILE having its columns. Every figure comes from `ClientWorker.execute`, as in `step`:
+the same batches, packed and padded in turns; real tokens alone are counted.
 """
 
 import os
