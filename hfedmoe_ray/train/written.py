@@ -49,8 +49,8 @@ def answer_by_writing(
     """
     right = tokens = 0
     with torch.inference_mode(), precision, model.writing():
-        for rows, text, count in _written(model, tokenizer, prompts, benchmark, size, poll):
-            right += is_right(text, prompts.answers[rows], benchmark)
+        for row, text, count in written(model.module, tokenizer, prompts, benchmark, size=size, poll=poll):
+            right += is_right(text, prompts.answers[row], benchmark)
             tokens += count
     return {
         "tokens": tokens,
@@ -60,16 +60,26 @@ def answer_by_writing(
     }
 
 
-def _written(  # noqa: PLR0917 - all that decides it
-    model: SparseModel,
+def written(
+    module: Any,
     tokenizer: Any,
     prompts: Prompts,
     benchmark: Benchmark,
+    *,
     size: int,
     poll: Callable[[], None],
 ) -> Iterator[tuple[int, str, int]]:
-    """Yields exercises, what is written to each, and how many tokens were read and written; like lengths together."""
-    translates = model.layout.start is not None
+    """Yields exercises, what is written to each, and how many tokens were read and written; like lengths together.
+
+    Args:
+        module: A transformers model that writes.
+        tokenizer: See `answer_by_writing`, and for all that follows.
+        prompts: The exercises.
+        benchmark: Says how much is written.
+        size: Exercises written at once.
+        poll: Called before each token; may raise.
+    """
+    translates = module.config.is_encoder_decoder
     order = np.argsort(prompts.rows.lengths, kind="stable")
     fill = pad_id(tokenizer)
     stops: dict[str, Any] = {"stop_strings": list(benchmark.until), "tokenizer": tokenizer} if benchmark.until else {}
@@ -80,9 +90,9 @@ def _written(  # noqa: PLR0917 - all that decides it
         if not translates:
             # What is written follows the prompt at once: padding stands before it.
             ids, mask = _shifted(ids, mask), _shifted(mask, mask)
-        written = model.module.generate(
-            input_ids=torch.from_numpy(ids).to(model.device),
-            attention_mask=torch.from_numpy(mask).to(model.device),
+        made = module.generate(
+            input_ids=torch.from_numpy(ids).to(module.device),
+            attention_mask=torch.from_numpy(mask).to(module.device),
             max_new_tokens=benchmark.max_tokens,
             do_sample=False,
             use_cache=True,
@@ -91,7 +101,7 @@ def _written(  # noqa: PLR0917 - all that decides it
             logits_processor=[_Polled(poll)],
             **stops,
         ).cpu()
-        new = written if translates else written[:, ids.shape[1] :]
+        new = made if translates else made[:, ids.shape[1] :]
         for row, answer, read in zip(rows, new, mask.sum(axis=1), strict=True):
             text = tokenizer.decode(answer, skip_special_tokens=True)
             yield int(row), text, int(read) + int((answer != fill).sum())
