@@ -27,6 +27,7 @@ from hfedmoe_ray.types import (
     TaskWeights,
     Weights,
 )
+from hfedmoe_ray.train.environment import ENVIRONMENT
 from hfedmoe_ray.wire import dump_metrics
 
 LAYERS, EXPERTS = 2, 4
@@ -69,7 +70,7 @@ class TinyWorker:
             kind=task.kind,
             samples=len(weights.experts),
             tokens=sum(array.flags.writeable for array in arrays),
-            loss=float(os.environ.get("OMP_NUM_THREADS", "0")),
+            loss=float(ENVIRONMENT.items() <= os.environ.items()),
         )
         return digest.digest() + bytes(200_000), dump_metrics(metrics), digest.digest() * STATE_REPEATS
 
