@@ -15,6 +15,7 @@ import numpy as np
 
 from hfedmoe_ray.config.schema import Experiment
 from hfedmoe_ray.context import PreparedData, PreparedModel, RunContext
+from hfedmoe_ray.train.environment import ENVIRONMENT
 from hfedmoe_ray.types import (
     ClientMetrics,
     ClientTask,
@@ -27,7 +28,6 @@ from hfedmoe_ray.types import (
     TaskWeights,
     Weights,
 )
-from hfedmoe_ray.train.environment import ENVIRONMENT
 from hfedmoe_ray.wire import dump_metrics
 
 LAYERS, EXPERTS = 2, 4
