@@ -43,10 +43,16 @@ class BenchmarkScore:
     """What a model answered to the items of a benchmark."""
 
     items: int
-    accuracy: float
-    """Share of the items whose right choice has the highest log-likelihood."""
-    normalised: float
-    """The same by log-likelihood per character, which does not favour short choices."""
+    measures: Mapping[str, float]
+    """Of multiple choice, `accuracy`: share of the items whose right choice has the highest log-likelihood, and
+    `normalised`: the same by log-likelihood per character, which does not favour short choices. Of written answers,
+    `exact_match`: share of the right ones. Of texts, `word_perplexity`, `byte_perplexity` and `token_perplexity`: e to
+    the power of their negative log-likelihood in nats by word, byte and token."""
+
+    @property
+    def fields(self) -> dict[str, float]:
+        """As it is recorded: `items` and the measures."""
+        return {"items": self.items, **self.measures}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +105,6 @@ class RoundReport:
     simulated_seconds: float | None = None
     """What the round would take on the tiers' devices: its slowest client's, of those that were waited for."""
     benchmarks: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    """What the global model answered, fields of `BenchmarkScore` by benchmark (first and last round only)."""
+    """What the global model answered, `BenchmarkScore.fields` by benchmark (first and last round only)."""
     nodes: tuple[NodeUsage, ...] = ()
     """The machines of the run, the first 64 of them; those that did not answer in time are left out."""

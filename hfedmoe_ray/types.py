@@ -292,8 +292,9 @@ class ClientMetrics:
     """Mean loss per prediction."""
     correct: int = 0
     """Right predictions."""
-    correct_normalised: int = 0
-    """Of a benchmark's items, those answered right by log-likelihood per character."""
+    answered: Mapping[str, float] = field(default_factory=dict)
+    """What adds up to a benchmark's score: items answered right by each measure; or, of texts, their negative
+    log-likelihood in nats (`nll`) and how many tokens, words and bytes they have."""
     examples: int = 0
     """Predictions behind `loss` and `correct`: one for each example, token that is to be written, or benchmark item."""
     trained: Mapping[str, int] = field(default_factory=dict)

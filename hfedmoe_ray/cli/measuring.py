@@ -18,7 +18,8 @@ BENCHMARKS = {
     "scale": "500 clients on this machine: memory of all processes, seconds of a round against one of 50 clients",
     "registered": "10 000 registered clients against 100: seconds until the first task, and of a round of four",
     "peers": "seconds of a round, memory, and what survives faults, against the newest Flower simulation",
-    "harness": "multiple-choice scores against those of lm-evaluation-harness, item by item",
+    "harness": "multiple-choice and written scores against those of lm-evaluation-harness, item by item",
+    "packing": "tokens a second of a training step on short texts, packed into rows and padded",
     "bytes": "what an update weighs against what was trained, in every precision",
 }
 _REPOSITORY = Path(__file__).parents[2]

@@ -263,15 +263,31 @@ class Experiment(Section):
 
     @model_validator(mode="after")
     def _fit_together(self) -> Self:
-        if (self.model.task == "causal") != (self.data.response is not None):
+        writes = self.model.task != "classification"
+        if writes != (self.data.response is not None):
             raise ValueError(
-                "`model.task: causal` and `data.response`, the column with what the model shall write, need each "
-                "other: write both or neither"
+                "`model.task: causal` (or seq2seq) and `data.response`, the column with what the model shall write, "
+                "need each other: write both or neither"
             )
-        if self.evaluate.benchmarks and self.model.task != "causal":
+        if self.model.task == "seq2seq" and (self.data.prompt is None or self.data.template != "auto"):
             raise ValueError(
-                "`evaluate.benchmarks` asks a language model which choice it would write, and `model.task` is "
+                "`model.task: seq2seq` needs `data.prompt`, which its encoder reads as it is: name its column, and "
+                "leave `data.template` out"
+            )
+        if self.data.packing and self.model.task != "causal":
+            raise ValueError(
+                f"`data.packing` is exact where a token sees those before it and nothing else; `model.task: "
+                f"{self.model.task}` pools over a row, or counts an expert's capacity in it. Leave it out"
+            )
+        if self.evaluate.benchmarks and not writes:
+            raise ValueError(
+                "`evaluate.benchmarks` asks a language model what it would write, and `model.task` is "
                 f"{self.model.task}: leave them out, or write `task: causal`"
+            )
+        if self.model.task == "seq2seq" and any(one.kind == "perplexity" for one in self.evaluate.benchmarks):
+            raise ValueError(
+                "`kind: perplexity` asks how likely a text is by itself, which a model that answers what its encoder "
+                "read does not tell: leave that benchmark out"
             )
         zero = any(tier.zero_stage for tier in self.clients.tiers)
         if self.clients.sampling == "weighted" and self.data.partition.how == "files":

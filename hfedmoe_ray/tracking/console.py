@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hfedmoe_ray.records import ClientRecord, RoundReport
+from hfedmoe_ray.tracking.benchmarks import change
 from hfedmoe_ray.tracking.formatting import MISSING, decimal, duration, percent, plural, points, short, size
 from hfedmoe_ray.tracking.progress import Pace, Progress, tier_colour
 from hfedmoe_ray.tracking.record import round_report
@@ -267,10 +268,7 @@ class ConsoleRenderer:
                 words += f"before and {percent(summary.get('personalised_worst_tenth'))} after"
             lines.append(("", words))
         for name, moments in (summary.get("benchmarks") or {}).items():
-            before, after = moments["before"], moments["after"]
-            words = f"{percent(before['accuracy'])} → {percent(after['accuracy'])}, by character "
-            words += f"{percent(before['normalised'])} → {percent(after['normalised'])} ({after['items']} items)"
-            lines.append((name, words))
+            lines.append((name, change(moments["before"], moments["after"])))
         if summary.get("status", "finished") != "finished":
             lines.append(("ended", f"{summary['status']} after round {summary.get('rounds', MISSING)}"))
         files = sorted(path.name for path in self._run_dir.iterdir()) if self._run_dir.is_dir() else []

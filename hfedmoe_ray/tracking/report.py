@@ -96,7 +96,7 @@ def _lede(run: RunRecord) -> str:
     if not measured:
         return f"{what}. The global model was not evaluated."
     (first_round, first), (_, last) = measured[0], measured[-1]
-    writes = (run.config.get("model") or {}).get("task") == "causal"
+    writes = (run.config.get("model") or {}).get("task") in ("causal", "seq2seq")
     does, of = ("predicts", "the tokens of the test set's responses") if writes else ("classifies", "the test set")
     result = f"{what}. The global model now {does} <b>{percent(last)}</b> of {of} correctly"
     if len(measured) == 1:

@@ -60,7 +60,7 @@ class RoundScalars:
                 f"tier/{tier}/down_mib": row.bytes_down / _MIB,
             }
         for benchmark, score in report.benchmarks.items():
-            numbers |= {f"benchmark/{benchmark}/{field}": score[field] for field in ("accuracy", "normalised")}
+            numbers |= {f"benchmark/{benchmark}/{field}": value for field, value in score.items() if field != "items"}
         for node in report.nodes:
             numbers |= _of_node(node)
         return {name: value for name, value in numbers.items() if value is not None}

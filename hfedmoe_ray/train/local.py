@@ -7,7 +7,7 @@ decides the last bits of a matrix product.
 import gc
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -21,8 +21,13 @@ from hfedmoe_ray.budget import tier_of
 from hfedmoe_ray.config.section import Precision
 from hfedmoe_ray.config.strategies import HFedMoE
 from hfedmoe_ray.context import RunContext
-from hfedmoe_ray.data.choices import stored_choices
-from hfedmoe_ray.data.dataset import Batch, FederatedDataset, Split
+from hfedmoe_ray.data.batches import Batch
+from hfedmoe_ray.data.benchmarks import stored_benchmark
+from hfedmoe_ray.data.choices import Choices
+from hfedmoe_ray.data.dataset import FederatedDataset, Split
+from hfedmoe_ray.data.exercises import Prompts
+from hfedmoe_ray.data.passages import Passages
+from hfedmoe_ray.data.tokenize import load_tokenizer
 from hfedmoe_ray.errors import ModelError
 from hfedmoe_ray.moe.routing import ProfileAccumulator
 from hfedmoe_ray.moe.store import check
@@ -36,11 +41,12 @@ from hfedmoe_ray.train.engine import Engine, RankedEngine
 from hfedmoe_ray.train.examples import Examples, batches, task_examples
 from hfedmoe_ray.train.explore import squared_gradients
 from hfedmoe_ray.train.frozen import check_unwritten, frozen_versions
-from hfedmoe_ray.train.likelihood import answer
+from hfedmoe_ray.train.likelihood import answer, surprise
 from hfedmoe_ray.train.memory import PeakMemory, return_freed_memory
 from hfedmoe_ray.train.proximal import Proximity
 from hfedmoe_ray.train.ranks import JoinedRanks, Ranks
 from hfedmoe_ray.train.steps import LocalSteps, Run, batch_labels
+from hfedmoe_ray.train.written import answer_by_writing
 from hfedmoe_ray.types import Array, ClientMetrics, ClientTask, ExpertKey, Prototypes, Role, TaskWeights
 from hfedmoe_ray.wire import Upload, checksum, dump_metrics, expert_name, make_upload, pack_update
 
@@ -238,17 +244,29 @@ class ClientWorker:
                 loss += float(cross_entropy(logits.float(), labels, reduction="sum"))
                 correct += int((logits.argmax(dim=-1) == labels).sum())
                 predictions += len(labels)
-                tokens += int(batch.attention_mask.sum())
+                tokens += self._model.tape.tokens
         mean = loss / max(predictions, 1)
         return b"", _metrics(task, split, tokens=tokens, loss=mean, correct=correct, examples=predictions)
 
     def _answer(self, task: ClientTask, examples: Examples, should_stop: ShouldStop) -> tuple[bytes, ClientMetrics]:
-        """The likeliest choice of each item of a part of a benchmark, against the right one."""
-        choices = stored_choices(self._data, task.benchmark).part(*task.part)
+        """What the model answers to a part of a benchmark."""
+        benchmark = self._experiment.evaluate.named(task.benchmark)
+        asked = stored_benchmark(self._data, benchmark).part(*task.part)
         self._model.module.eval()
-        size = self._experiment.evaluate.batch_size
-        answered = answer(choices, partial(self._forward, examples), size, partial(self._poll, should_stop))
-        return b"", _metrics(task, examples.split, **answered)
+        size, poll = self._experiment.evaluate.batch_size, partial(self._poll, should_stop)
+        forward = partial(self._forward, examples)
+        match asked:
+            case Choices():
+                found = answer(asked, forward, size, poll)
+            case Passages():
+                found = surprise(asked, forward, size, poll)
+            case Prompts():
+                tokenizer = load_tokenizer(self._context.model.path)
+                computing = self._computing(self._local.precision)
+                found = answer_by_writing(
+                    self._model, tokenizer, asked, benchmark, size=size, precision=computing, poll=poll
+                )
+        return b"", _metrics(task, examples.split, **found)
 
     def _personalise(
         self, task: ClientTask, weights: TaskWeights, examples: Examples, should_stop: ShouldStop
@@ -346,11 +364,13 @@ class ClientWorker:
             precision: What to compute in. Default: the run's, which everything must be evaluated in.
             run: Stands in for the module, such as an engine around it.
         """
-        device = self._model.device
         batch, inputs = examples.inputs(self._model, indices)
-        bf16 = (precision or self._local.precision) == "bf16"
-        with torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext():
+        with self._computing(precision or self._local.precision):
             return batch, (run or self._model.module)(**inputs).logits
+
+    def _computing(self, precision: Precision) -> AbstractContextManager[Any]:
+        """Within it the model computes in a precision."""
+        return torch.autocast(self._model.device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
 
     def _new_profile(self) -> ProfileAccumulator:
         return ProfileAccumulator(self._model.shape, self._specific)
