@@ -126,7 +126,9 @@ def test_what_was_sent_and_what_is_owed_add_up_to_what_was_trained(wire: Wire):
     }
     sent_sums = {key: {name: value.copy() for name, value in values.items()} for key, values in sums.items()}
     rng = np.random.default_rng(7)
-    metrics = ClientMetrics(client=1, round=1, kind="train", samples=5, tokens=9, loss=1.0)
+    metrics = ClientMetrics(
+        client=1, round=1, kind="train", samples=5, tokens=9, loss=1.0, trained={"0.0": 1, "0.2": 1}
+    )
     for round in range(6):
         weights = published(round)
         keys = (ONE, TWO) if round in (0, 4) else (ONE,)
@@ -212,7 +214,7 @@ def forged(tensors_: dict[str, np.ndarray], wire: Wire = LOSSY[2]) -> str:
         ({"expert.0.0.up": np.zeros((16, 40), np.float32)}, "no tensor ''"),
         ({"expert.0.0.side:int8": np.zeros((16, 40), np.int8)}, "no tensor 'side'"),
         ({"expert.9.0.up:int8": np.zeros((16, 40), np.int8)}, "no expert 9.0"),
-        ({"expert.0.1.up:int8": np.zeros((16, 40), np.int8)}, "parts int8"),
+        ({"expert.0.1.up:int8": np.zeros((16, 40), np.int8)}, "0.1, which it does not say it trained"),
         ({"shared.gate.weight:int8": None, "shared.gate.weight:scale": None}, "missing gate.weight"),
         ({"shared.other:int8": np.zeros(3, np.int8)}, "no tensor 'other'"),
         ({"mean.0.7": np.zeros(4, np.uint16)}, "no expert 0.7 in the routing profile"),
