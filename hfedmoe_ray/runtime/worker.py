@@ -60,3 +60,19 @@ def last_line(error: BaseException) -> str:
 def late_reason(limit: float) -> str:
     """Why a task that was stopped counts as late."""
     return f"not finished within runtime.deadline_s ({limit:g} s)"
+
+
+def unreadable(error: ValueError) -> str:
+    """Why an answer whose metrics cannot be parsed is rejected; the error quotes what the client sent."""
+    return one_line(f"its metrics cannot be read: {error}")
+
+
+MOST_TOLD = 400
+"""Characters of a reason that are kept."""
+
+
+def one_line(text: str) -> str:
+    """Text from elsewhere as something that can be printed: one line, short, and nothing that steers a terminal."""
+    shown = "".join(letter if letter.isprintable() else " " for letter in text[: 2 * MOST_TOLD])
+    shown = " ".join(shown.split())
+    return shown if len(shown) <= MOST_TOLD else f"{shown[:MOST_TOLD]}…"
