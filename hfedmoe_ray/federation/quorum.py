@@ -71,9 +71,9 @@ def raise_common_flaw(proofs: Sequence[Proof]) -> None:
             first, *others = sorted(flawed)
             also = f", and so did {', '.join(map(str, others))} ({fact})" if others else ""
             raise TrainingError(
-                f"round {flawed[first].round}: client {first} {flawed[first].flaw}{also}. The round would average weights that were "
-                "not trained as planned, so the run stops; this is a fault in the framework or in a custom strategy or "
-                "layout, or these clients act together."
+                f"round {flawed[first].round}: client {first} {flawed[first].flaw}{also}. The round would average "
+                "weights that were not trained as planned, so the run stops; this is a fault in the framework or in a "
+                "custom strategy or layout, or these clients act together."
             )
 
 

@@ -3,9 +3,9 @@
 `accept` rejects what a faulty or hostile client may send; such a client is left out and the round goes on. First comes
 what costs nothing: what it says of itself, and the size of what it sends. Then the bytes are read, then the numbers.
 
-Checksums that do not fit (`check_canary`) reject an update like anything else. They are also how faults of the framework
-itself show - experts that silently never train are this field's commonest bug - and such a fault is not one client's:
-where the same is found at enough clients of a round, `federation.quorum` stops the run.
+Checksums that do not fit (`check_canary`) reject an update like anything else. They are also how faults of the
+framework itself show - experts that silently never train are this field's commonest bug - and such a fault is not one
+client's: where the same is found at enough clients of a round, `federation.quorum` stops the run.
 """
 
 import math
@@ -14,6 +14,7 @@ from collections.abc import Collection, Iterable, Mapping
 import numpy as np
 
 from hfedmoe_ray.config.wire import Wire
+from hfedmoe_ray.trust.foreign_text import one_line
 from hfedmoe_ray.trust.limits import UNLIMITED, Limits, most_payload_bytes, most_state_bytes
 from hfedmoe_ray.types import (
     Array,
@@ -41,6 +42,10 @@ _ROUNDING = 1e-2
 
 class Rejected(Exception):
     """An update that must not be averaged; the message is the reason, in one line."""
+
+    def __init__(self, reason: str) -> None:
+        """Takes a reason, in which names may stand that the client gave."""
+        super().__init__(one_line(reason))
 
 
 class NotAsTrained(Rejected):

@@ -9,7 +9,8 @@ from ray.exceptions import RayError, RayTaskError
 from hfedmoe_ray.federation.executor import Notify
 from hfedmoe_ray.runtime import timeouts
 from hfedmoe_ray.runtime.slot import Attempt, Delivered
-from hfedmoe_ray.runtime.worker import last_line, one_line, unreadable
+from hfedmoe_ray.runtime.worker import last_line, unreadable
+from hfedmoe_ray.trust.foreign_text import one_line
 from hfedmoe_ray.types import ClientTask, Status, TaskResult
 from hfedmoe_ray.wire import parse_metrics
 

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from hfedmoe_ray.context import RunContext
 from hfedmoe_ray.train.environment import quick_imports
+from hfedmoe_ray.trust.foreign_text import one_line
 from hfedmoe_ray.types import ClientTask, TaskWeights
 
 
@@ -54,7 +55,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 def last_line(error: BaseException) -> str:
     """An error as the last line of its traceback, such as "ValueError: no examples"."""
-    return "".join(traceback.format_exception_only(error)).strip().splitlines()[-1]
+    return one_line("".join(traceback.format_exception_only(error)).strip().splitlines()[-1])
 
 
 def late_reason(limit: float) -> str:
@@ -65,14 +66,3 @@ def late_reason(limit: float) -> str:
 def unreadable(error: ValueError) -> str:
     """Why an answer whose metrics cannot be parsed is rejected; the error quotes what the client sent."""
     return one_line(f"its metrics cannot be read: {error}")
-
-
-MOST_TOLD = 400
-"""Characters of a reason that are kept."""
-
-
-def one_line(text: str) -> str:
-    """Text from elsewhere as something that can be printed: one line, short, and nothing that steers a terminal."""
-    shown = "".join(letter if letter.isprintable() else " " for letter in text[: 2 * MOST_TOLD])
-    shown = " ".join(shown.split())
-    return shown if len(shown) <= MOST_TOLD else f"{shown[:MOST_TOLD]}…"

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from hfedmoe_ray.config.wire import Wire
-from hfedmoe_ray.errors import TrainingError
 from hfedmoe_ray.federation.validation import NotAsTrained, Rejected, accept, check_canary, check_update
 from hfedmoe_ray.types import (
     ClientMetrics,
