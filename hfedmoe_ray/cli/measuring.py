@@ -19,6 +19,7 @@ BENCHMARKS = {
     "registered": "10 000 registered clients against 100: seconds until the first task, and of a round of four",
     "peers": "seconds of a round, memory, and what survives faults, against the newest Flower simulation",
     "harness": "multiple-choice scores against those of lm-evaluation-harness, item by item",
+    "fuzz": "100 000 hostile updates against the code that receives them, and a second opinion on each",
     "bytes": "what an update weighs against what was trained, in every precision",
 }
 _REPOSITORY = Path(__file__).parents[2]

@@ -159,11 +159,11 @@ def check_update(
         _check_tensors(tensors, weights.experts[key], f"expert {expert_name(key)}")
     _check_tensors(update.shared, weights.shared if trains else {}, "shared parameters")
     _check_norm(update, weights)
-    _check_statistics(update, plan, weights)
+    _check_statistics(update, plan, weights, trains=trains)
     _check_profile(update.profile, (len(plan.roles), len(plan.roles[0])), tokens)
 
 
-def _check_statistics(update: ClientUpdate, plan: ExpertPlan, weights: Weights) -> None:
+def _check_statistics(update: ClientUpdate, plan: ExpertPlan, weights: Weights, *, trains: bool) -> None:
     """Checks what a client measured beside its routing: mean outputs, class prototypes, scales, signals."""
     present = set(plan.present)
     for key, (mean, _) in update.means.items():
@@ -181,6 +181,8 @@ def _check_statistics(update: ClientUpdate, plan: ExpertPlan, weights: Weights) 
         # A class without examples has no features either.
         if counts.sum(dtype=np.float64) > update.samples or not (np.abs(sums.T) <= _LARGEST_OUTPUT * counts).all():
             raise Rejected(f"the class prototypes are of more than its {update.samples} examples, or are huge")
+        if trains:
+            raise Rejected("sends class prototypes, which only profiling measures")
     start = plan.scale or ()
     if len(update.scale) != len(start) or not all(
         abs(scale) <= _ABSURD * max(abs(before), 1.0) for scale, before in zip(update.scale, start, strict=False)

@@ -115,7 +115,8 @@ class FP16(Codec):
     def decode(self, parts: Parts, shape: Shape) -> Array:
         """See `Codec.decode`."""
         _expect(parts, {"fp16": (np.float16, shape), "scale": (np.float32, (1,))})
-        values: Array = parts["fp16"].astype(np.float32) * _checked_scale(parts["scale"])
+        with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is the receiver's to see
+            values: Array = parts["fp16"].astype(np.float32) * _checked_scale(parts["scale"])
         return values.reshape(shape)
 
 
@@ -143,7 +144,8 @@ class Int8(Codec):
         size, count = _group_size(shape), prod(shape)
         _expect(parts, {"int8": (np.int8, shape), "scale": (np.float32, (ceil(count / size),))})
         scale = np.repeat(_checked_scale(parts["scale"]), size)[:count]
-        values: Array = parts["int8"].astype(np.float32) * scale.reshape(shape)
+        with np.errstate(over="ignore"):  # what is not finite is the receiver's to see
+            values: Array = parts["int8"].astype(np.float32) * scale.reshape(shape)
         return values
 
 

@@ -37,5 +37,5 @@ def _check_header(payload: bytes) -> None:
     for name, entry in parse_object(payload[_LENGTH : _LENGTH + length]).items():
         if not isinstance(entry, dict) or entry.keys() != _FIELDS:
             raise ValueError(f"the header says more or less of {name[:80]!r} than type, shape and place")
-        if entry["dtype"] not in _TYPES:
+        if str(entry["dtype"]) not in _TYPES:
             raise ValueError(f"{name[:80]!r} is of type {str(entry['dtype'])[:20]}")
