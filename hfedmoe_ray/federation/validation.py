@@ -108,6 +108,8 @@ def accept(
         raise Rejected(f"measured {sorted(update.signals)} of each expert, not {sorted(asked)}")
     if trains:
         check_canary(update, metrics, plan, weights, lossy=wire.lossy)
+    elif metrics.before or metrics.after or metrics.rebuilt:
+        raise Rejected("reports checksums of experts, and was not to train")
     return update
 
 

@@ -8,7 +8,7 @@ import json
 import math
 from dataclasses import asdict, fields
 
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from hfedmoe_ray.types import ClientMetrics
 from hfedmoe_ray.wire.strict_json import parse_object
@@ -41,7 +41,11 @@ def parse_metrics(data: bytes) -> ClientMetrics:
         raise ValueError(f"not the fields of {ClientMetrics.__name__}")
     if "loss" in values and values["loss"] is None:
         values["loss"] = math.nan
-    metrics = _METRICS.validate_json(json.dumps(values), strict=True)
+    try:
+        metrics = _METRICS.validate_json(json.dumps(values), strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
     _check(metrics)
     return metrics
 

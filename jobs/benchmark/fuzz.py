@@ -81,10 +81,9 @@ class Tally:
 
 def kind_of(reason: str) -> str:
     """A reason without what differs from one answer to the next."""
-    start = re.split(r"[:'\"\[(]", reason.removeprefix("cannot be read: ").removeprefix("not a safetensors payload: "))[
-        0
-    ]
-    return " ".join(re.sub(r"\S*\d\S*", "#", start).split())[:60]
+    short = re.sub(r"^(cannot be read: |not a safetensors payload: |Error while deserializing: )+", "", reason)
+    told = re.split(r"[(\[]|(?<!metrics):", re.sub(r"'[^']*'|\"[^\"]*\"|\S*[\d.]\S*", "#", short))[0]
+    return " ".join(told.split())[:70]
 
 
 def judged(answers: int, seed: str) -> Tally:

@@ -446,7 +446,7 @@ def odd_places(case: Case, sent: Sent, chance: Random) -> Sent:
         return odd_numbers(case, sent, chance)
     name = chance.choice(chosen)
     places, values = tensors[name], tensors[name.replace(":places", ":values")]
-    if places.ndim != 1 or values.ndim != 1 or not places.size:
+    if places.ndim != 1 or values.ndim != 1 or not places.size or places.dtype != np.uint32:
         return sent
     new = {
         "twice": np.repeat(places, 2),

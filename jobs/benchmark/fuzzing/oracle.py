@@ -98,9 +98,10 @@ def _claims(case: Case, metrics: Mapping[str, Any]) -> None:
 
 
 def _checksums(case: Case, metrics: Mapping[str, Any], values: Mapping[str, Mapping[str, Array]]) -> None:
-    if case.task.kind != "train":
-        return
     before, after, rebuilt = (metrics.get(name, {}) for name in ("before", "after", "rebuilt"))
+    if case.task.kind != "train":
+        _must(not before and not after and not rebuilt, "checksums without training")
+        return
     trainable = _names(case, Role.TRAIN)
     _must(set(before) == set(after) == trainable, "names of checksums")
     _must(set(rebuilt) == (set(values) - {"shared"} if case.wire.lossy else set()), "names of rebuilt")
@@ -294,6 +295,7 @@ def _object(data: bytes) -> dict[str, Any]:
     try:
         text = data.decode("utf-8")
         values = json.loads(text, object_pairs_hook=unique, parse_float=number, parse_constant=refuse)
+        json.dumps(values, ensure_ascii=False).encode()  # half of a surrogate pair is no text
     except (ValueError, RecursionError) as error:
         raise Malformed("JSON") from error
     _must(type(values) is dict, "no object")
