@@ -116,9 +116,10 @@ def _tokens_behind(key: ExpertKey, profile: RoutingProfile | None) -> int:
     routed = profile.routed
     if routed.ndim != 2 or not (0 <= key.layer < routed.shape[0] and 0 <= key.expert < routed.shape[1]):
         raise ValueError(f"there is no expert {expert_name(key)} in the routing profile")
-    if not 0 <= routed[key] < 2**53:
-        raise ValueError(f"the routing profile says that {routed[key]} tokens were routed to expert {expert_name(key)}")
-    return int(routed[key])
+    tokens = float(routed[key])
+    if not 0 <= tokens < 2**53:
+        raise ValueError(f"the routing profile says that {tokens:g} tokens were routed to expert {expert_name(key)}")
+    return int(tokens)
 
 
 def _profile(fields: Mapping[str, Array]) -> RoutingProfile | None:
