@@ -1,7 +1,7 @@
 """Passwords and tokens do not belong into a configuration.
 
-A configuration is copied: into the run's directory, to trackers, into the upload of a job, and an override into the list
-of processes. Environment variables are where every library that needs such a secret looks for it.
+A configuration is copied: into the run's directory, to trackers, into the upload of a job, and an override into the
+list of processes. Environment variables are where every library that needs such a secret looks for it.
 """
 
 import re

@@ -1,4 +1,4 @@
-"""Tokens of the environment are used and shown nowhere: not in files, output, Ray's logs and tables, or command lines."""
+"""Tokens of the environment are shown nowhere: not in files, output, Ray's logs and tables, or command lines."""
 
 import os
 import subprocess

@@ -20,7 +20,7 @@ from hfedmoe_ray.trust.limits import most_payload_bytes, most_state_bytes
 from hfedmoe_ray.wire import build_codec, parse_metrics
 from hfedmoe_ray.wire.tensors import read_tensors
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "jobs" / "benchmark"))
+sys.path.append(str(Path(__file__).parents[2] / "jobs" / "benchmark"))
 from fuzz import Tally
 from fuzzing.cases import WIRES, Case, cases, receive
 from fuzzing.mutations import MUTATIONS, mutated
