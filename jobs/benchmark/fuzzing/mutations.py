@@ -40,10 +40,15 @@ def mutation(function: Mutation) -> Mutation:
 def mutated(case: Case, chance: Random, most: int = 3) -> tuple[list[str], Sent]:
     """An honest answer after one to `most` mutations, and their names."""
     names = [chance.choice(list(MUTATIONS)) for _ in range(1 if chance.random() < 0.7 else chance.randint(1, most))]
-    sent = case.honest
-    for name in names:
-        sent = MUTATIONS[name](case, sent, chance)
-    return names, sent
+    sent = MUTATIONS[names[0]](case, case.honest, chance)
+    done = names[:1]
+    for name in names[1:]:
+        try:
+            sent = MUTATIONS[name](case, sent, chance)
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError):
+            continue  # those before have left nothing that this one could change
+        done.append(name)
+    return done, sent
 
 
 # -------------------------------------------------------------------------------------------------- without harm
