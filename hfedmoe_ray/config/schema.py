@@ -140,6 +140,9 @@ class Clients(Section):
     failure_rate: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """For studies: chance that a client drops out of a round after it has trained, so that its update is lost (status
     `dropped`). Drawn by (seed, round, client); such losses do not count against `runtime.quorum`."""
+    most_examples: PositiveInt | None = None
+    """Training examples that a client which reads its own files can have: one that claims more is rejected, as its
+    updates weigh by them. Where the examples were dealt their number is known. Default: no limit."""
     tiers: tuple[Tier, ...] = Field(min_length=1)
 
     @model_validator(mode="after")

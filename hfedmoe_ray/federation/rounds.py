@@ -130,7 +130,13 @@ class Federation:
             notify=tracker.event,
         )
         self.collector = Collector(
-            self.experiment, self.ladder, self.strategy, self.tiers, clock=self.clock, notify=tracker.event
+            self.experiment,
+            self.ladder,
+            self.strategy,
+            self.tiers,
+            dealt=self.examples,
+            clock=self.clock,
+            notify=tracker.event,
         )
         self.averaging = Averaging(
             self.experiment,
