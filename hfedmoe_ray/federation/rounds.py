@@ -34,6 +34,8 @@ from hfedmoe_ray.strategies import build_strategy
 from hfedmoe_ray.strategies.aggregation import ClassMeans, MeanOutputs
 from hfedmoe_ray.strategies.scores import uniform_plan
 from hfedmoe_ray.tracking.tracker import Tracker
+from hfedmoe_ray.trust.central import CentralPrivacy
+from hfedmoe_ray.trust.redaction import as_promised
 from hfedmoe_ray.types import (
     ClientInfo,
     ClientTask,
@@ -67,6 +69,7 @@ def run_experiment(
         HFedMoEError: The run cannot go on; the tracker has been given a summary with status "failed" and the error.
     """
     kind: type[Federation] = Federation
+    tracker = as_promised(context.experiment, tracker)
     if context.experiment.asynchronous is not None:
         from hfedmoe_ray.federation.asynchronous import AsynchronousFederation  # it builds on this module
 
@@ -117,6 +120,10 @@ class Federation:
         self.strategy.state = self.state.strategy
         self.strategy.report = tracker.event
         self.resumed_from = self.state.round if resume else None
+        central = self.experiment.privacy.central
+        self.central: CentralPrivacy | None = None
+        if central is not None and central.active:
+            self.central = CentralPrivacy(self.experiment, self.checkpoints, rounds=self.resumed_from)
         self.ladder = Ladder(
             self.experiment, self.executor, self.strategy, self.state, tiers=self.tiers, client_info=self.client_info
         )
@@ -138,6 +145,7 @@ class Federation:
             self.state,
             collector=self.collector,
             router_layers=router_layers(context.model),
+            central=self.central,
         )
 
     def run(self, should_stop: Callable[[], bool]) -> bool:
@@ -180,7 +188,9 @@ class Federation:
             plans = self.strategy.plan(round, clients, self.state.profiles)
         with self._phase("train"):
             tasks = [self.task("train", round, client, plan) for client, plan in plans.items()]
-            results = self.collector.collect(tasks, wanted=self.experiment.clients.cohort)
+            # Of a cohort that is private everybody counts: it may be larger than its mean.
+            wanted = self.experiment.clients.cohort if self.central is None else None
+            results = self.collector.collect(tasks, wanted=wanted)
             self._phase.move(self.collector.waited, of="train", to="wait")
             plans |= {result.task.client: result.task.plan for result in results}  # fewer experts, where demoted
             results = without_dropouts(results, self.experiment.clients.failure_rate)
@@ -212,7 +222,8 @@ class Federation:
             assert update.profile is not None
             self.state.profiles[update.client] = update.profile
             self.state.samples[update.client] = update.samples
-            means.add(update)
+            if self.central is None:
+                means.add(update)
             if update.prototypes is not None and starts_head:
                 classes.add(update.prototypes)
         if newcomers:
@@ -256,6 +267,8 @@ class Federation:
 
     def cohort(self, round: int) -> tuple[int, ...]:
         """Who takes part in a round."""
+        if self.central is not None:
+            return self.central.cohort(round)
         return select_cohort(self.experiment.clients, self.experiment.seed, round, self.examples)
 
     def client_info(self, client: int) -> ClientInfo:
@@ -297,7 +310,8 @@ class Federation:
 
     def summary(self, status: str) -> dict[str, Any]:
         """The keys of summary.json."""
-        return reporting.run_summary(self.context, self.state, status)
+        summary = reporting.run_summary(self.context, self.state, status)
+        return summary if self.central is None else summary | {"privacy": self.central.summary()}
 
     def _begin(self, round: int, clients: int) -> float:
         self._phase = Phases()
@@ -334,6 +348,7 @@ class Federation:
             ahead=ahead,
             nodes=self.executor.usage(),
         )
+        report = replace(report, privacy=averaged.privacy)
         if found is None:
             self.state.unmeasured = report
         else:
