@@ -38,10 +38,10 @@ class Central(Section):
     repeats: NonNegativeInt = 1
     """Rounds that may have to be repeated because the server died: the noise is calibrated to so many more."""
     record: Literal["redacted", "full"] = "redacted"
-    """redacted: trackers are not told what clients measured on their data, nor who took part. full: they are, and epsilon
-    does not hold for who sees the record."""
+    """redacted: trackers are not told what clients measured on their data, nor who took part. full: they are, and
+    epsilon does not hold for who sees the record."""
     noise_seed: NonNegativeInt | None = None
-    """For tests: draws cohorts and noise from this seed. Who knows it can subtract the noise, so nobody is protected."""
+    """For tests: draws cohorts and noise from this seed. Who knows it can subtract the noise: nobody is protected."""
     unprotected: bool = False
     """Run although what is configured protects nobody: without noise, or with an epsilon above 10."""
 
@@ -168,10 +168,14 @@ def _check_selection(experiment: "Experiment") -> None:
 def _check_placement(experiment: "Experiment", section: str) -> None:
     """Statistics of clients that others would get, or that name their classes, in the clear."""
     strategy = experiment.strategy
-    if isinstance(strategy, HFedMoE | RandomExperts) and strategy.resident == "budget" and strategy.unselected == "mean":
+    if (
+        isinstance(strategy, HFedMoE | RandomExperts)
+        and strategy.resident == "budget"
+        and strategy.unselected == "mean"
+    ):
         raise ValueError(
-            f"with `{section}` the mean outputs that stand in for absent experts would leave clients in the clear: write "
-            "`strategy.unselected: reroute`, `drop` or `frozen`"
+            f"with `{section}` the mean outputs that stand in for absent experts would leave clients in the clear: "
+            "write `strategy.unselected: reroute`, `drop` or `frozen`"
         )
     if isinstance(strategy, HFedMoE) and strategy.coverage > 0:
         raise ValueError(

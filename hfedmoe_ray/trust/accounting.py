@@ -101,8 +101,8 @@ def told(experiment: Experiment) -> str:
     if found is None or central is None:
         return ""
     words = (
-        f"privacy: epsilon {found['epsilon']:.3g} at delta {found['delta']:g} for a client of the whole run, by noise of "
-        f"{found['noise_multiplier']:.3g} x clip and a chance of {found['rate']:.3g} a round ({central.accountant})"
+        f"privacy: epsilon {found['epsilon']:.3g} at delta {found['delta']:g} for a client in the whole run, by "
+        f"noise of {found['noise_multiplier']:.3g} x clip and a chance of {found['rate']:.3g} a round ({central.accountant})"
     )
     return words + ("; void, as noise_seed is given" if central.noise_seed is not None else "")
 

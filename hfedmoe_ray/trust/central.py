@@ -82,9 +82,9 @@ class CentralPrivacy:
         target = self.options.epsilon
         if target is not None and epsilon(self.options, [*self._ledger.releases, release]) > target * (1 + _TOLERANCE):
             raise TrainingError(
-                f"round {round} would spend more than privacy.central.epsilon, {target:g}: {len(self._ledger.releases)} "
-                "models have been noised, those of repeated rounds among them. The last checkpoint is the run's result; "
-                "a run that may be interrupted more often needs a larger privacy.central.repeats from its start."
+                f"round {round} would spend more than privacy.central.epsilon, {target:g}: "
+                f"{len(self._ledger.releases)} models have been noised, those of repeated rounds among them. The last "
+                "checkpoint is the run's result; a run that may be interrupted more often needs a larger privacy.central.repeats from its start."
             )
         self._ledger.write(round, release)
         clip = self.options.clip

@@ -1,8 +1,8 @@
 """Where the random numbers of privacy come from: a secret of the operating system, stretched by ChaCha20.
 
 A run's own seed stands in its configuration, and who knows it could draw the same noise and subtract it. So nothing
-here derives from it, nothing is kept, and numbers drawn again are others. What a float can hold of Gaussian noise is not
-every number (Mironov 2012); against an attacker who looks at the last bits of a weight nothing here helps.
+here derives from it, nothing is kept, and numbers drawn again are others. What floats can hold of Gaussian noise is
+not every number (Mironov 2012); against an attacker who looks at the last bits of a weight nothing here helps.
 """
 
 import secrets
@@ -47,7 +47,7 @@ class SecretSource:
     def random(self, size: int) -> FloatArray:
         """See `Source`: of 53 bits."""
         words = np.frombuffer(self._stream.update(bytes(8 * size)), dtype="<u8")
-        uniform: FloatArray = (words >> np.uint64(11)) * 2.0**-53
+        uniform: FloatArray = (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
         return uniform
 
     def standard_normal(self, size: int) -> FloatArray:
@@ -69,4 +69,6 @@ def source(seed: int | None, purpose: str, *parts: int) -> Source:
 
 def needs_extra(missing: ImportError) -> str:
     """What to do where a library of the extra is missing."""
-    return f"the section `privacy` needs a library that is not installed ({missing}): pip install 'hfedmoe_ray[privacy]'"
+    return (
+        f"the section `privacy` needs a library that is not installed ({missing}): pip install 'hfedmoe_ray[privacy]'"
+    )
