@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from hfedmoe_ray.budget import tier_of
+from hfedmoe_ray.budget import expert_counts, tier_of
 from hfedmoe_ray.config.section import Precision
 from hfedmoe_ray.config.strategies import HFedMoE
 from hfedmoe_ray.context import RunContext
@@ -30,6 +30,7 @@ from hfedmoe_ray.moe.subset import SparseModel
 from hfedmoe_ray.moe.threads import one_thread
 from hfedmoe_ray.seeds import derive_seed, generator
 from hfedmoe_ray.strategies import build_strategy
+from hfedmoe_ray.strategies.hfedmoe import HFedMoE as HFedMoEStrategy
 from hfedmoe_ray.train.activations import checkpointed_layers
 from hfedmoe_ray.train.deepspeed_config import deepspeed_config
 from hfedmoe_ray.train.engine import Engine, RankedEngine
@@ -41,7 +42,8 @@ from hfedmoe_ray.train.memory import PeakMemory, return_freed_memory
 from hfedmoe_ray.train.proximal import Proximity
 from hfedmoe_ray.train.ranks import JoinedRanks, Ranks
 from hfedmoe_ray.train.steps import LocalSteps, Run, batch_labels
-from hfedmoe_ray.types import Array, ClientMetrics, ClientTask, ExpertKey, Prototypes, Role, TaskWeights
+from hfedmoe_ray.trust import selection
+from hfedmoe_ray.types import Array, ClientMetrics, ClientTask, ExpertKey, Prototypes, Role, RoutingProfile, TaskWeights
 from hfedmoe_ray.wire import Upload, checksum, dump_metrics, expert_name, make_upload, pack_update
 
 ShouldStop = Callable[[], bool]
@@ -182,7 +184,8 @@ class ClientWorker:
                     np.add.at(prototypes.counts, batch.labels, 1)
         measured = profile.profile()
         means = _without_counts(profile.means())
-        payload = pack_update({}, {}, measured, means, prototypes, lossy=self._experiment.wire.lossy)
+        told, means = self._told(task, measured, means)
+        payload = pack_update({}, {}, told, means, prototypes, lossy=self._experiment.wire.lossy)
         return payload, _metrics(task, split, tokens=measured.tokens, loss=loss / predictions, examples=predictions)
 
     def _train(
@@ -198,13 +201,13 @@ class ClientWorker:
         moved: dict[ExpertKey, dict[str, Array]] = {
             key: model.read_expert(key) for key, steps in done.trained.items() if steps
         }
-        means = _without_counts(done.profile.means())
+        told, means = self._told(task, measured, _without_counts(done.profile.means()))
         upload = make_upload(
             self._experiment.wire,
             weights,
             moved,
             model.read_shared(),
-            profile=measured,
+            profile=told,
             means=means,
             signals=done.signals.result(),
         )
@@ -263,6 +266,21 @@ class ClientWorker:
         return payload, replace(metrics, trained=trained, step_seconds=done.seconds, peak_mib=peak_mib)
 
     # ------------------------------------------------------------------------------------------------- the parts
+
+    def _told(
+        self, task: ClientTask, measured: RoutingProfile, means: dict[ExpertKey, Array]
+    ) -> tuple[RoutingProfile, dict[ExpertKey, Array]]:
+        """What the server is told of a client's routing: all, or where the choice of experts is private one answer."""
+        options, strategy = self._experiment.privacy.selection, self._experiment.strategy
+        if options is None:
+            return measured, means
+        if task.kind != "profile":
+            return selection.nothing(self._strategy.shape), {}
+        assert isinstance(strategy, HFedMoE)
+        assert isinstance(self._strategy, HFedMoEStrategy)
+        residents, _ = expert_counts(self._tiers[task.client], self._model.shape)
+        score = self._strategy.score(measured)
+        return selection.answer(options, measured, score, residents, strategy.scope, client=task.client), {}
 
     def _explore(self, task: ClientTask, examples: Examples, should_stop: ShouldStop) -> dict[ExpertKey, float]:
         """Estimates the squared gradient of FROZEN experts on the round's first batch, if the strategy asks for it."""

@@ -102,7 +102,8 @@ def told(experiment: Experiment) -> str:
         return ""
     words = (
         f"privacy: epsilon {found['epsilon']:.3g} at delta {found['delta']:g} for a client in the whole run, by "
-        f"noise of {found['noise_multiplier']:.3g} x clip and a chance of {found['rate']:.3g} a round ({central.accountant})"
+        f"noise of {found['noise_multiplier']:.3g} x clip and a chance of {found['rate']:.3g} a round "
+        f"({central.accountant})"
     )
     return words + ("; void, as noise_seed is given" if central.noise_seed is not None else "")
 

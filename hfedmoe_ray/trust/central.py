@@ -84,7 +84,8 @@ class CentralPrivacy:
             raise TrainingError(
                 f"round {round} would spend more than privacy.central.epsilon, {target:g}: "
                 f"{len(self._ledger.releases)} models have been noised, those of repeated rounds among them. The last "
-                "checkpoint is the run's result; a run that may be interrupted more often needs a larger privacy.central.repeats from its start."
+                "checkpoint is the run's result; a run that may be interrupted more often needs a larger "
+                "privacy.central.repeats from its start."
             )
         self._ledger.write(round, release)
         clip = self.options.clip
