@@ -97,13 +97,35 @@ class Selection(Section):
         return self
 
 
+class Examples(Section):
+    """Differential privacy of single training examples, by DP-SGD in each client (Abadi et al., arXiv 1607.00133).
+
+    It holds against the server too. Gradients are taken one example at a time, so a step takes a forward and a backward
+    pass for each.
+    """
+
+    noise_multiplier: PositiveFloat
+    """z: standard deviation of the noise on a step's sum of gradients, as a multiple of `clip`."""
+    clip: PositiveFloat = 1.0
+    """Largest L2 norm of an example's gradient: of all that trains as one vector."""
+    delta: Annotated[float, Field(gt=0.0, lt=1.0)] = 1e-5
+    accountant: Literal["rdp", "pld"] = "rdp"
+    """How steps are added up."""
+    noise_seed: NonNegativeInt | None = None
+    """For tests: draws batches and noise from this seed, which protects nobody. Default: each client's own entropy."""
+    unprotected: bool = False
+    """Run although epsilon is above 10."""
+
+
 class Privacy(Section):
-    """What protects clients from who sees the model, and their choice of experts from the server."""
+    """What protects clients from who sees the model, and their examples and choice of experts from the server."""
 
     central: Central | None = None
     """Differential privacy of the published model."""
     selection: Selection | None = None
     """Of the choice of experts."""
+    examples: Examples | None = None
+    """Of each client's single examples, in what it trains."""
 
 
 def check_privacy(experiment: "Experiment") -> None:
@@ -113,6 +135,8 @@ def check_privacy(experiment: "Experiment") -> None:
         _check_central(experiment, privacy.central)
     if privacy.selection is not None:
         _check_selection(experiment)
+    if privacy.examples is not None:
+        _check_examples(experiment)
 
 
 def _check_central(experiment: "Experiment", central: Central) -> None:
@@ -163,6 +187,25 @@ def _check_selection(experiment: "Experiment") -> None:
             "`resident: budget`, or leave it out"
         )
     _check_placement(experiment, "privacy.selection")
+
+
+def _check_examples(experiment: "Experiment") -> None:
+    strategy, section = experiment.strategy, "privacy.examples"
+    chooses = isinstance(strategy, HFedMoE) and strategy.resident == "budget"
+    draws = isinstance(strategy, RandomExperts) and strategy.resident == "budget"
+    if not (isinstance(strategy, FedAvg) or draws or (chooses and experiment.privacy.selection is not None)):
+        raise ValueError(
+            f"`{section}` covers what a client trains, so what it trains must not follow from its data unprotected: "
+            "write fedavg, random, or hfedmoe with `privacy.selection`"
+        )
+    _check_placement(experiment, section)
+    if any(tier.zero_stage or tier.ranks > 1 or tier.batch_experts is not None for tier in experiment.clients.tiers):
+        raise ValueError(
+            f"with `{section}` every step trains all experts a client holds, in one process: leave `zero_stage`, "
+            "`batch_experts` and devices above 1 out of the tiers"
+        )
+    if experiment.evaluate.own != "never":
+        raise ValueError(f"with `{section}` clients tell nothing that they measured: write `evaluate.own: never`")
 
 
 def _check_placement(experiment: "Experiment", section: str) -> None:

@@ -34,6 +34,7 @@ from hfedmoe_ray.strategies import build_strategy
 from hfedmoe_ray.strategies.aggregation import ClassMeans, MeanOutputs
 from hfedmoe_ray.strategies.scores import uniform_plan
 from hfedmoe_ray.tracking.tracker import Tracker
+from hfedmoe_ray.trust import accounting
 from hfedmoe_ray.trust.central import CentralPrivacy
 from hfedmoe_ray.trust.redaction import as_promised
 from hfedmoe_ray.types import (
@@ -124,6 +125,7 @@ class Federation:
         self.central: CentralPrivacy | None = None
         if central is not None and central.active:
             self.central = CentralPrivacy(self.experiment, self.checkpoints, rounds=self.resumed_from)
+        accounting.check_examples(self.experiment, self.examples)
         self.ladder = Ladder(
             self.experiment, self.executor, self.strategy, self.state, tiers=self.tiers, client_info=self.client_info
         )
@@ -311,7 +313,10 @@ class Federation:
     def summary(self, status: str) -> dict[str, Any]:
         """The keys of summary.json."""
         summary = reporting.run_summary(self.context, self.state, status)
-        return summary if self.central is None else summary | {"privacy": self.central.summary()}
+        spent = self._spent_of_examples(max(self.state.round, 0))
+        if self.central is not None:
+            spent = self.central.summary() | spent
+        return summary | {"privacy": spent} if spent else summary
 
     def _begin(self, round: int, clients: int) -> float:
         self._phase = Phases()
@@ -348,13 +353,21 @@ class Federation:
             ahead=ahead,
             nodes=self.executor.usage(),
         )
-        report = replace(report, privacy=averaged.privacy)
+        report = replace(report, privacy=dict(averaged.privacy) | self._spent_of_examples(round))
         if found is None:
             self.state.unmeasured = report
         else:
             self._report(report, found)
         # Last: a server killed in between repeats the round, and the trackers drop what it had reported of it.
         save_checkpoint(self.checkpoints, self.state, self.identity, self.experiment.runtime.keep_checkpoints)
+
+    def _spent_of_examples(self, rounds: int) -> dict[str, float]:
+        """Epsilon and delta of any client's single examples after so many rounds, where those are private."""
+        options = self.experiment.privacy.examples
+        if options is None:
+            return {}
+        spent = accounting.example_epsilon(options, self.experiment.local, self.examples, rounds)
+        return {"example_epsilon": spent, "example_delta": options.delta}
 
     def _report(self, report: RoundReport, found: Evaluation) -> None:
         self.state.unmeasured = None

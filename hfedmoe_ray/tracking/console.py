@@ -272,7 +272,11 @@ class ConsoleRenderer:
             words = f"{percent(before['accuracy'])} → {percent(after['accuracy'])}, by character "
             words += f"{percent(before['normalised'])} → {percent(after['normalised'])} ({after['items']} items)"
             lines.append((name, words))
-        if spent := summary.get("privacy"):
+        spent = summary.get("privacy") or {}
+        if "example_epsilon" in spent:
+            words = f"epsilon {spent['example_epsilon']:.3g} at delta {spent['example_delta']:g} for one example"
+            lines.append(("privacy", f"{words}, by its client alone"))
+        if "epsilon" in spent:
             bound = (
                 "none: no noise"
                 if spent["epsilon"] is None

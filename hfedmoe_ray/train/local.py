@@ -5,6 +5,7 @@ decides the last bits of a matrix product.
 """
 
 import gc
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -39,6 +40,7 @@ from hfedmoe_ray.train.explore import squared_gradients
 from hfedmoe_ray.train.frozen import check_unwritten, frozen_versions
 from hfedmoe_ray.train.likelihood import answer
 from hfedmoe_ray.train.memory import PeakMemory, return_freed_memory
+from hfedmoe_ray.train.private_steps import PrivateSteps, poisson_batches, step_noise
 from hfedmoe_ray.train.proximal import Proximity
 from hfedmoe_ray.train.ranks import JoinedRanks, Ranks
 from hfedmoe_ray.train.steps import LocalSteps, Run, batch_labels
@@ -123,6 +125,8 @@ class ClientWorker:
                 case "personalise":
                     payload, metrics = self._personalise(task, weights, examples, should_stop)
         seconds = time.perf_counter() - started
+        if self._experiment.privacy.examples is not None and task.kind in ("profile", "train"):
+            metrics = replace(metrics, loss=math.nan, tokens=0)
         return payload, dump_metrics(replace(metrics, seconds=seconds)), state
 
     def follow(self, task: ClientTask, weights: TaskWeights) -> None:
@@ -215,7 +219,7 @@ class ClientWorker:
             task,
             examples.split,
             tokens=measured.tokens,
-            loss=done.loss / done.predictions,
+            loss=done.loss / max(done.predictions, 1),
             examples=done.predictions,
             trained={expert_name(key): done.trained[key] for key in moved},
             before=before,
@@ -270,11 +274,12 @@ class ClientWorker:
     def _told(
         self, task: ClientTask, measured: RoutingProfile, means: dict[ExpertKey, Array]
     ) -> tuple[RoutingProfile, dict[ExpertKey, Array]]:
-        """What the server is told of a client's routing: all, or where the choice of experts is private one answer."""
-        options, strategy = self._experiment.privacy.selection, self._experiment.strategy
-        if options is None:
+        """What the server is told of a client's routing: all, or where that is private nothing but one answer."""
+        privacy, strategy = self._experiment.privacy, self._experiment.strategy
+        options = privacy.selection
+        if options is None and privacy.examples is None:
             return measured, means
-        if task.kind != "profile":
+        if task.kind != "profile" or options is None:
             return selection.nothing(self._strategy.shape), {}
         assert isinstance(strategy, HFedMoE)
         assert isinstance(self._strategy, HFedMoEStrategy)
@@ -308,7 +313,8 @@ class ClientWorker:
         model, tier, ranks = self._model, self._tiers[task.client], self._ranks_of(task)
         if task.micro_batch is not None:
             tier = tier.model_copy(update={"micro_batch": task.micro_batch})
-        done = LocalSteps(
+        private = self._experiment.privacy.examples
+        done = (LocalSteps if private is None else PrivateSteps)(
             model,
             self._strategy,
             partial(self._forward, examples),
@@ -320,6 +326,9 @@ class ClientWorker:
             proximity=Proximity(self._strategy.proximal, model, weights),
             ranks=ranks,
         )
+        if isinstance(done, PrivateSteps) and private is not None:
+            expected = float(min(self._local.batch_size, len(examples.split)))
+            done.protect(private, step_noise(private, task), expected)
         shared = [*model.shared_parameters.values(), *model.scales]
         model.module.train()
         # Filling the prefix cache took room of its own, once.
@@ -346,6 +355,9 @@ class ClientWorker:
         return task_examples(self._model, self._context.model.sha256, self._data, self._experiment, task)
 
     def _batches(self, task: ClientTask, count: int) -> Iterator[Array]:
+        private = self._experiment.privacy.examples
+        if private is not None and task.kind == "train":
+            return poisson_batches(private, self._local, task, count)
         return batches(self._local, task, count)
 
     def _forward(

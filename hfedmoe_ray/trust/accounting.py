@@ -9,8 +9,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from hfedmoe_ray.config.privacy import MOST_EPSILON, Central
-from hfedmoe_ray.config.schema import Experiment
+from hfedmoe_ray.config.privacy import MOST_EPSILON, Central, Examples
+from hfedmoe_ray.config.schema import Experiment, LocalTraining
 from hfedmoe_ray.errors import ConfigError
 from hfedmoe_ray.trust.noise import needs_extra
 
@@ -21,7 +21,7 @@ Release = tuple[float, float]
 """(q, z): chance of a client to be asked, noise multiplier."""
 
 
-def epsilon(central: Central, releases: Iterable[Release]) -> float:
+def epsilon(central: Central | Examples, releases: Iterable[Release]) -> float:
     """Returns epsilon at the configured delta after some releases; infinite where one had no noise, 0 after none.
 
     Raises:
@@ -94,6 +94,34 @@ def planned(experiment: Experiment) -> Mapping[str, float] | None:
     }
 
 
+def example_epsilon(options: Examples, local: LocalTraining, examples: Iterable[int], rounds: int) -> float:
+    """Returns the largest epsilon of any client's examples after so many rounds, if it was asked in each.
+
+    Args:
+        options: The noise.
+        local: Steps of a round, and the batch size that is expected.
+        examples: Training examples of each client; how many there are is taken to be known.
+        rounds: So far.
+    """
+    rate = min(1.0, local.batch_size / max(1, min(examples)))
+    return epsilon(options, [(rate, options.noise_multiplier)] * (rounds * local.steps))
+
+
+def check_examples(experiment: Experiment, examples: Iterable[int]) -> None:
+    """Raises ConfigError where a whole run's epsilon of single examples would be meaningless."""
+    options = experiment.privacy.examples
+    if options is None or options.unprotected:
+        return
+    spent = example_epsilon(options, experiment.local, examples, experiment.rounds)
+    if spent > MOST_EPSILON:
+        raise ConfigError(
+            f"privacy.examples: with noise_multiplier {options.noise_multiplier:g} the client with fewest examples "
+            f"spends epsilon {spent:.3g} in {experiment.rounds} rounds of {experiment.local.steps} steps; above "
+            f"{MOST_EPSILON:g} it promises next to nothing. Write a larger noise_multiplier, a smaller "
+            "local.batch_size or fewer rounds; or, to measure all the same, `unprotected: true`."
+        )
+
+
 def told(experiment: Experiment) -> str:
     """Returns a line on what a whole run spends; empty where nothing is protected."""
     found = planned(experiment)
@@ -120,7 +148,7 @@ def _round(rate: float, multiplier: float) -> "DpEvent":
     return gaussian if rate == 1.0 else dp.PoissonSampledDpEvent(rate, gaussian)
 
 
-def _accountant(central: Central) -> "PrivacyAccountant":
+def _accountant(central: Central | Examples) -> "PrivacyAccountant":
     from dp_accounting import NeighboringRelation, pld, rdp
 
     relation = NeighboringRelation.ADD_OR_REMOVE_ONE

@@ -12,9 +12,9 @@ from hfedmoe_ray.tracking.record import RunRecord
 def privacy(run: RunRecord) -> str:
     """Epsilon after each round, and what it does and does not cover."""
     options = ((run.config.get("privacy") or {}).get("central")) or {}
-    spent = [(report.round, report.privacy) for report in run.rounds if report.privacy]
+    spent = [(report.round, report.privacy) for report in run.rounds if "epsilon" in report.privacy]
     if not spent:
-        return ""
+        return _of_examples(run)
     points = [(float(round), told["epsilon"]) for round, told in spent if told["epsilon"] is not None]
     last = spent[-1][1]
     if not points:
@@ -31,7 +31,22 @@ def privacy(run: RunRecord) -> str:
         write=lambda value: f"{value:.3g}",
         over="round",
     )
-    return section("Privacy", intro, figure("Epsilon spent", image))
+    return section("Privacy", intro, figure("Epsilon spent", image)) + _of_examples(run)
+
+
+def _of_examples(run: RunRecord) -> str:
+    """What clients' steps have spent, where each example is protected."""
+    told = [report.privacy for report in run.rounds if "example_epsilon" in report.privacy]
+    if not told:
+        return ""
+    options = (run.config.get("privacy") or {}).get("examples") or {}
+    void = "Void, as the noise was drawn from a seed. " if options.get("noise_seed") is not None else ""
+    return section(
+        "Privacy of examples",
+        f"{void}What a client trained tells of one of its examples no more than epsilon "
+        f"{told[-1]['example_epsilon']:.3g} at delta {told[-1]['example_delta']:g} allows, also to the server: the figure of the client with fewest "
+        "examples, had it been asked in every round.",
+    )
 
 
 def _void(options: Mapping[str, Any]) -> str:
