@@ -44,8 +44,8 @@ def _of_examples(run: RunRecord) -> str:
     return section(
         "Privacy of examples",
         f"{void}What a client trained tells of one of its examples no more than epsilon "
-        f"{told[-1]['example_epsilon']:.3g} at delta {told[-1]['example_delta']:g} allows, also to the server: the figure of the client with fewest "
-        "examples, had it been asked in every round.",
+        f"{told[-1]['example_epsilon']:.3g} at delta {told[-1]['example_delta']:g} allows, also to the server: the "
+        "figure of the client with fewest examples, had it been asked in every round.",
     )
 
 
