@@ -17,6 +17,7 @@ from hfedmoe_ray.config.comparison import Comparison
 from hfedmoe_ray.config.data import Data
 from hfedmoe_ray.config.evaluation import Evaluation
 from hfedmoe_ray.config.model import Model
+from hfedmoe_ray.config.privacy import Privacy, check_privacy
 from hfedmoe_ray.config.running import Runtime, Tracking
 from hfedmoe_ray.config.section import Name, NonNegativeFloat, Precision, Section, Share
 from hfedmoe_ray.config.server import Rules, RulesConfig, ServerOptimizer
@@ -231,6 +232,7 @@ class Experiment(Section):
     data: Data
     local: LocalTraining = LocalTraining()
     wire: Wire = Wire()
+    privacy: Privacy = Privacy()
     evaluate: Evaluation = Evaluation()
     runtime: Runtime = Runtime()
     tracking: Tracking = Tracking()
@@ -301,4 +303,5 @@ class Experiment(Section):
         if self.asynchronous is not None:
             check_asynchronous(self.asynchronous, self.clients, self.strategy, self.model.lora, self.rules)
         check_combinations(self.strategy, self.model.lora, self.wire, self.rules, self.server, zero=zero)
+        check_privacy(self)
         return self
