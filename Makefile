@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install quickstart test test-ray test-rest check docs clean
+.PHONY: help install quickstart test test-ray test-rest check audit docs clean
 
 help: ## List the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,10 +28,14 @@ test-ray:
 test-rest:
 	$(BIN)/pytest --ignore=tests/chaos --ignore=tests/ray
 
-check: install ## Lint, check the format and the types: what pre-commit runs
+check: install ## Lint, check the format and the types, as pre-commit does, and the licences of what is installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python jobs/licences.py
+
+audit: install ## Look for known vulnerabilities of the pinned packages, where the advisories can be reached
+	$(BIN)/python jobs/audit.py
 
 docs: install ## Build the documentation into build/docs, strictly
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -106,5 +106,10 @@ class RoundReport:
     """What the round would take on the tiers' devices: its slowest client's, of those that were waited for."""
     benchmarks: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """What the global model answered, `BenchmarkScore.fields` by benchmark (first and last round only)."""
+    privacy: Mapping[str, float] = field(default_factory=dict)
+    """Where the model is private, what it has spent so far: epsilon, delta, noise_multiplier, releases (models noised,
+    those of repeated rounds among them), and where the record is full, clipped (share of the round's clients). Where
+    single examples are, example_epsilon and example_delta: of the client with fewest, had it been
+    asked in every round."""
     nodes: tuple[NodeUsage, ...] = ()
     """The machines of the run, the first 64 of them; those that did not answer in time are left out."""

@@ -314,6 +314,10 @@ class ClientMetrics:
     scale: tuple[float, ...] = ()
     """What training has made of `ExpertPlan.scale`, [L]; empty where there is none."""
 
+    def answers(self, task: ClientTask) -> bool:
+        """Whether they are said to be of this task."""
+        return (self.client, self.round, self.kind) == (task.client, task.round, task.kind)
+
 
 @dataclass(frozen=True, kw_only=True)
 class TaskResult:
@@ -323,8 +327,12 @@ class TaskResult:
     status: Status
     metrics: ClientMetrics | None = None
     payload: Fetch | None = None
+    payload_bytes: int = 0
+    """What `payload` would fetch."""
     state: Fetch | None = None
     """The client's state after the task, to be kept if the update is accepted; None where it has not changed."""
+    state_bytes: int = 0
+    """What `state` would fetch."""
     reason: str = ""
     """Why it is not "ok", in one line."""
     attempts: int = 1

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import re
 import signal
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -17,7 +18,7 @@ from hfedmoe_ray.wire import dump_metrics, expert_name, parse_metrics
 
 Faults = Mapping[tuple[int, int], str | int]
 """By (round, client): a name in `LIES`, a reason to fail with, or after how many steps to die, once."""
-Answer = tuple[bytes, ClientMetrics]
+Answer = tuple[bytes, ClientMetrics | bytes]
 
 
 class FaultyWorker:
@@ -39,7 +40,7 @@ class FaultyWorker:
             if fault not in LIES:
                 raise RuntimeError(fault)
             payload, metrics = LIES[fault](task, payload, parse_metrics(body))
-            body = dump_metrics(metrics)
+            body = metrics if isinstance(metrics, bytes) else dump_metrics(metrics)
         return payload, body, state
 
     def _dying(self, task: ClientTask, after: int, should_stop: Callable[[], bool]) -> Callable[[], bool]:
@@ -82,6 +83,12 @@ def _foreign(claimed: bool) -> Callable[[ClientTask, bytes, ClientMetrics], Answ
     return lie
 
 
+def _without_training(_task: ClientTask, payload: bytes, metrics: ClientMetrics) -> Answer:
+    """As if nothing had come of its steps: how the canary knows experts that silently never train."""
+    return payload, replace(metrics, after=metrics.before)
+
+
+_LOSS = re.compile(rb'"loss": [^,]+')
 LIES: dict[str, Callable[[ClientTask, bytes, ClientMetrics], Answer]] = {
     "nan": _every_number(lambda value: value * np.float32("nan")),
     "infinite": _every_number(lambda value: value + np.float32("inf")),
@@ -93,5 +100,10 @@ LIES: dict[str, Callable[[ClientTask, bytes, ClientMetrics], Answer]] = {
     "truncated": lambda _task, payload, metrics: (payload[: len(payload) // 2], metrics),
     "pickled": lambda _task, payload, metrics: (pickle.dumps({"expert.0.0.w": payload}), metrics),
     "empty": lambda _task, _payload, metrics: (b"", metrics),
+    "padded": lambda _task, payload, metrics: (payload + bytes(10**7), metrics),
+    "untrained": _without_training,
+    "examples": lambda _task, payload, metrics: (payload, replace(metrics, samples=10**12)),
+    "nested": lambda _task, payload, _metrics: (payload, b"[" * 10**5),
+    "endless": lambda _task, payload, metrics: (payload, _LOSS.sub(b'"loss": 1e999', dump_metrics(metrics))),
     "another": lambda _task, payload, metrics: (payload, replace(metrics, client=metrics.client + 1)),
 }

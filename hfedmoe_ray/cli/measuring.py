@@ -20,6 +20,7 @@ BENCHMARKS = {
     "peers": "seconds of a round, memory, and what survives faults, against the newest Flower simulation",
     "harness": "multiple-choice and written scores against those of lm-evaluation-harness, item by item",
     "packing": "tokens a second of a training step on short texts, packed into rows and padded",
+    "fuzz": "100 000 hostile updates against the code that receives them, and a second opinion on each",
     "bytes": "what an update weighs against what was trained, in every precision",
 }
 _REPOSITORY = Path(__file__).parents[2]

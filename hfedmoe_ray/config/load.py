@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from hfedmoe_ray.config.credentials import check_credentials
 from hfedmoe_ray.config.explain import KeyPath, closest, explain, show_path
 from hfedmoe_ray.config.schema import Experiment
 from hfedmoe_ray.errors import ConfigError
@@ -97,6 +98,7 @@ def load_experiment(
     strategy = tree.values.get("strategy")
     if isinstance(strategy, dict):
         strategy.setdefault("name", DEFAULT_STRATEGY)
+    check_credentials(tree.values)
     try:
         return Experiment.model_validate(tree.values)
     except ValidationError as error:

@@ -17,6 +17,7 @@ from hfedmoe_ray.config.comparison import Comparison
 from hfedmoe_ray.config.data import Data
 from hfedmoe_ray.config.evaluation import Evaluation
 from hfedmoe_ray.config.model import Model
+from hfedmoe_ray.config.privacy import Privacy, check_privacy
 from hfedmoe_ray.config.running import Runtime, Tracking
 from hfedmoe_ray.config.section import Name, NonNegativeFloat, Precision, Section, Share
 from hfedmoe_ray.config.server import Rules, RulesConfig, ServerOptimizer
@@ -140,6 +141,9 @@ class Clients(Section):
     failure_rate: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """For studies: chance that a client drops out of a round after it has trained, so that its update is lost (status
     `dropped`). Drawn by (seed, round, client); such losses do not count against `runtime.quorum`."""
+    most_examples: PositiveInt | None = None
+    """Training examples that a client which reads its own files can have: one that claims more is rejected, as its
+    updates weigh by them. Where the examples were dealt their number is known. Default: no limit."""
     tiers: tuple[Tier, ...] = Field(min_length=1)
 
     @model_validator(mode="after")
@@ -228,6 +232,7 @@ class Experiment(Section):
     data: Data
     local: LocalTraining = LocalTraining()
     wire: Wire = Wire()
+    privacy: Privacy = Privacy()
     evaluate: Evaluation = Evaluation()
     runtime: Runtime = Runtime()
     tracking: Tracking = Tracking()
@@ -298,4 +303,5 @@ class Experiment(Section):
         if self.asynchronous is not None:
             check_asynchronous(self.asynchronous, self.clients, self.strategy, self.model.lora, self.rules)
         check_combinations(self.strategy, self.model.lora, self.wire, self.rules, self.server, zero=zero)
+        check_privacy(self)
         return self

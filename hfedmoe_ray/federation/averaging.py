@@ -6,7 +6,7 @@ or the model from clients, comes in at one of these places.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from hfedmoe_ray.config.schema import Experiment
 from hfedmoe_ray.errors import TrainingError
@@ -18,6 +18,7 @@ from hfedmoe_ray.records import ClientRecord
 from hfedmoe_ray.strategies import AnyStrategy
 from hfedmoe_ray.strategies.aggregation import MeanOutputs, Reducer
 from hfedmoe_ray.strategies.server import ServerOptimizer
+from hfedmoe_ray.trust.central import CentralPrivacy
 from hfedmoe_ray.types import ClientUpdate, ExpertPlan, PersonalWeights, TaskResult, Weights
 
 
@@ -31,6 +32,8 @@ class Averaged:
     """The accepted updates without their tensors, by client."""
     participation: float | None
     """Mean of |S_c| / |S_global| (eq. 18); None if nothing was averaged."""
+    privacy: Mapping[str, float] = field(default_factory=dict)
+    """What has been spent so far, where the model is private (`CentralPrivacy.spent`)."""
 
 
 class Averaging:
@@ -44,6 +47,7 @@ class Averaging:
         *,
         collector: Collector,
         router_layers: Mapping[str, int],
+        central: CentralPrivacy | None,
     ) -> None:
         """Takes note of the run.
 
@@ -53,11 +57,15 @@ class Averaging:
             state: What is renewed, in place.
             collector: Validates what came back.
             router_layers: Router parameter name -> its MoE layer.
+            central: Where the model is private, what that draws and spends.
         """
         self._strategy = strategy
         self._state = state
         self._collector = collector
         self._router_layers = router_layers
+        self._central = central
+        # Where a client's choice of experts is private, its one answer stands; what others route like is not mixed in.
+        self._answered_once = experiment.privacy.selection is not None
         self._lora_average = experiment.model.lora.average if experiment.model.lora else "factors"
         self._optimizer = ServerOptimizer(experiment.server, state.server)
 
@@ -70,8 +78,11 @@ class Averaging:
         state = self._state
         records: list[ClientRecord] = []
         accepted = self._collector.accepted(results, plans, records, state)
-        fold = self._fold_federated if self._strategy.federated else self._fold_apart
-        averaged = fold(accepted, plans, records)
+        if self._central is not None:
+            averaged = self._fold_private(self._central, accepted, records)
+        else:
+            fold = self._fold_federated if self._strategy.federated else self._fold_apart
+            averaged = fold(accepted, plans, records)
         self._follow(averaged.updates, plans)
         return averaged
 
@@ -105,6 +116,20 @@ class Averaging:
         participation = sum(taken) / (everyone * len(taken)) if everyone else None
         return Averaged(records=records, updates=updates, participation=participation)
 
+    def _fold_private(
+        self, central: CentralPrivacy, accepted: Iterable[ClientUpdate], records: list[ClientRecord]
+    ) -> Averaged:
+        """Averages bounded changes with noise on them; of clients' statistics nothing is published."""
+        old = self._state.weights
+        mean = central.mean(old)
+        updates: dict[int, ClientUpdate] = {}
+        for update in accepted:
+            mean.add(update)
+            updates[update.client] = self._let_go(update)
+        self._check_quorum(records)
+        self._state.weights = self._optimizer.step(old, central.release(mean, self._state.round + 1), {})
+        return Averaged(records=records, updates=updates, participation=None, privacy=central.told(mean))
+
     def _fold_apart(
         self, accepted: Iterable[ClientUpdate], plans: Mapping[int, ExpertPlan], records: list[ClientRecord]
     ) -> Averaged:
@@ -134,6 +159,11 @@ class Averaging:
     def _follow(self, updates: Mapping[int, ClientUpdate], plans: Mapping[int, ExpertPlan]) -> None:
         """Brings the clients' profiles and the strategy's state up to date."""
         state, strategy = self._state, self._strategy
+        if self._central is not None and not self._answered_once:
+            # Each client's own, as measured: a plan that followed from others' profiles would carry them on.
+            state.profiles |= {client: update.profile for client, update in updates.items() if update.profile}
+        if self._central is not None or self._answered_once:
+            return
         cohort = reporting.mean_profile([u.profile for u in updates.values() if u.profile is not None])
         for client, update in updates.items():
             if update.profile is not None and cohort is not None:

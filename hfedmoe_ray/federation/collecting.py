@@ -14,12 +14,13 @@ from hfedmoe_ray.federation.dropout import with_dropped
 from hfedmoe_ray.federation.durations import Durations
 from hfedmoe_ray.federation.executor import Notify
 from hfedmoe_ray.federation.phases import Waiting
-from hfedmoe_ray.federation.quorum import below_quorum, raise_common_failure
+from hfedmoe_ray.federation.quorum import Proof, below_quorum, raise_common_failure, raise_common_flaw
 from hfedmoe_ray.federation.state import FederationState
-from hfedmoe_ray.federation.validation import Rejected, accept
+from hfedmoe_ray.federation.validation import NotAsTrained, Rejected, accept
 from hfedmoe_ray.records import ClientRecord
 from hfedmoe_ray.strategies import AnyStrategy
 from hfedmoe_ray.strategies.staleness import rebased
+from hfedmoe_ray.trust.limits import claims
 from hfedmoe_ray.types import ClientTask, ClientUpdate, ExpertPlan, TaskKind, TaskResult, Weights
 
 
@@ -33,6 +34,7 @@ class Collector:
         strategy: AnyStrategy,
         tiers: Sequence[Tier],
         *,
+        dealt: Sequence[int],
         clock: Clock,
         notify: Notify,
     ) -> None:
@@ -43,6 +45,7 @@ class Collector:
             ladder: Runs the tasks, and demotes who runs out of memory.
             strategy: Says what updates must contain.
             tiers: Tier of every client.
+            dealt: Training examples that the server dealt each; 0 where they read their own.
             clock: Tells what a task would take on its client's device.
             notify: Is told what happens.
         """
@@ -50,6 +53,7 @@ class Collector:
         self._ladder = ladder
         self._strategy = strategy
         self._tiers = tiers
+        self._dealt = dealt
         self._clock = clock
         self._notify = notify
         self._durations = Durations()
@@ -126,10 +130,14 @@ class Collector:
             records: Is given a record per result.
             state: Has the weights the tasks started from, and keeps the clients' states. Where runs are asynchronous,
                 what an update changed of older ones is laid onto the newest.
+
+        Raises:
+            TrainingError: At the end, where updates were not trained as planned and it is not their clients' fault.
         """
+        proofs: list[Proof] = []
         for delivered in results:
             client = delivered.task.client
-            result, update = self._accept(delivered, plans[client], state)
+            result, update = self._accept(delivered, plans[client], state, proofs)
             start = state.version(result.task.version)
             record = reporting.client_record(result, self._tiers[client], update, start)
             if record.samples:
@@ -143,6 +151,7 @@ class Collector:
                 if delivered.state is not None:
                     state.clients[client] = delivered.state
                 yield self._rebased(update, start, state.weights)
+        raise_common_flaw(proofs)
 
     def _rebased(self, update: ClientUpdate, start: Weights, now: Weights) -> ClientUpdate:
         options = self._experiment.asynchronous
@@ -153,15 +162,24 @@ class Collector:
         return self._clock.seconds(task, **sizes)
 
     def _accept(
-        self, result: TaskResult, plan: ExpertPlan, state: FederationState
+        self, result: TaskResult, plan: ExpertPlan, state: FederationState, proofs: list[Proof]
     ) -> tuple[TaskResult, ClientUpdate | None]:
         if result.status != "ok":
             return result, None
+        task = result.task
+        tier = self._tiers[task.client].name
+        proof = Proof(client=task.client, round=task.round, tier=tier, trainable=plan.trainable)
+        limits = claims(self._experiment, task, self._dealt[task.client])
         try:
-            start = state.version(result.task.version).seen_by(result.task.personal)
-            return result, accept(result, plan, start, self._experiment.wire, self._strategy.signals)
+            start = state.version(task.version).seen_by(task.personal)
+            update = accept(result, plan, start, self._experiment.wire, self._strategy.signals, limits=limits)
         except Rejected as rejection:
+            if isinstance(rejection, NotAsTrained):
+                proofs.append(replace(proof, flaw=rejection))
             return replace(result, status="rejected", reason=str(rejection)), None
+        if task.kind == "train":
+            proofs.append(proof)
+        return result, update
 
     def quorum(self, arrived: Iterable[bool]) -> bool:
         """Whether enough of those asked have delivered."""

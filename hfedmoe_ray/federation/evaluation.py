@@ -166,6 +166,8 @@ def summarise(results: Iterable[TaskResult]) -> Evaluation:
     answered: dict[str, list[ClientMetrics]] = {}
     for result in results:
         task, metrics = result.task, result.metrics
+        if metrics is not None and not metrics.answers(task):
+            metrics = None
         if task.split == "global_test":
             if metrics is None or result.status != "ok":
                 raise TrainingError(

@@ -34,6 +34,9 @@ from hfedmoe_ray.strategies import build_strategy
 from hfedmoe_ray.strategies.aggregation import ClassMeans, MeanOutputs
 from hfedmoe_ray.strategies.scores import uniform_plan
 from hfedmoe_ray.tracking.tracker import Tracker
+from hfedmoe_ray.trust import accounting
+from hfedmoe_ray.trust.central import CentralPrivacy
+from hfedmoe_ray.trust.redaction import as_promised
 from hfedmoe_ray.types import (
     ClientInfo,
     ClientTask,
@@ -67,6 +70,7 @@ def run_experiment(
         HFedMoEError: The run cannot go on; the tracker has been given a summary with status "failed" and the error.
     """
     kind: type[Federation] = Federation
+    tracker = as_promised(context.experiment, tracker)
     if context.experiment.asynchronous is not None:
         from hfedmoe_ray.federation.asynchronous import AsynchronousFederation  # it builds on this module
 
@@ -117,6 +121,11 @@ class Federation:
         self.strategy.state = self.state.strategy
         self.strategy.report = tracker.event
         self.resumed_from = self.state.round if resume else None
+        central = self.experiment.privacy.central
+        self.central: CentralPrivacy | None = None
+        if central is not None and central.active:
+            self.central = CentralPrivacy(self.experiment, self.checkpoints, rounds=self.resumed_from)
+        accounting.check_examples(self.experiment, self.examples)
         self.ladder = Ladder(
             self.experiment, self.executor, self.strategy, self.state, tiers=self.tiers, client_info=self.client_info
         )
@@ -130,7 +139,13 @@ class Federation:
             notify=tracker.event,
         )
         self.collector = Collector(
-            self.experiment, self.ladder, self.strategy, self.tiers, clock=self.clock, notify=tracker.event
+            self.experiment,
+            self.ladder,
+            self.strategy,
+            self.tiers,
+            dealt=self.examples,
+            clock=self.clock,
+            notify=tracker.event,
         )
         self.averaging = Averaging(
             self.experiment,
@@ -138,6 +153,7 @@ class Federation:
             self.state,
             collector=self.collector,
             router_layers=router_layers(context.model),
+            central=self.central,
         )
 
     def run(self, should_stop: Callable[[], bool]) -> bool:
@@ -180,7 +196,9 @@ class Federation:
             plans = self.strategy.plan(round, clients, self.state.profiles)
         with self._phase("train"):
             tasks = [self.task("train", round, client, plan) for client, plan in plans.items()]
-            results = self.collector.collect(tasks, wanted=self.experiment.clients.cohort)
+            # Of a cohort that is private everybody counts: it may be larger than its mean.
+            wanted = self.experiment.clients.cohort if self.central is None else None
+            results = self.collector.collect(tasks, wanted=wanted)
             self._phase.move(self.collector.waited, of="train", to="wait")
             plans |= {result.task.client: result.task.plan for result in results}  # fewer experts, where demoted
             results = without_dropouts(results, self.experiment.clients.failure_rate)
@@ -212,7 +230,8 @@ class Federation:
             assert update.profile is not None
             self.state.profiles[update.client] = update.profile
             self.state.samples[update.client] = update.samples
-            means.add(update)
+            if self.central is None:
+                means.add(update)
             if update.prototypes is not None and starts_head:
                 classes.add(update.prototypes)
         if newcomers:
@@ -256,6 +275,8 @@ class Federation:
 
     def cohort(self, round: int) -> tuple[int, ...]:
         """Who takes part in a round."""
+        if self.central is not None:
+            return self.central.cohort(round)
         return select_cohort(self.experiment.clients, self.experiment.seed, round, self.examples)
 
     def client_info(self, client: int) -> ClientInfo:
@@ -297,7 +318,11 @@ class Federation:
 
     def summary(self, status: str) -> dict[str, Any]:
         """The keys of summary.json."""
-        return reporting.run_summary(self.context, self.state, status)
+        summary = reporting.run_summary(self.context, self.state, status)
+        spent = self._spent_of_examples(max(self.state.round, 0))
+        if self.central is not None:
+            spent = self.central.summary() | spent
+        return summary | {"privacy": spent} if spent else summary
 
     def _begin(self, round: int, clients: int) -> float:
         self._phase = Phases()
@@ -334,12 +359,21 @@ class Federation:
             ahead=ahead,
             nodes=self.executor.usage(),
         )
+        report = replace(report, privacy=dict(averaged.privacy) | self._spent_of_examples(round))
         if found is None:
             self.state.unmeasured = report
         else:
             self._report(report, found)
         # Last: a server killed in between repeats the round, and the trackers drop what it had reported of it.
         save_checkpoint(self.checkpoints, self.state, self.identity, self.experiment.runtime.keep_checkpoints)
+
+    def _spent_of_examples(self, rounds: int) -> dict[str, float]:
+        """Epsilon and delta of any client's single examples after so many rounds, where those are private."""
+        options = self.experiment.privacy.examples
+        if options is None:
+            return {}
+        spent = accounting.example_epsilon(options, self.experiment.local, self.examples, rounds)
+        return {"example_epsilon": spent, "example_delta": options.delta}
 
     def _report(self, report: RoundReport, found: Evaluation) -> None:
         self.state.unmeasured = None

@@ -28,8 +28,9 @@ from hfedmoe_ray.runtime.worker import Worker, WorkerFactory, last_line, out_of_
 from hfedmoe_ray.train.memory import return_freed_memory
 from hfedmoe_ray.types import Array, ClientTask
 
-Answer = tuple[Literal["ok", "stopped", "failed", "memory"], bytes, str]
-"""How a task went; metrics as JSON, or the traceback; the traceback's last line."""
+Answer = tuple[Literal["ok", "stopped", "failed", "memory", "rejected"], bytes, str]
+"""How a task went; metrics as JSON, or the traceback; the traceback's last line. ("rejected" no client says of itself.)
+"""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,15 @@ from hfedmoe_ray.moe.derived import bits_of, merged_expert, quantised_expert
 from hfedmoe_ray.records import NodeUsage
 from hfedmoe_ray.runtime.overlay import overlay, read_only, view
 from hfedmoe_ray.runtime.usage import UsageMeter
-from hfedmoe_ray.runtime.worker import Worker, WorkerFactory, client_worker, last_line, late_reason, out_of_memory
+from hfedmoe_ray.runtime.worker import (
+    Worker,
+    WorkerFactory,
+    client_worker,
+    last_line,
+    late_reason,
+    out_of_memory,
+    unreadable,
+)
 from hfedmoe_ray.types import ClientTask, Status, TaskResult, TaskWeights, Weights
 from hfedmoe_ray.wire import parse_metrics
 
@@ -77,13 +85,17 @@ class LocalExecutor:
         status: Status = "ok"
         try:
             payload, answer, state = worker.execute(task, weights, expired)
-            metrics = parse_metrics(answer)
         except Exception as error:
             if expired():
                 status, reason = "late", late_reason(limit)
             else:
                 status, reason = ("memory" if out_of_memory(error) else "failed"), last_line(error)
                 notify("task_error", {**fields, "traceback": traceback.format_exc()})
+        else:
+            try:
+                metrics = parse_metrics(answer)
+            except ValueError as error:
+                status, reason = "rejected", unreadable(error)
         outcome = {"status": status, "reason": reason, "attempts": 1, "seconds": time.monotonic() - started}
         notify("task_finished", {**fields, **outcome})
         if metrics is None:
@@ -93,7 +105,9 @@ class LocalExecutor:
             status="ok",
             metrics=metrics,
             payload=lambda: payload,
+            payload_bytes=len(payload),
             state=(lambda: state) if state else None,
+            state_bytes=len(state),
         )
 
 

@@ -21,7 +21,7 @@ from hfedmoe_ray.runtime import cluster, timeouts
 from hfedmoe_ray.runtime.client import Loading
 from hfedmoe_ray.runtime.holder import alive, start_holder
 from hfedmoe_ray.runtime.nodes import NodeMeters
-from hfedmoe_ray.runtime.results import Payload, about, finished, told
+from hfedmoe_ray.runtime.results import about, decided, finished, told
 from hfedmoe_ray.runtime.room import FreeRoom, Queue
 from hfedmoe_ray.runtime.scaling import Stranded, free_room, further_slots, plan_when_there, release
 from hfedmoe_ray.runtime.slot import ActorRecipe, Attempt, Slot, State
@@ -29,7 +29,6 @@ from hfedmoe_ray.runtime.transfer import Directory, directory_hash
 from hfedmoe_ray.runtime.weights import WeightStore
 from hfedmoe_ray.runtime.worker import WorkerFactory, client_worker, late_reason
 from hfedmoe_ray.types import ClientTask, TaskResult, Weights
-from hfedmoe_ray.wire import parse_metrics
 
 _SHOWN = ("CPU", "GPU", "memory")
 START_ATTEMPTS = 2
@@ -233,21 +232,11 @@ class RayExecutor:
         assert slot.attempt is not None
         attempt, seconds = slot.attempt, time.monotonic() - slot.since
         try:
-            payload, state, (status, body, reason) = slot.answer()
+            delivered = slot.answer()
         except RayError as error:
             return self._lose(slot, attempt, error, ready, notify)
         self._settle(slot, notify)
-        metrics = None
-        if status == "ok":
-            try:
-                metrics = parse_metrics(body)
-            except ValueError as error:
-                reason = f"its metrics cannot be read: {error}"
-        elif body:
-            notify("task_error", about(attempt.task) | {"traceback": body.decode()})
-        if metrics is None:
-            return finished(attempt, "memory" if status == "memory" else "failed", reason, seconds, notify)
-        return finished(attempt, "ok", "", seconds, notify, metrics=metrics, payload=Payload(payload), state=state)
+        return decided(attempt, delivered, seconds, notify)
 
     def _leave_behind(self, slot: Slot, notify: Notify) -> TaskResult:
         """BUSY → STOPPING: the round goes on without this client."""

@@ -8,10 +8,14 @@ from ray.exceptions import RayError, RayTaskError
 
 from hfedmoe_ray.federation.executor import Notify
 from hfedmoe_ray.runtime import timeouts
-from hfedmoe_ray.runtime.slot import Attempt
-from hfedmoe_ray.runtime.worker import last_line
-from hfedmoe_ray.types import ClientMetrics, ClientTask, Fetch, Status, TaskResult
+from hfedmoe_ray.runtime.slot import Attempt, Delivered
+from hfedmoe_ray.runtime.worker import last_line, unreadable
+from hfedmoe_ray.trust.foreign_text import one_line
+from hfedmoe_ray.types import ClientTask, Status, TaskResult
+from hfedmoe_ray.wire import parse_metrics
 
+MOST_TRACE = 2**16
+"""Bytes of a traceback that are kept: its end."""
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -36,29 +40,40 @@ def about(task: ClientTask) -> dict[str, Any]:
     return {"client": task.client, "round": task.round, "kind": task.kind}
 
 
-def finished(
-    attempt: Attempt,
-    status: Status,
-    reason: str,
-    seconds: float,
-    notify: Notify,
-    *,
-    metrics: ClientMetrics | None = None,
-    payload: Fetch | None = None,
-    state: Fetch | None = None,
-) -> TaskResult:
-    """The result of a task, told to `notify` as well."""
-    outcome = {"status": status, "reason": reason, "attempts": attempt.number, "seconds": seconds}
-    notify("task_finished", about(attempt.task) | outcome)
-    return TaskResult(
-        task=attempt.task,
-        status=status,
-        metrics=metrics,
-        payload=payload,
-        state=state,
-        reason=reason,
-        attempts=attempt.number,
-    )
+def decided(attempt: Attempt, delivered: Delivered, seconds: float, notify: Notify) -> TaskResult:
+    """The result of a task that its actor has answered; what the client says of it is only text until it is parsed."""
+    status, body, reason = delivered.answer
+    if status == "ok":
+        try:
+            metrics = parse_metrics(body)
+        except ValueError as error:
+            return finished(attempt, "rejected", unreadable(error), seconds, notify)
+        notify("task_finished", about(attempt.task) | _outcome(attempt, "ok", "", seconds))
+        return TaskResult(
+            task=attempt.task,
+            status="ok",
+            metrics=metrics,
+            payload=Payload(delivered.payload),
+            payload_bytes=delivered.payload_bytes,
+            state=delivered.state,
+            state_bytes=delivered.state_bytes,
+            attempts=attempt.number,
+        )
+    if body:
+        trace = body[-MOST_TRACE:].decode(errors="replace")
+        notify("task_error", about(attempt.task) | {"traceback": trace})
+    ended: Status = status if status in ("memory", "rejected") else "failed"
+    return finished(attempt, ended, one_line(reason), seconds, notify)
+
+
+def finished(attempt: Attempt, status: Status, reason: str, seconds: float, notify: Notify) -> TaskResult:
+    """The result of a task that leaves nothing to be used, told to `notify` as well."""
+    notify("task_finished", about(attempt.task) | _outcome(attempt, status, reason, seconds))
+    return TaskResult(task=attempt.task, status=status, reason=reason, attempts=attempt.number)
+
+
+def _outcome(attempt: Attempt, status: Status, reason: str, seconds: float) -> dict[str, Any]:
+    return {"status": status, "reason": reason, "attempts": attempt.number, "seconds": seconds}
 
 
 def told(error: RayError) -> str:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from enum import Enum, auto
 from typing import Any
 
+import numpy as np
 import ray
 from ray.exceptions import RayError, RayTaskError
 
@@ -46,6 +47,32 @@ class Attempt:
 
     task: ClientTask
     number: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Delivered:
+    """What an actor returned of a task."""
+
+    payload: Any = None
+    """Reference to the bytes of the update."""
+    payload_bytes: int = 0
+    state: StoredState | None = None
+    """The client's new state; None where it has not changed."""
+    state_bytes: int = 0
+    answer: Answer
+
+
+NOT_BYTES = Delivered(answer=("rejected", b"", "it returned something else than bytes and text"))
+
+
+def plain(payload: Any, state: Any, answer: Any) -> bool:
+    """Whether what an actor returned is what `ClientActor.execute` says: bytes and text, and no object of any class.
+
+    Ray has unpickled it by now (who can run a process of their own in the cluster needs no update to do harm); what is
+    asked here is that nothing else is ever handed on.
+    """
+    arrays = all(type(one) is np.ndarray and one.dtype == np.uint8 and one.ndim == 1 for one in (payload, state))
+    return arrays and type(answer) is tuple and [type(one) for one in answer] == [str, bytes, str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,19 +205,28 @@ class Slot:
         """Whether the process, which has died, was close to the limit of its memory."""
         return died_of_memory(self._actor._actor_id.hex(), self.spec.node)
 
-    def answer(self) -> tuple[Any, StoredState | None, Answer]:
-        """(reference to the payload, new state, answer) of the finished task. Raises what `ray.get` raises."""
+    def answer(self) -> Delivered:
+        """What came of the finished task. Raises what `ray.get` raises."""
         assert self._answer is not None
         ref, reply = self._answer
         gang = self.spec.resources.ranks > 1
         try:
             # Reading the payload tells whether it is still there; where it lies in shared memory that copies nothing.
-            _, state, answer = ray.get([self.watched, ref, reply], timeout=timeouts.FETCH)
+            payload, state, answer = ray.get([self.watched, ref, reply], timeout=timeouts.FETCH)
         except RayTaskError:
             self.parted = gang
             raise
+        if not plain(payload, state, answer):
+            self.parted = gang
+            return NOT_BYTES
         self.parted = gang and answer[0] in ("failed", "memory")
-        return self.watched, keep_state(ref, state, put_again=self.spec.node != self._recipe.home), answer
+        return Delivered(
+            payload=self.watched,
+            payload_bytes=payload.size,
+            state=keep_state(ref, state, put_again=self.spec.node != self._recipe.home),
+            state_bytes=state.size,
+            answer=answer,
+        )
 
     def move(self, node: str) -> None:
         """Has the next actor start on another node."""

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from hfedmoe_ray.context import RunContext
 from hfedmoe_ray.train.environment import quick_imports
+from hfedmoe_ray.trust.foreign_text import one_line
 from hfedmoe_ray.types import ClientTask, TaskWeights
 
 
@@ -54,9 +55,14 @@ def out_of_memory(error: BaseException) -> bool:
 
 def last_line(error: BaseException) -> str:
     """An error as the last line of its traceback, such as "ValueError: no examples"."""
-    return "".join(traceback.format_exception_only(error)).strip().splitlines()[-1]
+    return one_line("".join(traceback.format_exception_only(error)).strip().splitlines()[-1])
 
 
 def late_reason(limit: float) -> str:
     """Why a task that was stopped counts as late."""
     return f"not finished within runtime.deadline_s ({limit:g} s)"
+
+
+def unreadable(error: ValueError) -> str:
+    """Why an answer whose metrics cannot be parsed is rejected; the error quotes what the client sent."""
+    return one_line(f"its metrics cannot be read: {error}")

@@ -200,8 +200,9 @@ class ConsoleRenderer:
             (f"loss {decimal(report.loss):>5}", ""),
             (f"test {percent(report.accuracy):>6}", "green" if report.accuracy is not None else ""),
             *([(f"own {percent(report.own_accuracy):>6}", "green")] if report.own_accuracy is not None else []),
-            (f"experts {trained:>{len(str(total))}}/{total}", ""),
+            *([(f"experts {trained:>{len(str(total))}}/{total}", "")] if report.clients or not report.privacy else []),
             (f"up {_mib(report.bytes_up)} down {_mib(report.bytes_down)} MiB", ""),
+            *([(f"eps {spent:.2f}", "")] if (spent := report.privacy.get("epsilon")) is not None else []),
             (f"{duration(report.seconds):>6}", ""),
         ]
         troubles: Counter[str] = Counter(client.status for client in report.clients if client.status != "ok")
@@ -269,6 +270,19 @@ class ConsoleRenderer:
             lines.append(("", words))
         for name, moments in (summary.get("benchmarks") or {}).items():
             lines.append((name, change(moments["before"], moments["after"])))
+        spent = summary.get("privacy") or {}
+        if "example_epsilon" in spent:
+            words = f"epsilon {spent['example_epsilon']:.3g} at delta {spent['example_delta']:g} for one example"
+            lines.append(("privacy", f"{words}, by its client alone"))
+        if "epsilon" in spent:
+            bound = (
+                "none: no noise"
+                if spent["epsilon"] is None
+                else f"epsilon {spent['epsilon']:.3g} at delta {spent['delta']:g}"
+            )
+            lines.append(
+                ("privacy", f"{bound}{'; void (noise_seed, a full record, or no noise)' if spent['void'] else ''}")
+            )
         if summary.get("status", "finished") != "finished":
             lines.append(("ended", f"{summary['status']} after round {summary.get('rounds', MISSING)}"))
         files = sorted(path.name for path in self._run_dir.iterdir()) if self._run_dir.is_dir() else []

@@ -5,6 +5,7 @@ decides the last bits of a matrix product.
 """
 
 import gc
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from hfedmoe_ray.budget import tier_of
+from hfedmoe_ray.budget import expert_counts, tier_of
 from hfedmoe_ray.config.section import Precision
 from hfedmoe_ray.config.strategies import HFedMoE
 from hfedmoe_ray.context import RunContext
@@ -35,6 +36,7 @@ from hfedmoe_ray.moe.subset import SparseModel
 from hfedmoe_ray.moe.threads import one_thread
 from hfedmoe_ray.seeds import derive_seed, generator
 from hfedmoe_ray.strategies import build_strategy
+from hfedmoe_ray.strategies.hfedmoe import HFedMoE as HFedMoEStrategy
 from hfedmoe_ray.train.activations import checkpointed_layers
 from hfedmoe_ray.train.deepspeed_config import deepspeed_config
 from hfedmoe_ray.train.engine import Engine, RankedEngine
@@ -43,11 +45,13 @@ from hfedmoe_ray.train.explore import squared_gradients
 from hfedmoe_ray.train.frozen import check_unwritten, frozen_versions
 from hfedmoe_ray.train.likelihood import answer, surprise
 from hfedmoe_ray.train.memory import PeakMemory, return_freed_memory
+from hfedmoe_ray.train.private_steps import PrivateSteps, poisson_batches, step_noise
 from hfedmoe_ray.train.proximal import Proximity
 from hfedmoe_ray.train.ranks import JoinedRanks, Ranks
 from hfedmoe_ray.train.steps import LocalSteps, Run, batch_labels
 from hfedmoe_ray.train.written import answer_by_writing
-from hfedmoe_ray.types import Array, ClientMetrics, ClientTask, ExpertKey, Prototypes, Role, TaskWeights
+from hfedmoe_ray.trust import selection
+from hfedmoe_ray.types import Array, ClientMetrics, ClientTask, ExpertKey, Prototypes, Role, RoutingProfile, TaskWeights
 from hfedmoe_ray.wire import Upload, checksum, dump_metrics, expert_name, make_upload, pack_update
 
 ShouldStop = Callable[[], bool]
@@ -127,6 +131,8 @@ class ClientWorker:
                 case "personalise":
                     payload, metrics = self._personalise(task, weights, examples, should_stop)
         seconds = time.perf_counter() - started
+        if self._experiment.privacy.examples is not None and task.kind in ("profile", "train"):
+            metrics = replace(metrics, loss=math.nan, tokens=0)
         return payload, dump_metrics(replace(metrics, seconds=seconds)), state
 
     def follow(self, task: ClientTask, weights: TaskWeights) -> None:
@@ -188,7 +194,8 @@ class ClientWorker:
                     np.add.at(prototypes.counts, batch.labels, 1)
         measured = profile.profile()
         means = _without_counts(profile.means())
-        payload = pack_update({}, {}, measured, means, prototypes, lossy=self._experiment.wire.lossy)
+        told, means = self._told(task, measured, means)
+        payload = pack_update({}, {}, told, means, prototypes, lossy=self._experiment.wire.lossy)
         return payload, _metrics(task, split, tokens=measured.tokens, loss=loss / predictions, examples=predictions)
 
     def _train(
@@ -204,13 +211,13 @@ class ClientWorker:
         moved: dict[ExpertKey, dict[str, Array]] = {
             key: model.read_expert(key) for key, steps in done.trained.items() if steps
         }
-        means = _without_counts(done.profile.means())
+        told, means = self._told(task, measured, _without_counts(done.profile.means()))
         upload = make_upload(
             self._experiment.wire,
             weights,
             moved,
             model.read_shared(),
-            profile=measured,
+            profile=told,
             means=means,
             signals=done.signals.result(),
         )
@@ -218,7 +225,7 @@ class ClientWorker:
             task,
             examples.split,
             tokens=measured.tokens,
-            loss=done.loss / done.predictions,
+            loss=done.loss / max(done.predictions, 1),
             examples=done.predictions,
             trained={expert_name(key): done.trained[key] for key in moved},
             before=before,
@@ -282,6 +289,22 @@ class ClientWorker:
 
     # ------------------------------------------------------------------------------------------------- the parts
 
+    def _told(
+        self, task: ClientTask, measured: RoutingProfile, means: dict[ExpertKey, Array]
+    ) -> tuple[RoutingProfile, dict[ExpertKey, Array]]:
+        """What the server is told of a client's routing: all, or where that is private nothing but one answer."""
+        privacy, strategy = self._experiment.privacy, self._experiment.strategy
+        options = privacy.selection
+        if options is None and privacy.examples is None:
+            return measured, means
+        if task.kind != "profile" or options is None:
+            return selection.nothing(self._strategy.shape), {}
+        assert isinstance(strategy, HFedMoE)
+        assert isinstance(self._strategy, HFedMoEStrategy)
+        residents, _ = expert_counts(self._tiers[task.client], self._model.shape)
+        score = self._strategy.score(measured)
+        return selection.answer(options, measured, score, residents, strategy.scope, client=task.client), {}
+
     def _explore(self, task: ClientTask, examples: Examples, should_stop: ShouldStop) -> dict[ExpertKey, float]:
         """Estimates the squared gradient of FROZEN experts on the round's first batch, if the strategy asks for it."""
         keys = task.plan.with_role(Role.FROZEN)
@@ -308,7 +331,8 @@ class ClientWorker:
         model, tier, ranks = self._model, self._tiers[task.client], self._ranks_of(task)
         if task.micro_batch is not None:
             tier = tier.model_copy(update={"micro_batch": task.micro_batch})
-        done = LocalSteps(
+        private = self._experiment.privacy.examples
+        done = (LocalSteps if private is None else PrivateSteps)(
             model,
             self._strategy,
             partial(self._forward, examples),
@@ -320,6 +344,9 @@ class ClientWorker:
             proximity=Proximity(self._strategy.proximal, model, weights),
             ranks=ranks,
         )
+        if isinstance(done, PrivateSteps) and private is not None:
+            expected = float(min(self._local.batch_size, len(examples.split)))
+            done.protect(private, step_noise(private, task), expected)
         shared = [*model.shared_parameters.values(), *model.scales]
         model.module.train()
         # Filling the prefix cache took room of its own, once.
@@ -346,6 +373,9 @@ class ClientWorker:
         return task_examples(self._model, self._context.model.sha256, self._data, self._experiment, task)
 
     def _batches(self, task: ClientTask, count: int) -> Iterator[Array]:
+        private = self._experiment.privacy.examples
+        if private is not None and task.kind == "train":
+            return poisson_batches(private, self._local, task, count)
         return batches(self._local, task, count)
 
     def _forward(

@@ -32,6 +32,10 @@ class Codec(ABC):
     """Bytes on the wire for each number of a tensor, about: for predictions."""
 
     @abstractmethod
+    def most_bytes(self, shape: Shape) -> int:
+        """The most that the parts of a tensor of a shape can weigh."""
+
+    @abstractmethod
     def encode(self, values: Array) -> dict[str, Array]:
         """Returns the parts of fp32 `values`. NaN and infinity are written so that `decode` or its caller sees them."""
 
@@ -76,6 +80,10 @@ class BF16(Codec):
 
     bytes_per_number = 2.0
 
+    def most_bytes(self, shape: Shape) -> int:
+        """See `Codec.most_bytes`."""
+        return 2 * prod(shape)
+
     def encode(self, values: Array) -> dict[str, Array]:
         """See `Codec.encode`."""
         return {"bf16": to_bf16(values)}
@@ -94,6 +102,10 @@ class FP16(Codec):
 
     bytes_per_number = 2.0
 
+    def most_bytes(self, shape: Shape) -> int:
+        """See `Codec.most_bytes`."""
+        return 2 * prod(shape) + 4
+
     def encode(self, values: Array) -> dict[str, Array]:
         """See `Codec.encode`."""
         _, exponent = np.frexp(np.abs(values).max(initial=0.0))
@@ -103,7 +115,8 @@ class FP16(Codec):
     def decode(self, parts: Parts, shape: Shape) -> Array:
         """See `Codec.decode`."""
         _expect(parts, {"fp16": (np.float16, shape), "scale": (np.float32, (1,))})
-        values: Array = parts["fp16"].astype(np.float32) * _checked_scale(parts["scale"])
+        with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is the receiver's to see
+            values: Array = parts["fp16"].astype(np.float32) * _checked_scale(parts["scale"])
         return values.reshape(shape)
 
 
@@ -111,6 +124,10 @@ class Int8(Codec):
     """8 bits a number and one fp32 scale for each row (last axis), short rows taken together: max |row| is 127."""
 
     bytes_per_number = 1.0 + 4.0 / GROUP
+
+    def most_bytes(self, shape: Shape) -> int:
+        """See `Codec.most_bytes`."""
+        return prod(shape) + 4 * ceil(prod(shape) / _group_size(shape))
 
     def encode(self, values: Array) -> dict[str, Array]:
         """See `Codec.encode`."""
@@ -127,7 +144,8 @@ class Int8(Codec):
         size, count = _group_size(shape), prod(shape)
         _expect(parts, {"int8": (np.int8, shape), "scale": (np.float32, (ceil(count / size),))})
         scale = np.repeat(_checked_scale(parts["scale"]), size)[:count]
-        values: Array = parts["int8"].astype(np.float32) * scale.reshape(shape)
+        with np.errstate(over="ignore"):  # what is not finite is the receiver's to see
+            values: Array = parts["int8"].astype(np.float32) * scale.reshape(shape)
         return values
 
 
@@ -139,11 +157,15 @@ class TopK(Codec):
         self.share = share
         self.bytes_per_number = share * 8.0
 
+    def most_bytes(self, shape: Shape) -> int:
+        """See `Codec.most_bytes`."""
+        return 8 * self._count(prod(shape))
+
     def encode(self, values: Array) -> dict[str, Array]:
         """See `Codec.encode`. Of equal magnitudes the first are sent; numbers that are 0 never are."""
         flat = values.reshape(-1)
         magnitude = np.where(np.isfinite(flat), np.abs(flat), np.inf)
-        count = max(1, int(self.share * flat.size))
+        count = self._count(flat.size)
         least = np.partition(magnitude, flat.size - count)[flat.size - count]
         larger = np.flatnonzero(magnitude > least)
         equal = np.flatnonzero((magnitude == least) & (magnitude > 0))[: count - larger.size]
@@ -157,9 +179,15 @@ class TopK(Codec):
         _expect(parts, {"places": (np.uint32, size), "values": (np.float32, size)})
         if places.size and (places[-1] >= total or (places[1:] <= places[:-1]).any()):
             raise ValueError(f"the places are not increasing numbers below {total}")
+        if places.size > self._count(total):
+            raise ValueError(f"{places.size} numbers are sent, more than {self._count(total)}")
         result = np.zeros(total, dtype=np.float32)
         result[places] = values
         return result.reshape(shape)
+
+    def _count(self, total: int) -> int:
+        """Numbers sent of so many, at most."""
+        return max(1, int(self.share * total))
 
 
 def _group_size(shape: Shape) -> int:

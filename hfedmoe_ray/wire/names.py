@@ -14,9 +14,12 @@ def expert_name(key: ExpertKey) -> str:
 
 
 def expert_key(name: str) -> ExpertKey:
-    """Inverse of `expert_name`. Raises ValueError for anything else."""
+    """Inverse of `expert_name`. Raises ValueError for anything else, `00.1` and `+0.1` among it."""
     layer, expert = name.split(".")
-    return ExpertKey(int(layer), int(expert))
+    key = ExpertKey(int(layer), int(expert))
+    if expert_name(key) != name or min(key) < 0:
+        raise ValueError(f"{name!r} is not the name of an expert")
+    return key
 
 
 def checksum(tensors: Mapping[str, Array]) -> str:

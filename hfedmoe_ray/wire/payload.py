@@ -8,12 +8,12 @@ from collections.abc import Mapping
 from typing import get_args
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load, save
+from safetensors.numpy import save
 
 from hfedmoe_ray.types import Array, ClientMetrics, ClientUpdate, ExpertKey, Prototypes, RoutingProfile, Signal
 from hfedmoe_ray.wire.codecs import from_bf16, to_bf16
 from hfedmoe_ray.wire.names import expert_key, expert_name
+from hfedmoe_ray.wire.tensors import read_tensors
 
 PROFILE_FIELDS = ("usage", "specific", "kl", "routed")
 SIGNALS: tuple[Signal, ...] = get_args(Signal)
@@ -53,8 +53,13 @@ def pack_update(
     return save({name: np.ascontiguousarray(value) for name, value in tensors.items()})
 
 
-def unpack_update(payload: bytes, metrics: ClientMetrics) -> ClientUpdate:
+def unpack_update(payload: bytes, metrics: ClientMetrics, *, lossy: bool = False) -> ClientUpdate:
     """Parses a payload; what a codec wrote stays as its parts.
+
+    Args:
+        payload: What the client sent.
+        metrics: What it said of it.
+        lossy: Whether mean outputs are in bfloat16.
 
     Raises:
         ValueError: For bytes that are not such a payload; the message says what is wrong. Whether the update is
@@ -73,9 +78,11 @@ def unpack_update(payload: bytes, metrics: ClientMetrics) -> ClientUpdate:
                 shared[rest] = value
             case "expert":
                 layer, expert, tensor = rest.split(".", 2)
-                experts.setdefault(ExpertKey(int(layer), int(expert)), {})[tensor] = value
+                experts.setdefault(expert_key(f"{layer}.{expert}"), {})[tensor] = value
             case "mean":
-                means[expert_key(rest)] = from_bf16(value) if value.dtype == np.uint16 else value
+                if value.dtype != (np.uint16 if lossy else np.float32):
+                    raise ValueError(f"the mean output of expert {rest[:20]} is {value.dtype}")
+                means[expert_key(rest)] = from_bf16(value) if lossy else value
             case "profile":
                 profile[rest] = value
             case "signal" if rest in SIGNALS:
@@ -84,6 +91,8 @@ def unpack_update(payload: bytes, metrics: ClientMetrics) -> ClientUpdate:
                 prototypes[rest] = value
             case _:
                 raise ValueError(f"unknown entry {name!r}")
+    if len(prototypes) == 1:
+        raise ValueError("there are sums or counts of class prototypes, but not both")
     parsed = _profile(profile)
     return ClientUpdate(
         client=metrics.client,
@@ -93,19 +102,11 @@ def unpack_update(payload: bytes, metrics: ClientMetrics) -> ClientUpdate:
         trained={expert_key(name): steps for name, steps in metrics.trained.items()},
         profile=parsed,
         means={key: (mean, _tokens_behind(key, parsed)) for key, mean in means.items()},
-        prototypes=Prototypes(**prototypes) if len(prototypes) == 2 else None,
+        prototypes=Prototypes(**prototypes) if prototypes else None,
         signals=signals,
         scale=metrics.scale,
         payload_bytes=len(payload),
     )
-
-
-def read_tensors(payload: bytes) -> dict[str, Array]:
-    """Returns the tensors of safetensors bytes. Raises ValueError where they are none, or of types NumPy lacks."""
-    try:
-        return load(payload)
-    except (SafetensorError, KeyError, ValueError, OverflowError, MemoryError) as error:
-        raise ValueError(f"not a safetensors payload: {error}") from error
 
 
 def _tokens_behind(key: ExpertKey, profile: RoutingProfile | None) -> int:
@@ -115,9 +116,10 @@ def _tokens_behind(key: ExpertKey, profile: RoutingProfile | None) -> int:
     routed = profile.routed
     if routed.ndim != 2 or not (0 <= key.layer < routed.shape[0] and 0 <= key.expert < routed.shape[1]):
         raise ValueError(f"there is no expert {expert_name(key)} in the routing profile")
-    if not 0 <= routed[key] < 2**53:
-        raise ValueError(f"the routing profile says that {routed[key]} tokens were routed to expert {expert_name(key)}")
-    return int(routed[key])
+    tokens = float(routed[key])
+    if not 0 <= tokens < 2**53:
+        raise ValueError(f"the routing profile says that {tokens:g} tokens were routed to expert {expert_name(key)}")
+    return int(tokens)
 
 
 def _profile(fields: Mapping[str, Array]) -> RoutingProfile | None:

@@ -28,7 +28,8 @@ from hfedmoe_ray.types import (
 )
 from hfedmoe_ray.wire.codecs import Codec, build_codec
 from hfedmoe_ray.wire.names import checksum, expert_key, expert_name
-from hfedmoe_ray.wire.payload import pack_update, read_tensors, unpack_update
+from hfedmoe_ray.wire.payload import pack_update, unpack_update
+from hfedmoe_ray.wire.tensors import read_tensors
 
 Tensors = Mapping[str, Array]
 
@@ -99,7 +100,7 @@ def read_upload(payload: bytes, metrics: ClientMetrics, wire: Wire, published: W
     Raises:
         ValueError: It is not such a payload; the message says what is wrong.
     """
-    update = unpack_update(payload, metrics)
+    update = unpack_update(payload, metrics, lossy=wire.lossy)
     codec = build_codec(wire)
     if codec is None:
         return update
@@ -107,6 +108,9 @@ def read_upload(payload: bytes, metrics: ClientMetrics, wire: Wire, published: W
     for key, parts in update.experts.items():
         if key not in published.experts:
             raise ValueError(f"there is no expert {expert_name(key)}")
+        # A few bytes can stand for a whole expert: none is written out that nobody was asked for.
+        if key not in update.trained:
+            raise ValueError(f"it holds expert {expert_name(key)}, which it does not say it trained")
         experts[key] = _decompress(codec, published.experts[key], parts, f"expert {expert_name(key)}")
     shared = _decompress(codec, published.shared, update.shared, "shared parameters")
     return replace(update, experts=experts, shared=shared)

@@ -32,10 +32,15 @@ REASONS = {
     "shape": "cannot be read: expert .* values is float32",
     "type": "cannot be read: expert .* float64",
     "foreign": "which it was not assigned",
-    "unclaimed": "not the experts it says it trained",
+    "unclaimed": "which it does not say it trained",
     "truncated": "not a safetensors payload",
     "pickled": "not a safetensors payload",
     "empty": "not a safetensors payload",
+    "padded": "its update is .* bytes, and can be",
+    "untrained": "took steps on expert .*, unchanged",
+    "examples": "claims 1000000000000 training examples",
+    "nested": "metrics cannot be read: it is nested too deeply",
+    "endless": "metrics cannot be read: a number in it is too large",
     "another": "answers for client",
 }
 """What each lie is rejected for."""

@@ -11,13 +11,34 @@ import ray
 from tiny_worker import STATE_REPEATS, BrokenWorker, Log, TinyWorker, context, outcome, task, weights
 
 from hfedmoe_ray.errors import CapacityError, TrainingError
+from hfedmoe_ray.runtime import client
 from hfedmoe_ray.runtime.local import LocalExecutor
 from hfedmoe_ray.runtime.pool import RayExecutor
-from hfedmoe_ray.runtime.slot import State
+from hfedmoe_ray.runtime.slot import State, plain
 from hfedmoe_ray.types import ExpertKey, PersonalWeights
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("cluster")]
 TASKS = [task(client, present=1 + client % 3) for client in range(6)]
+
+
+class Forged:
+    """An object of a class, where bytes are due."""
+
+
+class ForgingWorker(TinyWorker):
+    """Has the actor of client 1 return something that is not bytes; see `runtime.client.answered`."""
+
+    def execute(self, task, weights, should_stop):
+        honest = client.answered
+
+        def forged(done):
+            client.answered = honest
+            payload, state, answer = honest(done)
+            return [(Forged(), state, answer), (payload, state, ("ok", answer[1], Forged()))][task.round]
+
+        if task.client == 1:
+            client.answered = forged
+        return super().execute(task, weights, should_stop)
 
 
 @pytest.fixture
@@ -91,7 +112,7 @@ def test_arrays_arrive_read_only_and_one_thread_computes(executor: RayExecutor):
     for result in executor.run(TASKS, Log()):
         assert result.metrics is not None
         assert result.metrics.tokens == 0, "a fetched array was writable"
-        assert result.metrics.loss == 1.0, "OMP_NUM_THREADS"
+        assert result.metrics.loss == 1.0, "started without `environment.ENVIRONMENT`"
 
 
 def test_only_present_experts_are_fetched(executor: RayExecutor):
@@ -184,3 +205,21 @@ def test_a_model_that_cannot_be_loaded_ends_the_run_with_its_error(tmp_path: Pat
     with pytest.raises(TrainingError, match=r"cannot load .*ValueError: .* is not a model"):
         list(made.run(TASKS, Log()))
     made.close()
+
+
+def test_what_crosses_from_a_client_is_bytes_and_anything_else_is_rejected(tmp_path: Path):
+    executor = RayExecutor(context(tmp_path, runtime={"slots": 2}), worker_factory=ForgingWorker)
+    try:
+        executor.publish(weights())
+        for round in (0, 1):
+            told = {r.task.client: r for r in executor.run([task(client, round=round) for client in range(3)], Log())}
+            assert [told[client].status for client in range(3)] == ["ok", "rejected", "ok"]
+            assert told[1].reason == "it returned something else than bytes and text"
+            assert told[1].payload is None
+            assert told[0].payload_bytes == len(told[0].payload())
+        honest = task(0)
+        slot = next(slot for slot in executor.slots if slot.state is State.IDLE)
+        returned = ray.get(slot._actor.execute.remote(honest, executor._store.refs(honest)), timeout=60)
+        assert plain(*returned)
+    finally:
+        executor.close()

@@ -42,6 +42,11 @@ CASES = {
     "unknown key in the file, with its line": Bad(
         command="run {dir}/typo.yaml", code=CONFIG, says=("{dir}/typo.yaml:2: rouds", "Did you mean rounds?")
     ),
+    "a password in it": Bad(
+        command="run {quickstart} data.source=https://me:hunter2@files.example/texts.csv",
+        code=CONFIG,
+        says=("data.source holds a password", "fetch what it gives access to first"),
+    ),
     "wrong strategy": Bad(
         command="run {quickstart} strategy=hfedmeo",
         code=CONFIG,

@@ -55,7 +55,7 @@ def test_every_import_of_the_package_is_a_declared_requirement():
 
 def test_make_alone_lists_the_targets():
     listed = {line.split()[1] for line in make().splitlines()}
-    assert listed == {"help", "install", "quickstart", "test", "check", "docs", "clean"}
+    assert listed == {"help", "install", "quickstart", "test", "check", "audit", "docs", "clean"}
 
 
 def test_quickstart_test_and_check_install_first_and_only_once():

@@ -1,0 +1,1 @@
+"""What protects clients from the server, the model from clients, and the server from what it is sent."""
