@@ -1,0 +1,1 @@
+"""Protecting clients from the server, and the model from clients. Neither ray nor deepspeed."""
