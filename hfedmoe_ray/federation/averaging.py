@@ -6,13 +6,15 @@ or the model from clients, comes in at one of these places.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from hfedmoe_ray.config.schema import Experiment
 from hfedmoe_ray.errors import TrainingError
 from hfedmoe_ray.federation import reporting
 from hfedmoe_ray.federation.collecting import Collector
 from hfedmoe_ray.federation.quorum import below_quorum
+from hfedmoe_ray.federation.secure import SecureAggregation
 from hfedmoe_ray.federation.state import FederationState
 from hfedmoe_ray.records import ClientRecord
 from hfedmoe_ray.strategies import AnyStrategy
@@ -31,6 +33,8 @@ class Averaged:
     """The accepted updates without their tensors, by client."""
     participation: float | None
     """Mean of |S_c| / |S_global| (eq. 18); None if nothing was averaged."""
+    told: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of the round's report that the updates do not tell: with secure aggregation, what only their sum does."""
 
 
 class Averaging:
@@ -44,6 +48,7 @@ class Averaging:
         *,
         collector: Collector,
         router_layers: Mapping[str, int],
+        secure: SecureAggregation | None = None,
     ) -> None:
         """Takes note of the run.
 
@@ -53,7 +58,9 @@ class Averaging:
             state: What is renewed, in place.
             collector: Validates what came back.
             router_layers: Router parameter name -> its MoE layer.
+            secure: Takes the masks off sums, where updates come masked.
         """
+        self._secure = secure
         self._strategy = strategy
         self._state = state
         self._collector = collector
@@ -70,8 +77,11 @@ class Averaging:
         state = self._state
         records: list[ClientRecord] = []
         accepted = self._collector.accepted(results, plans, records, state)
-        fold = self._fold_federated if self._strategy.federated else self._fold_apart
-        averaged = fold(accepted, plans, records)
+        if self._secure is not None:
+            averaged = self._fold_masked(self._secure, accepted, records)
+        else:
+            fold = self._fold_federated if self._strategy.federated else self._fold_apart
+            averaged = fold(accepted, plans, records)
         self._follow(averaged.updates, plans)
         return averaged
 
@@ -121,10 +131,29 @@ class Averaging:
         self._state.weights = replace(old, version=old.version + 1, personal=private or None)
         return Averaged(records=records, updates=updates, participation=None)
 
+    def _fold_masked(
+        self, secure: SecureAggregation, accepted: Iterable[ClientUpdate], records: list[ClientRecord]
+    ) -> Averaged:
+        """Averages from the sum of masked updates, which is all there is to see."""
+        old = self._state.weights
+        updates: dict[int, ClientUpdate] = {}
+        for update in accepted:
+            secure.add(update)
+            updates[update.client] = self._let_go(update)
+        self._check_quorum(records)
+        found = secure.unmask()
+        records[:] = map(secure.counted, records)
+        averaged, rows = found.averaged(old, self._strategy.rules, len(updates), secure.options.min_clients)
+        weights = self._optimizer.step(old, averaged, rows)
+        self._state.weights = replace(weights, means=found.means(weights.means))
+        taken = found.counts
+        participation = sum(taken.values()) / (len(taken) * len(updates)) if taken else None
+        return Averaged(records=records, updates=updates, participation=participation, told=secure.told(found))
+
     def _let_go(self, update: ClientUpdate) -> ClientUpdate:
         """An update without its tensors, which would make memory grow with the cohort; notes its examples."""
         self._state.samples[update.client] = update.samples
-        return replace(update, experts={}, shared={}, means={})
+        return replace(update, experts={}, shared={}, means={}, masked=())
 
     def _check_quorum(self, records: Sequence[ClientRecord]) -> None:
         """Raises TrainingError if too few have delivered; dropping out is the experiment's doing, and no fault."""

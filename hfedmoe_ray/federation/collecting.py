@@ -16,7 +16,7 @@ from hfedmoe_ray.federation.executor import Notify
 from hfedmoe_ray.federation.phases import Waiting
 from hfedmoe_ray.federation.quorum import below_quorum, raise_common_failure
 from hfedmoe_ray.federation.state import FederationState
-from hfedmoe_ray.federation.validation import Rejected, accept
+from hfedmoe_ray.federation.validation import Rejected, accept, accept_masked
 from hfedmoe_ray.records import ClientRecord
 from hfedmoe_ray.strategies import AnyStrategy
 from hfedmoe_ray.strategies.staleness import rebased
@@ -55,6 +55,10 @@ class Collector:
         self._durations = Durations()
         self.waited = 0.0
         """Seconds of the last `collect` in which slots had nothing to do but others were still at work."""
+
+    def tier(self, client: int) -> Tier:
+        """The tier of a client."""
+        return self._tiers[client]
 
     def predict(self, kind: TaskKind, client: int, experts: int) -> float:
         """What the next task of a client will take, to order tasks by (see `Durations.predict`)."""
@@ -158,6 +162,8 @@ class Collector:
         if result.status != "ok":
             return result, None
         try:
+            if result.task.kind == "train" and self._experiment.secure is not None:
+                return result, accept_masked(result, profiled=self._experiment.secure.profiles == "clear")
             start = state.version(result.task.version).seen_by(result.task.personal)
             return result, accept(result, plan, start, self._experiment.wire, self._strategy.signals)
         except Rejected as rejection:
@@ -165,5 +171,6 @@ class Collector:
 
     def quorum(self, arrived: Iterable[bool]) -> bool:
         """Whether enough of those asked have delivered."""
-        answers = list(arrived)
-        return sum(answers) >= self._experiment.runtime.quorum * len(answers)
+        answers, secure = list(arrived), self._experiment.secure
+        share = max(self._experiment.runtime.quorum, 0.0 if secure is None else secure.threshold)
+        return sum(answers) >= share * len(answers) - 1e-9

@@ -27,6 +27,7 @@ def below_quorum(outcomes: Sequence[tuple[int, str, str]]) -> str:
     )
     arrived = sum(status == "ok" for _, status, _ in outcomes)
     return (
-        f"only {arrived} of {len(outcomes)} clients delivered a usable update, below `runtime.quorum`. The last "
+        f"only {arrived} of {len(outcomes)} clients delivered a usable update, below `runtime.quorum` (or, where it is "
+        "more, `secure.threshold`). The last "
         f"checkpoint is complete: mend the cause and `hfedmoe resume`, or lower the quorum.\n{lines}"
     )

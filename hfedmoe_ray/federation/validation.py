@@ -7,13 +7,24 @@ told to - and those stop the run: experts that silently never train are this fie
 
 import math
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
 
 import numpy as np
 
 from hfedmoe_ray.config.wire import Wire
 from hfedmoe_ray.errors import TrainingError
-from hfedmoe_ray.types import Array, ClientMetrics, ClientUpdate, ExpertPlan, Signal, TaskResult, Weights
-from hfedmoe_ray.wire import PROFILE_FIELDS, checksum, expert_key, expert_name, read_upload
+from hfedmoe_ray.types import (
+    Array,
+    ClientMetrics,
+    ClientUpdate,
+    ExpertPlan,
+    RoutingProfile,
+    Signal,
+    TaskResult,
+    TaskWeights,
+    Weights,
+)
+from hfedmoe_ray.wire import PROFILE_FIELDS, checksum, expert_key, expert_name, read_upload, unpack_update
 
 _ABSURD = 100.0
 """So many times the norm of what it started from no update reaches by training (ours). Training scales weights by a
@@ -56,6 +67,42 @@ def accept(
     if result.task.kind == "train":
         check_canary(update, metrics, plan, weights, lossy=wire.lossy)
     return update
+
+
+def accept_masked(result: TaskResult, *, profiled: bool) -> ClientUpdate:
+    """Fetches a masked vector and checks what can be: that it has the numbers it was asked for, whatever they hide.
+
+    Args:
+        result: How the task ended.
+        profiled: Whether the client's routing profile is sent beside it, in the clear.
+
+    Raises:
+        Rejected: It must not be added.
+    """
+    from hfedmoe_ray.trust.secure.messages import read_vector  # with cryptography, which is an extra
+    from hfedmoe_ray.trust.secure.server import Sum
+
+    metrics, request = result.metrics, result.task.secure
+    assert request is not None and request.layout is not None
+    if metrics is None or result.payload is None:
+        raise Rejected("delivered no update")
+    if (metrics.client, metrics.round, metrics.kind) != (result.task.client, result.task.round, result.task.kind):
+        raise Rejected(f"answers for client {metrics.client}, round {metrics.round}, {metrics.kind}")
+    if metrics.samples <= 0:
+        raise Rejected(f"claims {metrics.samples} training examples")
+    payload = result.payload()
+    blocks = request.layout.blocks()
+    try:
+        masked, rest = read_vector(payload, len(blocks))
+        Sum(request.session, blocks).check(result.task.client, masked)
+        beside = unpack_update(rest, metrics)
+    except ValueError as error:
+        raise Rejected(f"cannot be read: {error}") from error
+    if (beside.profile is not None) != profiled:
+        raise Rejected("holds no routing profile" if profiled else "holds a routing profile, which nobody asked for")
+    if beside.profile is not None:
+        _check_profile(beside.profile, request.layout.shape)
+    return replace(beside, masked=tuple(masked), payload_bytes=len(payload))
 
 
 def check_update(update: ClientUpdate, plan: ExpertPlan, weights: Weights, *, trains: bool) -> None:
@@ -111,8 +158,12 @@ def _check_statistics(update: ClientUpdate, plan: ExpertPlan, weights: Weights) 
     for signal, value in update.signals.items():
         if value.shape != shape or value.dtype != np.float64 or not np.isfinite(value).all() or (value < 0).any():
             raise Rejected(f"its {signal} of each expert has a wrong shape or type, or is negative or not finite")
+    _check_profile(update.profile, shape)
+
+
+def _check_profile(profile: RoutingProfile, shape: tuple[int, int]) -> None:
     for name in PROFILE_FIELDS:
-        value = getattr(update.profile, name)
+        value = getattr(profile, name)
         if value.shape != shape or not np.isfinite(value).all():
             raise Rejected(f"the routing profile's {name} has a wrong shape or is not finite")
 
@@ -151,7 +202,12 @@ def _norm(parts: Iterable[Mapping[str, Array]]) -> float:
 
 
 def check_canary(
-    update: ClientUpdate, metrics: ClientMetrics, plan: ExpertPlan, weights: Weights, *, lossy: bool = False
+    update: ClientUpdate,
+    metrics: ClientMetrics,
+    plan: ExpertPlan,
+    weights: Weights | TaskWeights,
+    *,
+    lossy: bool = False,
 ) -> None:
     """Proves what was trained, from checksums before and after.
 
