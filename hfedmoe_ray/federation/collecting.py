@@ -22,6 +22,13 @@ from hfedmoe_ray.strategies import AnyStrategy
 from hfedmoe_ray.strategies.staleness import rebased
 from hfedmoe_ray.types import ClientTask, ClientUpdate, ExpertPlan, TaskKind, TaskResult, Weights
 
+_DID: Mapping[TaskKind, str] = {
+    "keys": "sent their keys",
+    "shares": "shared their secrets",
+    "unmask": "helped to take the masks off the sum",
+}
+"""What too few have done, in steps of secure aggregation."""
+
 
 class Collector:
     """Runs a round's tasks to a quorum of results, and turns those into validated updates."""
@@ -110,7 +117,8 @@ class Collector:
             if self.quorum([True] * present + [result.status == "ok" for result in results.values()]):
                 return [results[client] for client in sorted(results)]
             self._notify("below_quorum", {"round": tasks[0].round})
-        raise TrainingError(below_quorum([(c, r.status, r.reason) for c, r in sorted(results.items())]))
+        outcomes = [(c, r.status, r.reason) for c, r in sorted(results.items())]
+        raise TrainingError(below_quorum(outcomes, _DID.get(tasks[0].kind, "delivered a usable update")))
 
     def accepted(
         self,

@@ -105,7 +105,10 @@ class Layout:
                 continue
             # An expert that takes part without having moved counts with its published value: a change of nothing.
             moved = update.experts.get(key, {}) if weights.get(key) else {}
-            mine = {name: _change(value, start.experts[key][name], weights[key]) for name, value in moved.items()}
+            mine = {
+                f"change {name}": _change(value, start.experts[key][name], weights[key])
+                for name, value in moved.items()
+            }
             mine |= {"w": np.array(weights.get(key, 0.0)), "taking part": np.array(float(weights.get(key, 0.0) > 0))}
             block, more = _encoded(parts, mine)
             everything.append(block)
@@ -188,7 +191,9 @@ class Aggregate:
             if count < fewest:
                 continue
             weight = found["w"][()] * max(1.0, wanted / count)
-            experts[key] = {name: _moved(value, found[name], weight) for name, value in old.experts[key].items()}
+            experts[key] = {
+                name: _moved(value, found[f"change {name}"], weight) for name, value in old.experts[key].items()
+            }
         rows = self.common["w routers"]
         partial: dict[str, Array] = {}
         shared = dict(old.shared)
@@ -295,7 +300,7 @@ def make_layout(
         """The parts of an expert: one value for all alike, so that a message holds it once."""
         shapes = tuple((name, value.shape) for name, value in tensors.items())
         if shapes not in alike:
-            changes = (part(name, like, of_experts * secure.clip) for name, like in shapes)
+            changes = (part(f"change {name}", like, of_experts * secure.clip) for name, like in shapes)
             alike[shapes] = (*changes, part("w", (), of_experts), part("taking part", (), 1.0))
         return alike[shapes]
 
