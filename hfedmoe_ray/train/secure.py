@@ -33,7 +33,8 @@ class SecureClients:
         """Takes note of the run; its clients' files lie below the cache directory of this node."""
         assert context.experiment.secure is not None
         name = hashlib.sha256(str(context.run_dir).encode()).hexdigest()[:16]
-        self._directory = cache_dir() / "secure" / name
+        self.directory = cache_dir() / "secure" / name
+        """Where the clients' files are on this node."""
         self._options = context.experiment.secure
         experiment = context.experiment
         self._rules = build_strategy(experiment.strategy, context.model.shape, experiment.seed, experiment.rules).rules
@@ -79,5 +80,5 @@ class SecureClients:
 
     def _participant(self, task: ClientTask) -> tuple[Request, Participant]:
         assert task.secure is not None
-        vault = Vault(self._directory, task.client)
+        vault = Vault(self.directory, task.client)
         return task.secure, Participant(task.client, vault.root(), task.secure.session, vault.remember)

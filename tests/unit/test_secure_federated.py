@@ -1,5 +1,7 @@
 """Runs with secure aggregation in this process: the sum is exact, nothing else is told, and dropouts change nothing."""
 
+import json
+import pickle
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -31,7 +33,10 @@ from hfedmoe_ray.strategies.rules import (
     WithTheirExpert,
     uniform,
 )
+from hfedmoe_ray.train.secure import SecureClients
+from hfedmoe_ray.trust.secure.keys import Secrets, secrets_of
 from hfedmoe_ray.trust.secure.layout import Aggregate, Layout, make_layout
+from hfedmoe_ray.trust.secure.session import Session
 from hfedmoe_ray.types import TaskResult, TaskWeights, Weights
 
 TIERS = [
@@ -173,6 +178,17 @@ def secure_run(
     return context, summary, recorder, kept[0].seen
 
 
+def kept(context: RunContext) -> list[tuple[bytes, Secrets]]:
+    """What the clients of a run have on their node, and what they derived from it in its last session."""
+    found = []
+    for file in SecureClients(context).directory.glob("*.key"):
+        latest, _ = json.loads(file.with_suffix(".answered").read_text())
+        session = Session(number=latest, threshold=5, ring=context.experiment.secure.ring)
+        found.append((file.read_bytes(), secrets_of(file.read_bytes(), session.name)))
+    assert len(found) == 7
+    return found
+
+
 @pytest.mark.parametrize(
     ("strategy", "secure"),
     [
@@ -208,8 +224,13 @@ def test_a_round_ends_with_the_plain_sum_and_the_server_is_sent_nothing_else(
     assert recorder.rounds[-1].loss == pytest.approx(clear.rounds[-1].loss, abs=1e-4)
     np.testing.assert_allclose(recorder.rounds[-1].usage, clear.rounds[-1].usage, atol=1e-6)
 
+    hidden = [secret for root, own in kept(context) for secret in (root, own.letters, own.masks, own.seed)]
+    known = [own.public.masks for _, own in kept(context)]
     sizes = set()
     for result, payload in seen:
+        travels = payload + pickle.dumps(replace(result.task, state=None))
+        assert not any(secret in travels for secret in hidden)
+        assert result.task.kind != "shares" or all(key in travels for key in known)
         if result.task.kind != "train":
             continue
         metrics = result.metrics
@@ -271,9 +292,13 @@ def test_below_the_threshold_the_round_fails_and_nothing_is_known(
         secure_run(sources, tmp_path / "run", faults=faults, runtime={"quorum": 0.1, "round_attempts": 1})
 
 
-def test_a_run_repeats_to_the_last_bit_and_resumes(sources: Path, tmp_path: Path):
-    made = experiment(sources, strategy="fedavg", secure={"variant": "grouped"}, evaluate={"own": "never"})
-    whole = run(made, tmp_path / "whole")[1]
+def test_a_run_repeats_to_the_last_bit_in_either_variant_and_resumes(sources: Path, tmp_path: Path):
+    options = {"strategy": HFEDMOE, "evaluate": {"own": "never"}}
+    padded, made = (
+        experiment(sources, **options, secure={"variant": variant, "profiles": "clear"})
+        for variant in ("padded", "grouped")
+    )
+    whole = run(padded, tmp_path / "whole")[1]
     run(made, tmp_path / "cut", stop_after=1)
     assert run(made, tmp_path / "cut", resume=True)[1]["model_sha256"] == whole["model_sha256"]
 
