@@ -94,8 +94,9 @@ class RoundReport:
     bytes_down: int
     seconds: float
     phases: Mapping[str, float]
-    """Seconds spent in profile, plan, train (while there is work for every slot), wait (for the last clients),
-    reduce, publish, evaluate; where evaluation overlaps, in waiting for that of the round before."""
+    """Seconds spent in profile, plan, agree (on masks, with `secure`), train (while there is work for every slot), wait
+    (for the last clients), reduce, publish, evaluate; where evaluation overlaps, in waiting for that of the round
+    before."""
     agreement: float | None = None
     """Mean Jensen-Shannon divergence of the clients' usage to their mean (nats; 0 = all route alike)."""
     participation: float | None = None

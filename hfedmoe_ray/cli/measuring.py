@@ -22,6 +22,7 @@ BENCHMARKS = {
     "packing": "tokens a second of a training step on short texts, packed into rows and padded",
     "fuzz": "100 000 hostile updates against the code that receives them, and a second opinion on each",
     "bytes": "what an update weighs against what was trained, in every precision",
+    "secure": "secure aggregation: bytes and seconds of 10, 50 and 100 clients, and of the server",
 }
 _REPOSITORY = Path(__file__).parents[2]
 

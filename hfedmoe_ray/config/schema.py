@@ -20,6 +20,7 @@ from hfedmoe_ray.config.model import Model
 from hfedmoe_ray.config.privacy import Privacy, check_privacy
 from hfedmoe_ray.config.running import Runtime, Tracking
 from hfedmoe_ray.config.section import Name, NonNegativeFloat, Precision, Section, Share
+from hfedmoe_ray.config.secure import Secure, check_secure
 from hfedmoe_ray.config.server import Rules, RulesConfig, ServerOptimizer
 from hfedmoe_ray.config.simulated import SimulatedDevice
 from hfedmoe_ray.config.strategies import HFedMoE, StrategyConfig
@@ -233,6 +234,8 @@ class Experiment(Section):
     local: LocalTraining = LocalTraining()
     wire: Wire = Wire()
     privacy: Privacy = Privacy()
+    secure: Secure | None = None
+    """Aggregate so that the server learns no single update. Default: it sees every one."""
     evaluate: Evaluation = Evaluation()
     runtime: Runtime = Runtime()
     tracking: Tracking = Tracking()
@@ -304,4 +307,6 @@ class Experiment(Section):
             check_asynchronous(self.asynchronous, self.clients, self.strategy, self.model.lora, self.rules)
         check_combinations(self.strategy, self.model.lora, self.wire, self.rules, self.server, zero=zero)
         check_privacy(self)
+        if self.secure is not None:
+            check_secure(self.secure, self)
         return self

@@ -7,12 +7,14 @@ or the model from clients, comes in at one of these places.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from hfedmoe_ray.config.schema import Experiment
 from hfedmoe_ray.errors import TrainingError
 from hfedmoe_ray.federation import reporting
 from hfedmoe_ray.federation.collecting import Collector
 from hfedmoe_ray.federation.quorum import below_quorum
+from hfedmoe_ray.federation.secure import SecureAggregation
 from hfedmoe_ray.federation.state import FederationState
 from hfedmoe_ray.records import ClientRecord
 from hfedmoe_ray.strategies import AnyStrategy
@@ -34,6 +36,8 @@ class Averaged:
     """Mean of |S_c| / |S_global| (eq. 18); None if nothing was averaged."""
     privacy: Mapping[str, float] = field(default_factory=dict)
     """What has been spent so far, where the model is private (`CentralPrivacy.spent`)."""
+    told: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of the round's report that the updates do not tell: with secure aggregation, what only their sum does."""
 
 
 class Averaging:
@@ -48,6 +52,7 @@ class Averaging:
         collector: Collector,
         router_layers: Mapping[str, int],
         central: CentralPrivacy | None,
+        secure: SecureAggregation | None,
     ) -> None:
         """Takes note of the run.
 
@@ -58,7 +63,9 @@ class Averaging:
             collector: Validates what came back.
             router_layers: Router parameter name -> its MoE layer.
             central: Where the model is private, what that draws and spends.
+            secure: Takes the masks off sums, where updates come masked.
         """
+        self._secure = secure
         self._strategy = strategy
         self._state = state
         self._collector = collector
@@ -80,6 +87,8 @@ class Averaging:
         accepted = self._collector.accepted(results, plans, records, state)
         if self._central is not None:
             averaged = self._fold_private(self._central, accepted, records)
+        elif self._secure is not None:
+            averaged = self._fold_masked(self._secure, accepted, records)
         else:
             fold = self._fold_federated if self._strategy.federated else self._fold_apart
             averaged = fold(accepted, plans, records)
@@ -146,10 +155,29 @@ class Averaging:
         self._state.weights = replace(old, version=old.version + 1, personal=private or None)
         return Averaged(records=records, updates=updates, participation=None)
 
+    def _fold_masked(
+        self, secure: SecureAggregation, accepted: Iterable[ClientUpdate], records: list[ClientRecord]
+    ) -> Averaged:
+        """Averages from the sum of masked updates, which is all there is to see."""
+        old = self._state.weights
+        updates: dict[int, ClientUpdate] = {}
+        for update in accepted:
+            secure.add(update)
+            updates[update.client] = self._let_go(update)
+        self._check_quorum(records)
+        found = secure.unmask()
+        records[:] = map(secure.counted, records)
+        averaged, rows = found.averaged(old, self._strategy.rules, len(updates), secure.options.min_clients)
+        weights = self._optimizer.step(old, averaged, rows)
+        self._state.weights = replace(weights, means=found.means(weights.means))
+        taken = found.counts
+        participation = sum(taken.values()) / (len(taken) * len(updates)) if taken else None
+        return Averaged(records=records, updates=updates, participation=participation, told=secure.told(found))
+
     def _let_go(self, update: ClientUpdate) -> ClientUpdate:
         """An update without its tensors, which would make memory grow with the cohort; notes its examples."""
         self._state.samples[update.client] = update.samples
-        return replace(update, experts={}, shared={}, means={})
+        return replace(update, experts={}, shared={}, means={}, masked=())
 
     def _check_quorum(self, records: Sequence[ClientRecord]) -> None:
         """Raises TrainingError if too few have delivered; dropping out is the experiment's doing, and no fault."""

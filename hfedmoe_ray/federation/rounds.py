@@ -26,6 +26,7 @@ from hfedmoe_ray.federation.evaluation import Evaluation
 from hfedmoe_ray.federation.evaluator import Evaluator
 from hfedmoe_ray.federation.executor import Executor
 from hfedmoe_ray.federation.phases import Phases
+from hfedmoe_ray.federation.secure import SecureAggregation, secure_aggregation
 from hfedmoe_ray.federation.state import FederationState
 from hfedmoe_ray.federation.stream import Stream
 from hfedmoe_ray.moe.prepare import head_parameters, initial_weights, router_layers
@@ -147,13 +148,24 @@ class Federation:
             clock=self.clock,
             notify=tracker.event,
         )
+        routers = router_layers(context.model)
+        self.secure: SecureAggregation | None = secure_aggregation(
+            self.experiment,
+            self.strategy,
+            self.state,
+            collector=self.collector,
+            router_layers=routers,
+            make_task=self.task,
+            notify=tracker.event,
+        )
         self.averaging = Averaging(
             self.experiment,
             self.strategy,
             self.state,
             collector=self.collector,
-            router_layers=router_layers(context.model),
+            router_layers=routers,
             central=self.central,
+            secure=self.secure,
         )
 
     def run(self, should_stop: Callable[[], bool]) -> bool:
@@ -194,6 +206,10 @@ class Federation:
         with self._phase("plan"):
             self.strategy.study(self.state.weights)
             plans = self.strategy.plan(round, clients, self.state.profiles)
+        lost: list[ClientRecord] = []
+        if self.secure is not None:
+            with self._phase("agree"):
+                plans, lost = self.secure.agree(round, plans)
         with self._phase("train"):
             tasks = [self.task("train", round, client, plan) for client, plan in plans.items()]
             # Of a cohort that is private everybody counts: it may be larger than its mean.
@@ -208,7 +224,7 @@ class Federation:
             with self._phase("publish"):
                 self.executor.publish(self.state.weights)
         simulated = self.clock.elapsed(profiled, averaged.records, ahead)
-        averaged = replace(averaged, records=unprofiled + averaged.records)
+        averaged = replace(averaged, records=[*unprofiled, *lost, *averaged.records])
         self._end(round, started, averaged, simulated=simulated, ahead=ahead)
 
     def profile(self, round: int, cohort: Sequence[int]) -> list[ClientRecord]:
@@ -308,6 +324,7 @@ class Federation:
             personal=client if client in (self.state.weights.personal or {}) else None,
             weight=weight,
             state=self.state.clients.get(client) if kind == "train" else None,
+            secure=self.secure.request(client) if kind == "train" and self.secure is not None else None,
         )
         return self.ladder.demoted(task)
 
@@ -359,7 +376,8 @@ class Federation:
             ahead=ahead,
             nodes=self.executor.usage(),
         )
-        report = replace(report, privacy=dict(averaged.privacy) | self._spent_of_examples(round))
+        spent = dict(averaged.privacy) | self._spent_of_examples(round)
+        report = replace(report, privacy=spent, **averaged.told)
         if found is None:
             self.state.unmeasured = report
         else:

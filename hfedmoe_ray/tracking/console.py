@@ -222,7 +222,9 @@ class ConsoleRenderer:
             own["after a local round"] = personalised
         for heading in ("clients", "held", "trained", "up", "down", "seconds", *own):
             table.add_column(heading, justify="right", overflow=cut)
-        trained = [result for result in self._results if result.status != "ok" or result.trained]
+        trained = [
+            result for result in self._results if result.status != "ok" or (result.kind == "train" and result.round)
+        ]
         for tier, row in by_tier(trained, self._order).items():
             values = [[v for client, v in by.items() if self._tiers.get(int(client)) == tier] for by in own.values()]
             table.add_row(

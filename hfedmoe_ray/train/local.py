@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -51,8 +51,21 @@ from hfedmoe_ray.train.ranks import JoinedRanks, Ranks
 from hfedmoe_ray.train.steps import LocalSteps, Run, batch_labels
 from hfedmoe_ray.train.written import answer_by_writing
 from hfedmoe_ray.trust import selection
-from hfedmoe_ray.types import Array, ClientMetrics, ClientTask, ExpertKey, Prototypes, Role, RoutingProfile, TaskWeights
+from hfedmoe_ray.types import (
+    Array,
+    ClientMetrics,
+    ClientTask,
+    ClientUpdate,
+    ExpertKey,
+    Prototypes,
+    Role,
+    RoutingProfile,
+    TaskWeights,
+)
 from hfedmoe_ray.wire import Upload, checksum, dump_metrics, expert_name, make_upload, pack_update
+
+if TYPE_CHECKING:
+    from hfedmoe_ray.train.secure import SecureClients
 
 ShouldStop = Callable[[], bool]
 
@@ -85,6 +98,7 @@ class ClientWorker:
             self._model = SparseModel(context.model.path, lora=context.experiment.model.lora, frozen=frozen)
             self._data = FederatedDataset(context.data, context.experiment.data)
         self._strategy = build_strategy(self._experiment.strategy, context.model.shape, self._experiment.seed)
+        self._secure = _secure_clients(context)
         self._specific = self._experiment.strategy.specific if isinstance(self._experiment.strategy, HFedMoE) else "max"
         # An engine is freed by the garbage collector; what has been loaded so far it need not search each time.
         gc.collect()
@@ -117,6 +131,10 @@ class ClientWorker:
         """
         started = time.perf_counter()
         state = b""
+        if task.kind in ("keys", "shares", "unmask"):
+            assert self._secure is not None, "a step of secure aggregation, which the run has not"
+            payload, metrics = self._secure.answer(task)
+            return payload, dump_metrics(replace(metrics, seconds=time.perf_counter() - started)), state
         with self._bound(task, weights) as examples:
             match task.kind:
                 case "profile":
@@ -211,16 +229,19 @@ class ClientWorker:
         moved: dict[ExpertKey, dict[str, Array]] = {
             key: model.read_expert(key) for key, steps in done.trained.items() if steps
         }
-        told, means = self._told(task, measured, _without_counts(done.profile.means()))
-        upload = make_upload(
-            self._experiment.wire,
-            weights,
-            moved,
-            model.read_shared(),
-            profile=told,
-            means=means,
-            signals=done.signals.result(),
-        )
+        means, shared = done.profile.means(), model.read_shared()
+        told, sent = self._told(task, measured, _without_counts(means))
+        upload = Upload(payload=b"")
+        if task.secure is None:
+            upload = make_upload(
+                self._experiment.wire,
+                weights,
+                moved,
+                shared,
+                profile=told,
+                means=sent,
+                signals=done.signals.result(),
+            )
         metrics = _metrics(
             task,
             examples.split,
@@ -235,6 +256,18 @@ class ClientWorker:
             peak_mib=peak_mib,
             scale=tuple(float(scale.detach()) for scale in self._model.scales),
         )
+        if self._secure is not None and task.secure is not None:
+            update = ClientUpdate(
+                client=task.client,
+                samples=metrics.samples,
+                experts=moved,
+                shared=shared,
+                trained={key: done.trained[key] for key in moved},
+                profile=measured,
+                means=means,
+            )
+            payload, metrics = self._secure.upload(task, weights, update, metrics)
+            upload = Upload(payload=payload)
         return upload, metrics
 
     def _evaluate(self, task: ClientTask, examples: Examples, should_stop: ShouldStop) -> tuple[bytes, ClientMetrics]:
@@ -428,6 +461,15 @@ class ClientWorker:
     def _poll(should_stop: ShouldStop) -> None:
         if should_stop():
             raise Stopped
+
+
+def _secure_clients(context: RunContext) -> "SecureClients | None":
+    """The clients' part in secure aggregation, where the run asks for it."""
+    if context.experiment.secure is None:
+        return None
+    from hfedmoe_ray.train.secure import SecureClients  # with cryptography, which is an extra
+
+    return SecureClients(context)
 
 
 def _metrics(task: ClientTask, split: Split, **measured: Any) -> ClientMetrics:
