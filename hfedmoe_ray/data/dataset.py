@@ -24,7 +24,7 @@ from hfedmoe_ray.seeds import generator
 from hfedmoe_ray.types import Array
 
 _ROOM = 2
-"""Tokens of a row of several texts, at most, in those of the longest text. With twice as many, 4 to 6 % of the places
+"""Tokens of a row of several texts, at most, in those of the longest text. With twice as many, 3 to 6 % of the places
 are padding on short instructions; longer rows cost attention, which compares a token with all of its row."""
 
 
