@@ -57,20 +57,14 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def session() -> Iterator[Path]:
-    """Where the cluster's nodes write."""
-    directory = tempfile.mkdtemp(prefix="hfedmoe-test-", dir="/tmp")
-    yield Path(directory)
-    shutil.rmtree(directory, ignore_errors=True)
-
-
-@pytest.fixture(scope="module")
-def started(home: Path, session: Path) -> Iterator[Started]:
+def started(home: Path) -> Iterator[Started]:
     """A cluster whose jobs have another home directory than ours."""
+    session = tempfile.mkdtemp(prefix="hfedmoe-test-", dir="/tmp")
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     ours = {"HOME": str(home), "PATH": path, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
-    with started_cluster(str(session), os.environ | ours | FALSE, TOKEN) as started:
+    with started_cluster(session, os.environ | ours | FALSE, TOKEN) as started:
         yield started
+    shutil.rmtree(session, ignore_errors=True)
 
 
 @pytest.fixture
@@ -85,12 +79,7 @@ def token(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("token")
 def test_a_submitted_run_succeeds_away_from_the_head_and_its_record_comes_home(
-    started: Started,
-    home: Path,
-    session: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    started: Started, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.chdir(tmp_path)
     for name, secret in FALSE.items():
@@ -118,7 +107,7 @@ def test_a_submitted_run_succeeds_away_from_the_head_and_its_record_comes_home(
     told = [text, *map(str, started.list(StateResource.ACTORS)), *map(str, started.list(StateResource.JOBS))]
     assert len(told) > 3
     assert not [one for one in told if any(secret in one for secret in secrets)]
-    assert not files_with(secrets, session, home / "runs", tmp_path)
+    assert not files_with(secrets, started.directory, home / "runs", tmp_path)
     assert not commands_with(secrets, psutil.Process().children(recursive=True))
 
     shutil.rmtree(here)
