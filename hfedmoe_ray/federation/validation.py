@@ -57,7 +57,7 @@ class NotAsTrained(Rejected):
         Args:
             fact: What it is, in words that are the same for all clients and experts.
             experts: Where; all that were to train where it is not about one.
-            told: The fact with the expert's name and numbers.
+            told: The fact with the expert's name.
         """
         super().__init__(f"{told}: it was not trained as planned")
         self.fact = fact
