@@ -62,6 +62,7 @@ def load_exported(directory: Path) -> Any:
     from hfedmoe_ray.moe.subset import AUTO_CLASSES
 
     (architecture,) = AutoConfig.from_pretrained(directory).architectures
-    task: Task = "causal" if architecture.endswith("ForCausalLM") else "classification"
+    tasks: dict[str, Task] = {"ForCausalLM": "causal", "ForConditionalGeneration": "seq2seq"}
+    task: Task = next((task for ending, task in tasks.items() if architecture.endswith(ending)), "classification")
     with quiet_transformers():
         return AUTO_CLASSES[task].from_pretrained(directory).eval()

@@ -1,7 +1,7 @@
 """The README.md of an exported model: what it was made of, how, with whose budgets, and what it reaches."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -9,8 +9,17 @@ from typing import Any
 import yaml
 
 from hfedmoe_ray.config.schema import Experiment
+from hfedmoe_ray.moe.store import Task
+from hfedmoe_ray.tracking.benchmarks import measures
 from hfedmoe_ray.tracking.files import SUMMARY
 from hfedmoe_ray.tracking.formatting import percent
+
+_PIPELINES: Mapping[Task, str] = {
+    "classification": "text-classification",
+    "causal": "text-generation",
+    "seq2seq": "text2text-generation",
+}
+"""What a model hub calls each task."""
 
 
 def model_card(experiment: Experiment, run_dir: Path, *, adapter: bool) -> str:
@@ -23,10 +32,10 @@ def model_card(experiment: Experiment, run_dir: Path, *, adapter: bool) -> str:
     """
     path = run_dir / SUMMARY
     summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    source, causal = experiment.model.source, experiment.model.task == "causal"
+    source, task = experiment.model.source, experiment.model.task
     header: dict[str, Any] = {
         "library_name": "peft" if adapter else "transformers",
-        "pipeline_tag": "text-generation" if causal else "text-classification",
+        "pipeline_tag": _PIPELINES[task],
         "tags": ["federated-learning", "mixture-of-experts", "hfedmoe"],
     }
     if _on_the_hub(source):
@@ -56,7 +65,7 @@ def _what(experiment: Experiment) -> str:
             f", made a Mixture of Experts of {model.upcycle.experts} experts a layer, {model.upcycle.top_k} for each "
             f"token (`{model.upcycle.how}`),"
         )
-    does = "writes responses to prompts" if model.task == "causal" else "classifies texts"
+    does = "writes responses to prompts" if model.task != "classification" else "classifies texts"
     return f"A model of `{model.source}`{made} that {does}."
 
 
@@ -90,17 +99,16 @@ def _budgets(experiment: Experiment) -> str:
 
 
 def _evaluation(experiment: Experiment, summary: dict[str, Any]) -> str:
-    what = "tokens of responses" if experiment.model.task == "causal" else "examples"
+    what = "tokens of responses" if experiment.model.task != "classification" else "examples"
     rows = [
         (f"{what} predicted right, test split", summary.get("initial_accuracy"), summary.get("accuracy")),
         ("the same, on clients' own test data with the experts they hold", None, summary.get("own_accuracy")),
     ]
-    for name, moments in (summary.get("benchmarks") or {}).items():
-        rows += [
-            (f"{name}, {moments['after']['items']} items", moments["before"]["accuracy"], moments["after"]["accuracy"]),
-            (f"{name}, by character", moments["before"]["normalised"], moments["after"]["normalised"]),
-        ]
     told = [(label, percent(before), percent(after)) for label, before, after in rows if after is not None]
+    for name, moments in (summary.get("benchmarks") or {}).items():
+        before, after = measures(moments["before"]), measures(moments["after"])
+        items = moments["after"]["items"]
+        told += [(f"{name}, {items} items, {measure}", before[measure], value) for measure, value in after.items()]
     return _table(("", "before", "after"), told) if told else "Nothing has been measured."
 
 

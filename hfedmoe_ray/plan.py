@@ -194,8 +194,13 @@ def predict_seconds(
 def predict_upload(experiment: Experiment, shape: ModelShape, resident: int, present: int) -> int:
     """Returns the predicted bytes of an update in which every resident trained, at the configured precision.
 
-    Trained tensors, the routing profile (four float64 of [L, E]) and the mean output of every expert held.
+    Trained tensors, the routing profile (four float64 of [L, E]) and the mean output of every expert held. With secure
+    aggregation, the numbers of a masked vector; keys and letters, some KiB, are left out.
     """
+    if (secure := experiment.secure) is not None:
+        experts = shape.total_experts if secure.variant == "padded" else resident
+        measured = shape.total_experts * (shape.hidden + 3)  # mean outputs, tokens behind them, router weights, usage
+        return ((shape.shared_bytes + experts * shape.expert_bytes) // BYTES + measured) * secure.ring // 8
     codec = build_codec(experiment.wire)
     number, mean = (BYTES, BYTES) if codec is None else (codec.bytes_per_number, BYTES // 2)
     trained = shape.shared_bytes + resident * shape.expert_bytes

@@ -40,6 +40,7 @@ def prepare_run(experiment: Experiment, run_dir: Path) -> RunContext:
         seed=experiment.seed,
         cache=cache_dir(),
         benchmarks=experiment.evaluate.benchmarks,
+        translates=experiment.model.task == "seq2seq",
     )
     return RunContext(experiment=experiment, run_dir=run_dir.resolve(), model=model, data=data)
 

@@ -43,10 +43,16 @@ class BenchmarkScore:
     """What a model answered to the items of a benchmark."""
 
     items: int
-    accuracy: float
-    """Share of the items whose right choice has the highest log-likelihood."""
-    normalised: float
-    """The same by log-likelihood per character, which does not favour short choices."""
+    measures: Mapping[str, float]
+    """Of multiple choice, `accuracy`: share of the items whose right choice has the highest log-likelihood, and
+    `normalised`: the same by log-likelihood per character, which does not favour short choices. Of written answers,
+    `exact_match`: share of the right ones. Of texts, `word_perplexity`, `byte_perplexity` and `token_perplexity`: e to
+    the power of their negative log-likelihood in nats by word, byte and token."""
+
+    @property
+    def fields(self) -> dict[str, float]:
+        """As it is recorded: `items` and the measures."""
+        return {"items": self.items, **self.measures}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,8 +94,9 @@ class RoundReport:
     bytes_down: int
     seconds: float
     phases: Mapping[str, float]
-    """Seconds spent in profile, plan, train (while there is work for every slot), wait (for the last clients),
-    reduce, publish, evaluate; where evaluation overlaps, in waiting for that of the round before."""
+    """Seconds spent in profile, plan, agree (on masks, with `secure`), train (while there is work for every slot), wait
+    (for the last clients), reduce, publish, evaluate; where evaluation overlaps, in waiting for that of the round
+    before."""
     agreement: float | None = None
     """Mean Jensen-Shannon divergence of the clients' usage to their mean (nats; 0 = all route alike)."""
     participation: float | None = None
@@ -99,6 +106,11 @@ class RoundReport:
     simulated_seconds: float | None = None
     """What the round would take on the tiers' devices: its slowest client's, of those that were waited for."""
     benchmarks: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    """What the global model answered, fields of `BenchmarkScore` by benchmark (first and last round only)."""
+    """What the global model answered, `BenchmarkScore.fields` by benchmark (first and last round only)."""
+    privacy: Mapping[str, float] = field(default_factory=dict)
+    """Where the model is private, what it has spent so far: epsilon, delta, noise_multiplier, releases (models noised,
+    those of repeated rounds among them), and where the record is full, clipped (share of the round's clients). Where
+    single examples are, example_epsilon and example_delta: of the client with fewest, had it been
+    asked in every round."""
     nodes: tuple[NodeUsage, ...] = ()
     """The machines of the run, the first 64 of them; those that did not answer in time are left out."""

@@ -8,10 +8,13 @@ position in some list.
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from hfedmoe_ray.trust.secure.messages import Request
 
 Array = npt.NDArray[Any]
 FloatArray = npt.NDArray[np.float64]
@@ -19,7 +22,8 @@ FloatArray = npt.NDArray[np.float64]
 AbsentMode = Literal["mean", "drop", "reroute", "merge"]
 Bits = Literal["int8", "int4"]
 HeldAs = Literal["exact"] | Bits
-TaskKind = Literal["profile", "train", "evaluate", "personalise"]
+TaskKind = Literal["profile", "train", "evaluate", "personalise", "keys", "shares", "unmask"]
+"""The last three are steps of secure aggregation (`trust.secure`), without the model."""
 Fetch = Callable[[], bytes]
 """Fetches bytes from wherever they are kept."""
 Status = Literal["ok", "late", "failed", "memory", "rejected", "dropped"]
@@ -230,6 +234,8 @@ class ClientTask:
     state: Fetch | None = None
     """The client's own state as its last accepted task left it. It travels with the task here, so that any process can
     serve the client; on a real device it would never leave it, and it is not counted as traffic."""
+    secure: "Request | None" = None
+    """What it is told of the round's secure aggregation; None where updates travel in the clear."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -292,8 +298,9 @@ class ClientMetrics:
     """Mean loss per prediction."""
     correct: int = 0
     """Right predictions."""
-    correct_normalised: int = 0
-    """Of a benchmark's items, those answered right by log-likelihood per character."""
+    answered: Mapping[str, float] = field(default_factory=dict)
+    """What adds up to a benchmark's score: items answered right by each measure; or, of texts, their negative
+    log-likelihood in nats (`nll`) and how many tokens, words and bytes they have."""
     examples: int = 0
     """Predictions behind `loss` and `correct`: one for each example, token that is to be written, or benchmark item."""
     trained: Mapping[str, int] = field(default_factory=dict)
@@ -369,4 +376,6 @@ class ClientUpdate:
     """What the strategy asked clients to measure of each expert, [L, E]."""
     scale: tuple[float, ...] = ()
     """What training has made of `ExpertPlan.scale`, [L]; empty where there is none."""
+    masked: tuple[Array, ...] = ()
+    """With secure aggregation, what stands for all of the above but `samples`: masked blocks (`trust.secure`)."""
     payload_bytes: int = 0

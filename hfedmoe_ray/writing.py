@@ -25,18 +25,20 @@ class Writer:
             ModelError: It is no language model.
         """
         import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
         from hfedmoe_ray.moe.quiet import quiet_transformers
 
         try:
             with quiet_transformers():
-                self._model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+                self._translates = bool(getattr(AutoConfig.from_pretrained(directory), "is_encoder_decoder", False))
+                auto = AutoModelForSeq2SeqLM if self._translates else AutoModelForCausalLM
+                self._model = auto.from_pretrained(directory, dtype=torch.float32).eval()
                 self._tokenizer = AutoTokenizer.from_pretrained(directory)
         except (OSError, ValueError) as error:
             raise ModelError(
                 f"{directory} holds no language model that transformers can load: {error}. Give a run with "
-                "`model.task: causal`, or a model that writes."
+                "`model.task: causal` or seq2seq, or a model that writes."
             ) from error
 
     def write(self, conversation: Sequence[Turn], *, max_tokens: int, temperature: float, seed: int) -> str:
@@ -65,7 +67,9 @@ class Writer:
                 pad_token_id=pad_id(self._tokenizer),
                 **drawn,
             )
-        written: Any = self._tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        # A decoder alone goes on with what it was given; after an encoder it begins anew.
+        given = 0 if self._translates else inputs["input_ids"].shape[1]
+        written: Any = self._tokenizer.decode(ids[0, given:], skip_special_tokens=True)
         return str(written).strip()
 
 
@@ -83,7 +87,7 @@ def opened(source: str) -> Iterator[Writer]:
         return
     from hfedmoe_ray.config.load import load_experiment
 
-    if load_experiment(Path(source) / "config.yaml").model.task != "causal":
+    if load_experiment(Path(source) / "config.yaml").model.task == "classification":
         raise ConfigError(f"{source} trained a classifier, which writes nothing: `hfedmoe evaluate` tells how it does.")
     with tempfile.TemporaryDirectory(prefix="hfedmoe-writer-") as temporary:
         export_run(Path(source), "hf", Path(temporary) / "model")

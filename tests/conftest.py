@@ -16,6 +16,9 @@ REPOSITORY = Path(__file__).parents[1]
 def pytest_configure() -> None:
     # Read by huggingface_hub when it is imported, which collecting the tests already does.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    # Read by torch when it is imported, in here and in the processes that tests start. On a busy machine threads wait
+    # for each other in turns: steps that take 1.4 s of one thread took 37 s of two beside other work.
+    os.environ["OMP_NUM_THREADS"] = "1"
     # A shell's background jobs ignore Ctrl-C, and so would every process that a test starts.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -16,6 +16,7 @@ import numpy as np
 
 from hfedmoe_ray.config.schema import Experiment
 from hfedmoe_ray.context import PreparedData, PreparedModel, RunContext
+from hfedmoe_ray.train.environment import ENVIRONMENT
 from hfedmoe_ray.types import (
     ClientMetrics,
     ClientTask,
@@ -70,7 +71,7 @@ class TinyWorker:
             kind=task.kind,
             samples=len(weights.experts),
             tokens=sum(array.flags.writeable for array in arrays),
-            loss=float(os.environ.get("OMP_NUM_THREADS", "0")),
+            loss=float(ENVIRONMENT.items() <= os.environ.items()),
         )
         return digest.digest() + bytes(200_000), dump_metrics(metrics), digest.digest() * STATE_REPEATS
 

@@ -73,6 +73,10 @@ def plan(
     console.print(_plan_table(made, shape))
     for line in _plan_lines(made, experiment.rounds, experiment.round_size):
         console.print(line)
+    if experiment.privacy.central is not None:
+        from hfedmoe_ray.trust.accounting import told
+
+        console.print(told(experiment))
 
 
 def _measure(experiment: "Experiment", *, gpu: bool) -> None:
@@ -140,6 +144,10 @@ def validate(config: Path, overrides: tuple[str, ...]) -> None:
     experiment = load_experiment(config, overrides)
     for fact in check_sources(experiment):
         click.echo(fact)
+    if experiment.privacy.central is not None:
+        from hfedmoe_ray.trust.accounting import told
+
+        click.echo(told(experiment))
     click.echo(f"{config} is valid; what it needs is shown by: hfedmoe plan {config}")
 
 

@@ -1,7 +1,6 @@
 """The command that measures what a run trained: `evaluate`."""
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 
 import click
@@ -27,19 +26,21 @@ def evaluate(run_dir: Path, data: tuple[str, ...], *, number: int | None, own: b
     from hfedmoe_ray.evaluate import evaluate_run
     from hfedmoe_ray.federation.evaluation import worst_tenth
     from hfedmoe_ray.rundir import check_is_run
+    from hfedmoe_ray.tracking.benchmarks import measures
     from hfedmoe_ray.tracking.formatting import decimal, percent
 
     check_is_run(run_dir)
     round_, found = evaluate_run(run_dir, round=number, own=own, data=data)
     if as_json:
         clients = {str(client): accuracy for client, accuracy in found.own.items()}
-        answered = {name: asdict(score) for name, score in found.benchmarks.items()}
+        answered = {name: score.fields for name, score in found.benchmarks.items()}
         told = {"round": round_, "accuracy": found.accuracy, "loss": found.loss, "own": clients, "benchmarks": answered}
         click.echo(json.dumps(told))
         return
     click.echo(f"round {round_}: test {percent(found.accuracy)}, loss {decimal(found.loss)}")
     for name, score in found.benchmarks.items():
-        click.echo(f"{name} {percent(score.accuracy)}, by character {percent(score.normalised)} ({score.items} items)")
+        values = ", ".join(f"{measure} {value}" for measure, value in measures(score.fields).items())
+        click.echo(f"{name} {values.removeprefix('accuracy ')} ({score.items} items)")
     if found.own:
         worst = worst_tenth(found.own)
         click.echo(f"own {percent(found.own_accuracy)} over {len(found.own)} clients, worst tenth {percent(worst)}")

@@ -81,7 +81,7 @@ def upcycle(
 def generate(source: str, prompts: tuple[str, ...], *, max_tokens: int, temperature: float, seed: int) -> None:
     """Write what comes after each PROMPT; without any, hold a conversation, a line a turn, until the input ends.
 
-    RUN is a run's directory whose `model.task` is causal; MODEL is what `model.source` takes.
+    RUN is a run's directory whose `model.task` is causal or seq2seq; MODEL is what `model.source` takes.
     """
     from hfedmoe_ray.writing import opened
 

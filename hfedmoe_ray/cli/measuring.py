@@ -18,9 +18,11 @@ BENCHMARKS = {
     "scale": "500 clients on this machine: memory of all processes, seconds of a round against one of 50 clients",
     "registered": "10 000 registered clients against 100: seconds until the first task, and of a round of four",
     "peers": "seconds of a round, memory, and what survives faults, against the newest Flower simulation",
-    "harness": "multiple-choice scores against those of lm-evaluation-harness, item by item",
+    "harness": "multiple-choice and written scores against those of lm-evaluation-harness, item by item",
+    "packing": "tokens a second of a training step on short texts, packed into rows and padded",
     "fuzz": "100 000 hostile updates against the code that receives them, and a second opinion on each",
     "bytes": "what an update weighs against what was trained, in every precision",
+    "secure": "secure aggregation: bytes and seconds of 10, 50 and 100 clients, and of the server",
 }
 _REPOSITORY = Path(__file__).parents[2]
 

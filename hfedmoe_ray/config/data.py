@@ -46,17 +46,21 @@ class Data(Section):
     labels: tuple[str, ...] | None = None
     """All label names. Default: those found; required when clients read their own files, unless there is `response`."""
     prompt: str | None = None
-    """causal: what the model is given: a column, or a pattern of columns such as "Question: {question}\\nAnswer:"."""
+    """causal, seq2seq: what the model is given: a column, or a pattern of columns such as
+    "Question: {question}\\nAnswer:"."""
     response: str | None = None
-    """causal: what it shall write, a column or a pattern like `prompt`; only its tokens count in the loss. Without
-    `prompt` it is plain text, all of whose tokens count."""
+    """causal, seq2seq: what it shall write, a column or a pattern like `prompt`; only its tokens count in the loss.
+    causal without `prompt`: it is plain text, all of whose tokens count."""
     template: Literal["auto", "chat", "plain"] = "auto"
     """causal: chat: the tokenizer's own chat template around prompt and response; plain: one after the other; auto:
     chat where there is a prompt and the tokenizer has a template."""
     test: str | None = None
     """File with the global test split. Default: the source's own test split, else a tenth of the data."""
     max_length: Annotated[int, Field(ge=4, le=8192)] = 64
-    """Tokens of a text that are read."""
+    """Tokens of a text that are read; with `model.task: seq2seq`, of a prompt and of a response each."""
+    packing: bool = False
+    """causal: put several texts into a row of at most `max_length` tokens, instead of padding each to the longest of
+    its batch. Batches hold the same examples, each of which sees itself alone: losses are the same within rounding."""
     max_examples: PositiveInt | None = None
     """Use only so many training examples (seeded draw)."""
     test_examples: PositiveInt | None = None

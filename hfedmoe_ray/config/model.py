@@ -45,9 +45,10 @@ class Model(Section):
     """"package:NAME" (a Python package that carries a model), a local directory or .gguf file, or a hub name."""
     revision: str | None = None
     """Hub revision (commit) to pin."""
-    task: Literal["classification", "causal"] = "classification"
+    task: Literal["classification", "causal", "seq2seq"] = "classification"
     """classification: a new head on the model tells classes apart; causal: the language model itself goes on to learn
-    what to write after a prompt (`data.response`)."""
+    what to write after a prompt (`data.response`); seq2seq: the same of a model whose encoder reads the prompt and
+    whose decoder writes (Switch Transformers)."""
     upcycle: Upcycle | None = None
     """Needed for dense models; refused for models that are MoE already."""
     head: Literal["random", "prototypes"] = "random"
@@ -71,9 +72,14 @@ class Model(Section):
                 "`upcycle.how: adapters` adds small experts that train whole; low-rank factors of them would save "
                 "nothing. Leave `lora` out, and choose their size by `upcycle.adapter_hidden`"
             )
-        if self.task == "causal" and self.head != "random":
+        if self.task != "classification" and self.head != "random":
             raise ValueError(
-                f"`task: causal` keeps the language model's own head, so `head: {self.head}` has none to start: leave "
-                "`head` out"
+                f"`task: {self.task}` keeps the language model's own head, so `head: {self.head}` has none to start: "
+                "leave `head` out"
+            )
+        if self.task == "seq2seq" and self.upcycle is not None:
+            raise ValueError(
+                "`task: seq2seq` needs a model with an encoder and a decoder, and `upcycle` makes none: leave one of "
+                "the two out"
             )
         return self

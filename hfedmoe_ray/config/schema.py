@@ -17,8 +17,10 @@ from hfedmoe_ray.config.comparison import Comparison
 from hfedmoe_ray.config.data import Data
 from hfedmoe_ray.config.evaluation import Evaluation
 from hfedmoe_ray.config.model import Model
+from hfedmoe_ray.config.privacy import Privacy, check_privacy
 from hfedmoe_ray.config.running import Runtime, Tracking
 from hfedmoe_ray.config.section import Name, NonNegativeFloat, Precision, Section, Share
+from hfedmoe_ray.config.secure import Secure, check_secure
 from hfedmoe_ray.config.server import Rules, RulesConfig, ServerOptimizer
 from hfedmoe_ray.config.simulated import SimulatedDevice
 from hfedmoe_ray.config.strategies import HFedMoE, StrategyConfig
@@ -231,6 +233,9 @@ class Experiment(Section):
     data: Data
     local: LocalTraining = LocalTraining()
     wire: Wire = Wire()
+    privacy: Privacy = Privacy()
+    secure: Secure | None = None
+    """Aggregate so that the server learns no single update. Default: it sees every one."""
     evaluate: Evaluation = Evaluation()
     runtime: Runtime = Runtime()
     tracking: Tracking = Tracking()
@@ -266,15 +271,31 @@ class Experiment(Section):
 
     @model_validator(mode="after")
     def _fit_together(self) -> Self:
-        if (self.model.task == "causal") != (self.data.response is not None):
+        writes = self.model.task != "classification"
+        if writes != (self.data.response is not None):
             raise ValueError(
-                "`model.task: causal` and `data.response`, the column with what the model shall write, need each "
-                "other: write both or neither"
+                "`model.task: causal` (or seq2seq) and `data.response`, the column with what the model shall write, "
+                "need each other: write both or neither"
             )
-        if self.evaluate.benchmarks and self.model.task != "causal":
+        if self.model.task == "seq2seq" and (self.data.prompt is None or self.data.template != "auto"):
             raise ValueError(
-                "`evaluate.benchmarks` asks a language model which choice it would write, and `model.task` is "
+                "`model.task: seq2seq` needs `data.prompt`, which its encoder reads as it is: name its column, and "
+                "leave `data.template` out"
+            )
+        if self.data.packing and self.model.task != "causal":
+            raise ValueError(
+                f"`data.packing` is exact where a token sees those before it and nothing else; `model.task: "
+                f"{self.model.task}` pools over a row, or counts an expert's capacity in it. Leave it out"
+            )
+        if self.evaluate.benchmarks and not writes:
+            raise ValueError(
+                "`evaluate.benchmarks` asks a language model what it would write, and `model.task` is "
                 f"{self.model.task}: leave them out, or write `task: causal`"
+            )
+        if self.model.task == "seq2seq" and any(one.kind == "perplexity" for one in self.evaluate.benchmarks):
+            raise ValueError(
+                "`kind: perplexity` asks how likely a text is by itself, which a model that answers what its encoder "
+                "read does not tell: leave that benchmark out"
             )
         zero = any(tier.zero_stage for tier in self.clients.tiers)
         if self.clients.sampling == "weighted" and self.data.partition.how == "files":
@@ -285,4 +306,7 @@ class Experiment(Section):
         if self.asynchronous is not None:
             check_asynchronous(self.asynchronous, self.clients, self.strategy, self.model.lora, self.rules)
         check_combinations(self.strategy, self.model.lora, self.wire, self.rules, self.server, zero=zero)
+        check_privacy(self)
+        if self.secure is not None:
+            check_secure(self.secure, self)
         return self

@@ -1,7 +1,7 @@
 """Multiple-choice questions, answered by which of the choices a language model finds likeliest after the prompt.
 
 Prompts and choices are tokenised as lm-evaluation-harness does, together, and cut where the prompt alone would end, so
-that the same items get the same log-likelihoods.
+that the same items get the same log-likelihoods; each by itself where an encoder reads the prompts.
 
 Legend: N items, R = rows: every choice of every item, item by item.
 """
@@ -14,12 +14,12 @@ import numpy as np
 from hfedmoe_ray.config.evaluation import Benchmark
 from hfedmoe_ray.data import store
 from hfedmoe_ray.data.dataset import FederatedDataset, Split
+from hfedmoe_ray.data.items import key_of, read_items
 from hfedmoe_ray.data.labels import IntArray
-from hfedmoe_ray.data.sources import TEST_SPLITS, columns_of, split_rows, texts_of
-from hfedmoe_ray.data.tables import Table, read_file
+from hfedmoe_ray.data.sources import texts_of
+from hfedmoe_ray.data.tables import Table
 from hfedmoe_ray.data.tokenize import pad_id
 from hfedmoe_ray.errors import DataError
-from hfedmoe_ray.seeds import generator
 from hfedmoe_ray.types import Array
 
 
@@ -70,15 +70,7 @@ def read_questions(benchmark: Benchmark) -> Questions:
     Raises:
         DataError: The file, a column or a text is missing, or an answer names no choice.
     """
-    key = f"evaluate.benchmarks.{benchmark.name}"
-    patterns = (benchmark.prompt, *benchmark.choices)
-    wanted = (*(name for pattern in patterns for name in columns_of(pattern)), benchmark.answer, "split")
-    table = read_file(benchmark.source, f"{key}.source", wanted)
-    table = (split_rows(table, TEST_SPLITS) if "split" in table.columns else None) or table
-    if benchmark.examples is not None and benchmark.examples < _size(table):
-        # Seed 0 whatever the run: different runs are compared on the same items.
-        drawn = np.sort(generator(0, "benchmark").permutation(_size(table))[: benchmark.examples])
-        table = table.rows([int(row) for row in drawn], table.where)
+    table, key = read_items(benchmark), key_of(benchmark)
     prompts = texts_of(table, benchmark.prompt, f"{key}.prompt")
     columns = [texts_of(table, pattern, f"{key}.choices") for pattern in benchmark.choices]
     return Questions(
@@ -89,7 +81,9 @@ def read_questions(benchmark: Benchmark) -> Questions:
     )
 
 
-def tokenize_questions(tokenizer: Any, questions: Questions, max_length: int) -> dict[str, Array]:
+def tokenize_questions(
+    tokenizer: Any, questions: Questions, max_length: int, *, translates: bool = False
+) -> dict[str, Array]:
     """Returns the arrays of `Choices` by name; of what is longer than `max_length` the prompt's beginning is left out.
 
     Raises:
@@ -98,7 +92,7 @@ def tokenize_questions(tokenizer: Any, questions: Questions, max_length: int) ->
     rows: list[tuple[list[int], int]] = []
     for prompt, choices in zip(questions.prompts, questions.choices, strict=True):
         for choice in choices:
-            before, after = _encoded_pair(tokenizer, prompt, choice)
+            before, after = _encoded_pair(tokenizer, prompt, choice, translates=translates)
             if not after:
                 raise DataError(
                     f"evaluate.benchmarks: the choice {choice!r} after {prompt[-40:]!r} has no token of its own, so it "
@@ -109,7 +103,7 @@ def tokenize_questions(tokenizer: Any, questions: Questions, max_length: int) ->
                     f"evaluate.benchmarks: a choice has {len(after)} tokens, but data.max_length is {max_length}: "
                     f"{choice[:80]!r}... Raise data.max_length."
                 )
-            before = before[-(max_length - len(after)) :]
+            before = before[-(max_length if translates else max_length - len(after)) :]
             rows.append((before + after, len(before)))
     ids = np.full((len(rows), max((len(row) for row, _ in rows), default=1)), pad_id(tokenizer), dtype=np.int32)
     for number, (row, _) in enumerate(rows):
@@ -138,11 +132,14 @@ def stored_choices(data: FederatedDataset, name: str) -> Choices:
     return Choices(rows=rows, item=rows.labels, lengths=characters, answers=answers)
 
 
-def _encoded_pair(tokenizer: Any, prompt: str, choice: str) -> tuple[list[int], list[int]]:
+def _encoded_pair(tokenizer: Any, prompt: str, choice: str, *, translates: bool) -> tuple[list[int], list[int]]:
     """Token ids of a prompt and of the choice after it; spaces at the prompt's end belong to the choice."""
     spaces = len(prompt) - len(prompt.rstrip())
     if spaces:
         prompt, choice = prompt[:-spaces], prompt[-spaces:] + choice
+    if translates:
+        before, after = (tokenizer(prompt)["input_ids"], tokenizer(choice, add_special_tokens=False)["input_ids"])
+        return list(before) or [pad_id(tokenizer)], list(after)
     whole = list(tokenizer(prompt + choice, add_special_tokens=False)["input_ids"])
     before = list(tokenizer(prompt, add_special_tokens=False)["input_ids"])
     if not before:
@@ -164,7 +161,3 @@ def _answers(table: Table, benchmark: Benchmark, key: str) -> IntArray:
             )
         answers.append(number)
     return np.array(answers, dtype=np.int64)
-
-
-def _size(table: Table) -> int:
-    return len(next(iter(table.columns.values())))

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from hfedmoe_ray.config.data import Data
 from hfedmoe_ray.context import PreparedData
 from hfedmoe_ray.data import store
+from hfedmoe_ray.data.batches import Batch, packed, translated, written_after
 from hfedmoe_ray.data.instructions import tokenized
 from hfedmoe_ray.data.labels import IntArray
 from hfedmoe_ray.data.partition import split_own_test
@@ -21,20 +22,6 @@ from hfedmoe_ray.data.tokenize import TokenArray, load_tokenizer
 from hfedmoe_ray.errors import DataError
 from hfedmoe_ray.seeds import generator
 from hfedmoe_ray.types import Array
-
-
-@dataclass(frozen=True, kw_only=True)
-class Batch:
-    """Examples as a model takes them, trimmed to the longest text among them."""
-
-    input_ids: IntArray
-    """Token ids [B, S'], padded on the right."""
-    attention_mask: IntArray
-    """1 where there is a token of the text, 0 where there is padding [B, S']."""
-    labels: IntArray
-    """Class numbers [B]; with `targets` the tokens that are to be written, [N], in the order of their places."""
-    targets: npt.NDArray[np.bool_] | None = None
-    """Where the next token is one that is to be written, [B, S'], N times; None for classification."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,24 +36,33 @@ class Split:
     """Class numbers [N]."""
     prompts: TokenArray | None = None
     """Tokens of each prompt [N], after which a response is to be written; None for classification."""
+    packing: bool = False
+    """Whether batches hold several texts in a row, of at most S tokens."""
     key: str
     """Names exactly these examples, in every process and run: for caches of what is computed from them."""
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def batch(self, indices: Sequence[int] | npt.NDArray[np.integer[Any]]) -> Batch:
-        """Returns the examples at these positions (at least one), in this order, trimmed to the longest of them."""
+    def batch(self, indices: Sequence[int] | npt.NDArray[np.integer[Any]], start: int | None = None) -> Batch:
+        """Returns the examples at these positions (at least one), in this order, trimmed to the longest of them.
+
+        Args:
+            indices: Positions.
+            start: What a decoder reads first, where an encoder reads the prompts; None: there is no encoder.
+        """
         rows = np.asarray(indices)
         lengths = self.lengths[rows]
         longest = int(lengths.max())
         ids = self.input_ids[rows, :longest].astype(np.int64)
-        mask = (np.arange(longest) < lengths[:, None]).astype(np.int64)
         if self.prompts is None:
+            mask = (np.arange(longest) < lengths[:, None]).astype(np.int64)
             return Batch(input_ids=ids, attention_mask=mask, labels=self.labels[rows])
-        place = np.arange(longest) + 1  # of the token that is to come
-        targets = (place >= self.prompts[rows, None]) & (place < lengths[:, None])
-        return Batch(input_ids=ids, attention_mask=mask, labels=np.roll(ids, -1, axis=1)[targets], targets=targets)
+        if self.packing:
+            return packed(ids, lengths, self.prompts[rows], self.input_ids.shape[1])
+        if start is None:
+            return written_after(ids, lengths, self.prompts[rows])
+        return translated(ids, lengths, self.prompts[rows], start)
 
     def weight(self, indices: Sequence[int] | npt.NDArray[np.integer[Any]]) -> int:
         """Returns how many predictions these examples ask for: classes, or tokens to be written."""
@@ -91,6 +87,7 @@ class Split:
             lengths=self.lengths[rows],
             labels=self.labels[rows],
             prompts=None if self.prompts is None else self.prompts[rows],
+            packing=self.packing,
             key=key,
         )
 
@@ -154,6 +151,7 @@ class FederatedDataset:
             lengths=store.open_array(self._path, f"{split}.lengths"),
             labels=store.open_array(self._path, f"{split}.labels"),
             prompts=store.open_array(self._path, f"{split}.prompts") if self._meta.written else None,
+            packing=self._data.packing,
             key=f"{self._meta.sha256[:16]}/{split}",
         )
 
@@ -170,13 +168,18 @@ class FederatedDataset:
 
     def _read_own_file(self, client: int) -> tuple[Split, Split]:
         texts, labels, prompts = load_client_file(self._data, client)
-        tokens, _ = tokenized(load_tokenizer(self._path / store.TOKENIZER), texts, prompts, self._data)
+        tokenizer = load_tokenizer(self._path / store.TOKENIZER)
+        tokens, _ = tokenized(tokenizer, texts, prompts, self._data, translates=self._meta.translates)
         rows_of = split_own_test(labels, self._data.own_test, generator(self._meta.seed, "own-test", client))
         facts = {"data": self._meta.sha256, "client": client, "own_test": self._data.own_test}
         arrays: dict[str, Array] = {**tokens, "labels": labels}
         key = f"{store.content_hash(arrays, facts)[:16]}/{client}"
         train, own_test = (
-            Split(**{field: array[rows] for field, array in arrays.items()}, key=f"{key}/{name}")
+            Split(
+                **{field: array[rows] for field, array in arrays.items()},
+                packing=self._data.packing,
+                key=f"{key}/{name}",
+            )
             for rows, name in zip(rows_of, ("train", "own_test"), strict=True)
         )
         return train, own_test

@@ -1,7 +1,9 @@
 """Prompts and responses to token ids, for models that are to write the responses.
 
 A prompt's last tokens and a response's first ones are never merged into one: both are tokenised by themselves, so that
-the model is asked for exactly the response. (Choices of benchmarks are tokenised as others do it: `data.choices`.)
+the model is asked for exactly the response. Where an encoder reads the prompts it gets them with what its
+tokenizer ends a text with; `data.max_length` then is that of either. (Choices of benchmarks are tokenised as others do
+it: `data.choices`.)
 """
 
 from collections.abc import Sequence
@@ -33,9 +35,16 @@ class Instructions:
 
 
 def tokenized(
-    tokenizer: Any, texts: Sequence[str], prompts: Sequence[str] | None, data: Data
+    tokenizer: Any, texts: Sequence[str], prompts: Sequence[str] | None, data: Data, *, translates: bool = False
 ) -> tuple[dict[str, Array], int]:
     """Tokenises texts, or responses after their prompts.
+
+    Args:
+        tokenizer: transformers' own.
+        texts: Texts, or responses.
+        prompts: What comes before each response; None: texts are classified.
+        data: The `data` section of the configuration.
+        translates: Whether an encoder is to read the prompts.
 
     Returns:
         Arrays by name: `input_ids` [N, S], `lengths` [N], and with prompts `prompts` [N]; and how many prompts and
@@ -44,12 +53,18 @@ def tokenized(
     if prompts is None:
         input_ids, lengths = tokenize(tokenizer, texts, data.max_length)
         return {"input_ids": input_ids, "lengths": lengths}, 0
-    made = tokenize_instructions(tokenizer, prompts, texts, data.max_length, data.template)
+    made = tokenize_instructions(tokenizer, prompts, texts, data.max_length, data.template, translates=translates)
     return {"input_ids": made.input_ids, "lengths": made.lengths, "prompts": made.prompts}, made.cut
 
 
 def tokenize_instructions(
-    tokenizer: Any, prompts: Sequence[str], responses: Sequence[str], max_length: int, template: _Template
+    tokenizer: Any,
+    prompts: Sequence[str],
+    responses: Sequence[str],
+    max_length: int,
+    template: _Template,
+    *,
+    translates: bool = False,
 ) -> Instructions:
     """Tokenises examples; of what is longer than `max_length` the prompt's beginning is left out first.
 
@@ -61,6 +76,7 @@ def tokenize_instructions(
         responses: What is to be written.
         max_length: Most tokens of an example, at least 2.
         template: See `config.data.Data.template`.
+        translates: Whether an encoder reads the prompts: then `max_length` is that of a prompt and of a response.
 
     Raises:
         ConfigError: `template` is chat, and the tokenizer has no chat template.
@@ -68,10 +84,12 @@ def tokenize_instructions(
     rows: list[tuple[list[int], list[int]]] = []
     cut = 0
     for prompt, response in zip(prompts, responses, strict=True):
-        before, after = _pieces(tokenizer, prompt, response, template)
+        before, after = (
+            _pair(tokenizer, prompt, response) if translates else _pieces(tokenizer, prompt, response, template)
+        )
         whole = len(before) + len(after)
-        after = after[: max_length - 1]
-        before = before[-(max_length - len(after)) :]
+        after = after[: max_length - (not translates)]
+        before = before[-(max_length if translates else max_length - len(after)) :]
         rows.append((before, after))
         cut += len(before) + len(after) < whole
     lengths = np.fromiter((len(before) + len(after) for before, after in rows), dtype=np.int32, count=len(rows))
@@ -101,6 +119,37 @@ def _pieces(tokenizer: Any, prompt: str, response: str, template: _Template) -> 
     if not before:
         start = tokenizer.bos_token_id
         before, after = ([start], after) if start is not None else (after[:1], after[1:])
+    return before or [pad_id(tokenizer)], after or [pad_id(tokenizer)]
+
+
+def prompt_ids(tokenizer: Any, prompt: str, *, chat: bool, translates: bool) -> list[int]:
+    """Returns the token ids of a prompt, at least one, as they stand before a response.
+
+    Args:
+        tokenizer: transformers' own.
+        prompt: What is asked.
+        chat: Whether it is a user's turn in the tokenizer's chat template.
+        translates: Whether an encoder reads it.
+
+    Raises:
+        ConfigError: There is no chat template.
+    """
+    if chat and not getattr(tokenizer, "chat_template", None):
+        raise ConfigError(
+            "evaluate.benchmarks: `chat: true` puts prompts into the tokenizer's chat template, and this model's has "
+            "none. Leave it out."
+        )
+    if translates:
+        return _pair(tokenizer, prompt, "")[0]
+    return _pieces(tokenizer, prompt, "", "chat" if chat else "plain")[0]
+
+
+def _pair(tokenizer: Any, prompt: str, response: str) -> tuple[list[int], list[int]]:
+    """Token ids of a prompt as an encoder reads it, and of a response as a decoder writes it, each at least one."""
+    before = list(tokenizer(prompt)["input_ids"])
+    after = _ids(tokenizer, response)
+    if tokenizer.eos_token_id is not None:
+        after.append(tokenizer.eos_token_id)
     return before or [pad_id(tokenizer)], after or [pad_id(tokenizer)]
 
 

@@ -15,7 +15,7 @@ from hfedmoe_ray.config.data import Data
 from hfedmoe_ray.config.evaluation import Benchmark
 from hfedmoe_ray.context import PreparedData
 from hfedmoe_ray.data import store
-from hfedmoe_ray.data.choices import Questions, read_questions, tokenize_questions
+from hfedmoe_ray.data.benchmarks import Asked, read_benchmark
 from hfedmoe_ray.data.instructions import tokenized
 from hfedmoe_ray.data.labels import IntArray
 from hfedmoe_ray.data.partition import deal, split_own_test
@@ -23,6 +23,9 @@ from hfedmoe_ray.data.sources import RawDataset, draw_subset
 from hfedmoe_ray.data.tokenize import load_tokenizer, pad_id, tokenizer_hash
 from hfedmoe_ray.seeds import generator
 from hfedmoe_ray.types import Array
+
+_NOT_STORED = {"source", "subset", "text", "label", "test", "prompt", "packing"}
+"""Keys of `data` that say where texts come from, which count by themselves, or how batches are made of them."""
 
 
 def prepare_data(
@@ -34,6 +37,7 @@ def prepare_data(
     seed: int,
     cache: Path,
     benchmarks: Sequence[Benchmark] = (),
+    translates: bool = False,
 ) -> PreparedData:
     """Draws, deals, tokenises and stores a dataset as `<cache>/data/<key>/` (see `store`), unless it is there already.
 
@@ -47,40 +51,58 @@ def prepare_data(
         clients: Number of clients, C.
         seed: Run seed: of the draws, the partition and the clients' own test splits.
         cache: Directory for prepared data; created as needed.
-        benchmarks: Multiple-choice questions to be stored along.
+        benchmarks: What else is asked, to be stored along.
+        translates: Whether an encoder reads the prompts, and a decoder writes the responses.
 
     Raises:
         DataError: the examples cannot be dealt as the partition asks, or a benchmark's file is wrong.
         ModelError: there is no tokenizer in `tokenizer_dir`.
     """
-    asked = {benchmark.name: read_questions(benchmark) for benchmark in benchmarks}
-    path = cache.resolve() / "data" / _cache_key(data, raw, asked, tokenizer_hash(tokenizer_dir), clients, seed)
+    asked = {benchmark.name: read_benchmark(benchmark) for benchmark in benchmarks}
+    path = (
+        cache.resolve()
+        / "data"
+        / _cache_key(data, raw, asked, tokenizer_hash(tokenizer_dir), clients, seed, translates)
+    )
     meta = store.read_meta(path) or _build(
-        data, raw, asked, tokenizer_dir=tokenizer_dir, clients=clients, seed=seed, path=path
+        data,
+        raw,
+        asked,
+        tokenizer_dir=tokenizer_dir,
+        clients=clients,
+        seed=seed,
+        path=path,
+        translates=translates,
     )
     return PreparedData(path=path, sha256=meta.sha256, label_names=meta.label_names, counts=meta.counts, cut=meta.cut)
 
 
 def _cache_key(  # noqa: PLR0917 - all that determines it
-    data: Data, raw: RawDataset, asked: Mapping[str, Questions], tokenizer: str, clients: int, seed: int
+    data: Data,
+    raw: RawDataset,
+    asked: Mapping[str, Asked],
+    tokenizer: str,
+    clients: int,
+    seed: int,
+    translates: bool,
 ) -> str:
     # The texts themselves count, not the name of the file they came from.
     digest = hashlib.sha256()
-    questions = [text for one in asked.values() for text in (*one.prompts, *(c for row in one.choices for c in row))]
-    fields = (questions, raw.train_texts, raw.test_texts, raw.train_groups, raw.train_prompts, raw.test_prompts)
+    fields = (raw.train_texts, raw.test_texts, raw.train_groups, raw.train_prompts, raw.test_prompts)
     for texts in (field or () for field in fields):
         for text in (str(len(texts)), *texts):
             encoded = text.encode("utf-8", "surrogatepass")
             digest.update(len(encoded).to_bytes(8, "big") + encoded)
     facts = {
         "format": store.FORMAT,
-        "data": data.model_dump(mode="json", exclude={"source", "subset", "text", "label", "test", "prompt"}),
+        "data": data.model_dump(mode="json", exclude=_NOT_STORED),
         "label_names": raw.label_names,
         "texts": digest.hexdigest(),
-        "answers": {name: one.answers.tolist() for name, one in asked.items()},
+        "asked": store.content_hash({}, {name: one.facts for name, one in asked.items()}),
         "tokenizer": tokenizer,
         "clients": clients,
         "seed": seed,
+        "translates": translates,
     }
     return store.content_hash({"train": raw.train_labels, "test": raw.test_labels}, facts)[:24]
 
@@ -88,12 +110,13 @@ def _cache_key(  # noqa: PLR0917 - all that determines it
 def _build(
     data: Data,
     raw: RawDataset,
-    asked: Mapping[str, Questions],
+    asked: Mapping[str, Asked],
     *,
     tokenizer_dir: Path,
     clients: int,
     seed: int,
     path: Path,
+    translates: bool,
 ) -> store.Meta:
     raw = draw_subset(raw, data, seed)
     own_files = data.partition.how == "files"
@@ -107,7 +130,7 @@ def _build(
         ("train", [raw.train_texts[row] for row in rows], train_prompts),
         ("test", raw.test_texts, raw.test_prompts),
     ):
-        tokens, shortened = tokenized(tokenizer, texts, prompts, data)
+        tokens, shortened = tokenized(tokenizer, texts, prompts, data, translates=translates)
         arrays |= {f"{split}.{name}": array for name, array in tokens.items()}
         cut += shortened
     classes = len(raw.label_names)
@@ -122,12 +145,13 @@ def _build(
         pad_id=pad_id(tokenizer),
         tokenizer_sha256=tokenizer_hash(tokenizer_dir),
         written=raw.train_prompts is not None,
+        translates=translates,
         cut=cut,
     )
     # What a model is asked besides makes no other run of it.
     meta = replace(meta, sha256=store.content_hash(arrays, asdict(meta)))
-    for name, questions in asked.items():
-        made = tokenize_questions(tokenizer, questions, data.max_length)
+    for name, one in asked.items():
+        made = one.tokenized(tokenizer, data.max_length, translates=translates)
         arrays |= {f"{store.benchmark(name)}.{part}": array for part, array in made.items()}
     store.write(path, arrays, meta, tokenizer if own_files else None)
     return meta

@@ -4,7 +4,7 @@
     train.input_ids.npy     int32 [N, S], padded on the right; train.lengths.npy [N]; train.labels.npy [N];
                             train.prompts.npy [N], tokens of each prompt, where responses are to be written
     test.*.npy              the same for the global test split
-    benchmark-NAME.*.npy    rows of the choices of a benchmark's items (`choices.Choices`)
+    benchmark-NAME.*.npy    what a benchmark asks (`choices.Choices`, `exercises.Prompts`, `passages.Passages`)
     bounds.npy              int64 [C, 3]: client c trains on rows b0..b1 and tests on rows b1..b2 of train
     tokenizer/              only where clients read their own files (then train is empty)
 
@@ -25,7 +25,7 @@ import numpy as np
 from hfedmoe_ray.errors import DataError
 from hfedmoe_ray.types import Array
 
-FORMAT = 2
+FORMAT = 3
 """Part of the cache key, raised whenever the layout above changes: data is then prepared anew."""
 
 TOKENIZER = "tokenizer"
@@ -50,6 +50,8 @@ class Meta:
     tokenizer_sha256: str
     written: bool
     """Whether the examples are prompts and responses."""
+    translates: bool
+    """Whether an encoder is to read the prompts, and a decoder to write the responses."""
     cut: int
     """Prompts and responses, own and global test split included, that were longer than `max_length`."""
 

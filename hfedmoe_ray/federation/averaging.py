@@ -6,18 +6,21 @@ or the model from clients, comes in at one of these places.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from hfedmoe_ray.config.schema import Experiment
 from hfedmoe_ray.errors import TrainingError
 from hfedmoe_ray.federation import reporting
 from hfedmoe_ray.federation.collecting import Collector
 from hfedmoe_ray.federation.quorum import below_quorum
+from hfedmoe_ray.federation.secure import SecureAggregation
 from hfedmoe_ray.federation.state import FederationState
 from hfedmoe_ray.records import ClientRecord
 from hfedmoe_ray.strategies import AnyStrategy
 from hfedmoe_ray.strategies.aggregation import MeanOutputs, Reducer
 from hfedmoe_ray.strategies.server import ServerOptimizer
+from hfedmoe_ray.trust.central import CentralPrivacy
 from hfedmoe_ray.types import ClientUpdate, ExpertPlan, PersonalWeights, TaskResult, Weights
 
 
@@ -31,6 +34,10 @@ class Averaged:
     """The accepted updates without their tensors, by client."""
     participation: float | None
     """Mean of |S_c| / |S_global| (eq. 18); None if nothing was averaged."""
+    privacy: Mapping[str, float] = field(default_factory=dict)
+    """What has been spent so far, where the model is private (`CentralPrivacy.spent`)."""
+    told: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of the round's report that the updates do not tell: with secure aggregation, what only their sum does."""
 
 
 class Averaging:
@@ -44,6 +51,8 @@ class Averaging:
         *,
         collector: Collector,
         router_layers: Mapping[str, int],
+        central: CentralPrivacy | None,
+        secure: SecureAggregation | None,
     ) -> None:
         """Takes note of the run.
 
@@ -53,11 +62,17 @@ class Averaging:
             state: What is renewed, in place.
             collector: Validates what came back.
             router_layers: Router parameter name -> its MoE layer.
+            central: Where the model is private, what that draws and spends.
+            secure: Takes the masks off sums, where updates come masked.
         """
+        self._secure = secure
         self._strategy = strategy
         self._state = state
         self._collector = collector
         self._router_layers = router_layers
+        self._central = central
+        # Where a client's choice of experts is private, its one answer stands; what others route like is not mixed in.
+        self._answered_once = experiment.privacy.selection is not None
         self._lora_average = experiment.model.lora.average if experiment.model.lora else "factors"
         self._optimizer = ServerOptimizer(experiment.server, state.server)
 
@@ -70,8 +85,13 @@ class Averaging:
         state = self._state
         records: list[ClientRecord] = []
         accepted = self._collector.accepted(results, plans, records, state)
-        fold = self._fold_federated if self._strategy.federated else self._fold_apart
-        averaged = fold(accepted, plans, records)
+        if self._central is not None:
+            averaged = self._fold_private(self._central, accepted, records)
+        elif self._secure is not None:
+            averaged = self._fold_masked(self._secure, accepted, records)
+        else:
+            fold = self._fold_federated if self._strategy.federated else self._fold_apart
+            averaged = fold(accepted, plans, records)
         self._follow(averaged.updates, plans)
         return averaged
 
@@ -105,6 +125,20 @@ class Averaging:
         participation = sum(taken) / (everyone * len(taken)) if everyone else None
         return Averaged(records=records, updates=updates, participation=participation)
 
+    def _fold_private(
+        self, central: CentralPrivacy, accepted: Iterable[ClientUpdate], records: list[ClientRecord]
+    ) -> Averaged:
+        """Averages bounded changes with noise on them; of clients' statistics nothing is published."""
+        old = self._state.weights
+        mean = central.mean(old)
+        updates: dict[int, ClientUpdate] = {}
+        for update in accepted:
+            mean.add(update)
+            updates[update.client] = self._let_go(update)
+        self._check_quorum(records)
+        self._state.weights = self._optimizer.step(old, central.release(mean, self._state.round + 1), {})
+        return Averaged(records=records, updates=updates, participation=None, privacy=central.told(mean))
+
     def _fold_apart(
         self, accepted: Iterable[ClientUpdate], plans: Mapping[int, ExpertPlan], records: list[ClientRecord]
     ) -> Averaged:
@@ -121,10 +155,29 @@ class Averaging:
         self._state.weights = replace(old, version=old.version + 1, personal=private or None)
         return Averaged(records=records, updates=updates, participation=None)
 
+    def _fold_masked(
+        self, secure: SecureAggregation, accepted: Iterable[ClientUpdate], records: list[ClientRecord]
+    ) -> Averaged:
+        """Averages from the sum of masked updates, which is all there is to see."""
+        old = self._state.weights
+        updates: dict[int, ClientUpdate] = {}
+        for update in accepted:
+            secure.add(update)
+            updates[update.client] = self._let_go(update)
+        self._check_quorum(records)
+        found = secure.unmask()
+        records[:] = map(secure.counted, records)
+        averaged, rows = found.averaged(old, self._strategy.rules, len(updates), secure.options.min_clients)
+        weights = self._optimizer.step(old, averaged, rows)
+        self._state.weights = replace(weights, means=found.means(weights.means))
+        taken = found.counts
+        participation = sum(taken.values()) / (len(taken) * len(updates)) if taken else None
+        return Averaged(records=records, updates=updates, participation=participation, told=secure.told(found))
+
     def _let_go(self, update: ClientUpdate) -> ClientUpdate:
         """An update without its tensors, which would make memory grow with the cohort; notes its examples."""
         self._state.samples[update.client] = update.samples
-        return replace(update, experts={}, shared={}, means={})
+        return replace(update, experts={}, shared={}, means={}, masked=())
 
     def _check_quorum(self, records: Sequence[ClientRecord]) -> None:
         """Raises TrainingError if too few have delivered; dropping out is the experiment's doing, and no fault."""
@@ -134,6 +187,11 @@ class Averaging:
     def _follow(self, updates: Mapping[int, ClientUpdate], plans: Mapping[int, ExpertPlan]) -> None:
         """Brings the clients' profiles and the strategy's state up to date."""
         state, strategy = self._state, self._strategy
+        if self._central is not None and not self._answered_once:
+            # Each client's own, as measured: a plan that followed from others' profiles would carry them on.
+            state.profiles |= {client: update.profile for client, update in updates.items() if update.profile}
+        if self._central is not None or self._answered_once:
+            return
         cohort = reporting.mean_profile([u.profile for u in updates.values() if u.profile is not None])
         for client, update in updates.items():
             if update.profile is not None and cohort is not None:

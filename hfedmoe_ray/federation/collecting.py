@@ -16,12 +16,19 @@ from hfedmoe_ray.federation.executor import Notify
 from hfedmoe_ray.federation.phases import Waiting
 from hfedmoe_ray.federation.quorum import Proof, below_quorum, raise_common_failure, raise_common_flaw
 from hfedmoe_ray.federation.state import FederationState
-from hfedmoe_ray.federation.validation import NotAsTrained, Rejected, accept
+from hfedmoe_ray.federation.validation import NotAsTrained, Rejected, accept, accept_masked
 from hfedmoe_ray.records import ClientRecord
 from hfedmoe_ray.strategies import AnyStrategy
 from hfedmoe_ray.strategies.staleness import rebased
 from hfedmoe_ray.trust.limits import claims
 from hfedmoe_ray.types import ClientTask, ClientUpdate, ExpertPlan, TaskKind, TaskResult, Weights
+
+_DID: Mapping[TaskKind, str] = {
+    "keys": "sent their keys",
+    "shares": "shared their secrets",
+    "unmask": "helped to take the masks off the sum",
+}
+"""What too few have done, in steps of secure aggregation."""
 
 
 class Collector:
@@ -59,6 +66,10 @@ class Collector:
         self._durations = Durations()
         self.waited = 0.0
         """Seconds of the last `collect` in which slots had nothing to do but others were still at work."""
+
+    def tier(self, client: int) -> Tier:
+        """The tier of a client."""
+        return self._tiers[client]
 
     def predict(self, kind: TaskKind, client: int, experts: int) -> float:
         """What the next task of a client will take, to order tasks by (see `Durations.predict`)."""
@@ -110,7 +121,8 @@ class Collector:
             if self.quorum([True] * present + [result.status == "ok" for result in results.values()]):
                 return [results[client] for client in sorted(results)]
             self._notify("below_quorum", {"round": tasks[0].round})
-        raise TrainingError(below_quorum([(c, r.status, r.reason) for c, r in sorted(results.items())]))
+        outcomes = [(c, r.status, r.reason) for c, r in sorted(results.items())]
+        raise TrainingError(below_quorum(outcomes, _DID.get(tasks[0].kind, "delivered a usable update")))
 
     def accepted(
         self,
@@ -171,6 +183,9 @@ class Collector:
         proof = Proof(client=task.client, round=task.round, tier=tier, trainable=plan.trainable)
         limits = claims(self._experiment, task, self._dealt[task.client])
         try:
+            if task.kind == "train" and self._experiment.secure is not None:
+                profiled = self._experiment.secure.profiles == "clear"
+                return result, accept_masked(result, profiled=profiled, limits=limits)
             start = state.version(task.version).seen_by(task.personal)
             update = accept(result, plan, start, self._experiment.wire, self._strategy.signals, limits=limits)
         except Rejected as rejection:
@@ -183,5 +198,6 @@ class Collector:
 
     def quorum(self, arrived: Iterable[bool]) -> bool:
         """Whether enough of those asked have delivered."""
-        answers = list(arrived)
-        return sum(answers) >= self._experiment.runtime.quorum * len(answers)
+        answers, secure = list(arrived), self._experiment.secure
+        share = max(self._experiment.runtime.quorum, 0.0 if secure is None else secure.threshold)
+        return sum(answers) >= share * len(answers) - 1e-9

@@ -1,6 +1,7 @@
 """Measuring a round's model: the global one on the global test split, and each client's on its own."""
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -199,10 +200,19 @@ def summarise(results: Iterable[TaskResult]) -> Evaluation:
 
 
 def _score(parts: Iterable[ClientMetrics]) -> BenchmarkScore:
-    answered = list(parts)
-    items = sum(part.examples for part in answered)
-    return BenchmarkScore(
-        items=items,
-        accuracy=sum(part.correct for part in answered) / max(items, 1),
-        normalised=sum(part.correct_normalised for part in answered) / max(items, 1),
-    )
+    sums: Counter[str] = Counter()
+    items = 0
+    for part in parts:
+        items += part.examples
+        sums.update(part.answered)
+    if "nll" in sums:
+        counts = {unit: sums[f"{unit}s"] for unit in ("word", "byte", "token")}
+        measures = {f"{unit}_perplexity": _exp(sums["nll"] / max(count, 1)) for unit, count in counts.items()}
+    else:
+        measures = {name: right / max(items, 1) for name, right in sums.items()}
+    return BenchmarkScore(items=items, measures=measures)
+
+
+def _exp(value: float) -> float:
+    """E to a power; infinite beyond what a float holds."""
+    return math.exp(value) if value < 700 else math.inf

@@ -22,14 +22,15 @@ def raise_common_failure(results: Iterable[TaskResult], tracebacks: Mapping[int,
             raise TrainingError(f"{count} clients failed with the same error: {reason}\n{trace}".rstrip())
 
 
-def below_quorum(outcomes: Sequence[tuple[int, str, str]]) -> str:
-    """Tells how (client, status, reason) fell short, and what to do."""
+def below_quorum(outcomes: Sequence[tuple[int, str, str]], did: str = "delivered a usable update") -> str:
+    """Tells how (client, status, reason) fell short of what they were to do, and what to do about it."""
     lines = "\n".join(
         f"  client {client}: {status}{f' ({reason})' if reason else ''}" for client, status, reason in outcomes
     )
     arrived = sum(status == "ok" for _, status, _ in outcomes)
     return (
-        f"only {arrived} of {len(outcomes)} clients delivered a usable update, below `runtime.quorum`. The last "
+        f"only {arrived} of {len(outcomes)} clients {did}, below `runtime.quorum` (or, where it is "
+        "more, `secure.threshold`). The last "
         f"checkpoint is complete: mend the cause and `hfedmoe resume`, or lower the quorum.\n{lines}"
     )
 

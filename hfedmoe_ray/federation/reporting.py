@@ -171,7 +171,7 @@ def with_evaluation(report: RoundReport, found: Evaluation) -> RoundReport:
         test_loss=found.loss,
         own_accuracy=found.own_accuracy,
         personalised_accuracy=found.personalised_accuracy,
-        benchmarks={name: asdict(score) for name, score in found.benchmarks.items()},
+        benchmarks={name: score.fields for name, score in found.benchmarks.items()},
     )
 
 

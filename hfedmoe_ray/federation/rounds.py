@@ -26,6 +26,7 @@ from hfedmoe_ray.federation.evaluation import Evaluation
 from hfedmoe_ray.federation.evaluator import Evaluator
 from hfedmoe_ray.federation.executor import Executor
 from hfedmoe_ray.federation.phases import Phases
+from hfedmoe_ray.federation.secure import SecureAggregation, secure_aggregation
 from hfedmoe_ray.federation.state import FederationState
 from hfedmoe_ray.federation.stream import Stream
 from hfedmoe_ray.moe.prepare import head_parameters, initial_weights, router_layers
@@ -34,6 +35,9 @@ from hfedmoe_ray.strategies import build_strategy
 from hfedmoe_ray.strategies.aggregation import ClassMeans, MeanOutputs
 from hfedmoe_ray.strategies.scores import uniform_plan
 from hfedmoe_ray.tracking.tracker import Tracker
+from hfedmoe_ray.trust import accounting
+from hfedmoe_ray.trust.central import CentralPrivacy
+from hfedmoe_ray.trust.redaction import as_promised
 from hfedmoe_ray.types import (
     ClientInfo,
     ClientTask,
@@ -67,6 +71,7 @@ def run_experiment(
         HFedMoEError: The run cannot go on; the tracker has been given a summary with status "failed" and the error.
     """
     kind: type[Federation] = Federation
+    tracker = as_promised(context.experiment, tracker)
     if context.experiment.asynchronous is not None:
         from hfedmoe_ray.federation.asynchronous import AsynchronousFederation  # it builds on this module
 
@@ -117,6 +122,11 @@ class Federation:
         self.strategy.state = self.state.strategy
         self.strategy.report = tracker.event
         self.resumed_from = self.state.round if resume else None
+        central = self.experiment.privacy.central
+        self.central: CentralPrivacy | None = None
+        if central is not None and central.active:
+            self.central = CentralPrivacy(self.experiment, self.checkpoints, rounds=self.resumed_from)
+        accounting.check_examples(self.experiment, self.examples)
         self.ladder = Ladder(
             self.experiment, self.executor, self.strategy, self.state, tiers=self.tiers, client_info=self.client_info
         )
@@ -138,12 +148,24 @@ class Federation:
             clock=self.clock,
             notify=tracker.event,
         )
+        routers = router_layers(context.model)
+        self.secure: SecureAggregation | None = secure_aggregation(
+            self.experiment,
+            self.strategy,
+            self.state,
+            collector=self.collector,
+            router_layers=routers,
+            make_task=self.task,
+            notify=tracker.event,
+        )
         self.averaging = Averaging(
             self.experiment,
             self.strategy,
             self.state,
             collector=self.collector,
-            router_layers=router_layers(context.model),
+            router_layers=routers,
+            central=self.central,
+            secure=self.secure,
         )
 
     def run(self, should_stop: Callable[[], bool]) -> bool:
@@ -184,9 +206,15 @@ class Federation:
         with self._phase("plan"):
             self.strategy.study(self.state.weights)
             plans = self.strategy.plan(round, clients, self.state.profiles)
+        lost: list[ClientRecord] = []
+        if self.secure is not None:
+            with self._phase("agree"):
+                plans, lost = self.secure.agree(round, plans)
         with self._phase("train"):
             tasks = [self.task("train", round, client, plan) for client, plan in plans.items()]
-            results = self.collector.collect(tasks, wanted=self.experiment.clients.cohort)
+            # Of a cohort that is private everybody counts: it may be larger than its mean.
+            wanted = self.experiment.clients.cohort if self.central is None else None
+            results = self.collector.collect(tasks, wanted=wanted)
             self._phase.move(self.collector.waited, of="train", to="wait")
             plans |= {result.task.client: result.task.plan for result in results}  # fewer experts, where demoted
             results = without_dropouts(results, self.experiment.clients.failure_rate)
@@ -196,7 +224,7 @@ class Federation:
             with self._phase("publish"):
                 self.executor.publish(self.state.weights)
         simulated = self.clock.elapsed(profiled, averaged.records, ahead)
-        averaged = replace(averaged, records=unprofiled + averaged.records)
+        averaged = replace(averaged, records=[*unprofiled, *lost, *averaged.records])
         self._end(round, started, averaged, simulated=simulated, ahead=ahead)
 
     def profile(self, round: int, cohort: Sequence[int]) -> list[ClientRecord]:
@@ -218,7 +246,8 @@ class Federation:
             assert update.profile is not None
             self.state.profiles[update.client] = update.profile
             self.state.samples[update.client] = update.samples
-            means.add(update)
+            if self.central is None:
+                means.add(update)
             if update.prototypes is not None and starts_head:
                 classes.add(update.prototypes)
         if newcomers:
@@ -262,6 +291,8 @@ class Federation:
 
     def cohort(self, round: int) -> tuple[int, ...]:
         """Who takes part in a round."""
+        if self.central is not None:
+            return self.central.cohort(round)
         return select_cohort(self.experiment.clients, self.experiment.seed, round, self.examples)
 
     def client_info(self, client: int) -> ClientInfo:
@@ -293,6 +324,7 @@ class Federation:
             personal=client if client in (self.state.weights.personal or {}) else None,
             weight=weight,
             state=self.state.clients.get(client) if kind == "train" else None,
+            secure=self.secure.request(client) if kind == "train" and self.secure is not None else None,
         )
         return self.ladder.demoted(task)
 
@@ -303,7 +335,11 @@ class Federation:
 
     def summary(self, status: str) -> dict[str, Any]:
         """The keys of summary.json."""
-        return reporting.run_summary(self.context, self.state, status)
+        summary = reporting.run_summary(self.context, self.state, status)
+        spent = self._spent_of_examples(max(self.state.round, 0))
+        if self.central is not None:
+            spent = self.central.summary() | spent
+        return summary | {"privacy": spent} if spent else summary
 
     def _begin(self, round: int, clients: int) -> float:
         self._phase = Phases()
@@ -340,12 +376,22 @@ class Federation:
             ahead=ahead,
             nodes=self.executor.usage(),
         )
+        spent = dict(averaged.privacy) | self._spent_of_examples(round)
+        report = replace(report, privacy=spent, **averaged.told)
         if found is None:
             self.state.unmeasured = report
         else:
             self._report(report, found)
         # Last: a server killed in between repeats the round, and the trackers drop what it had reported of it.
         save_checkpoint(self.checkpoints, self.state, self.identity, self.experiment.runtime.keep_checkpoints)
+
+    def _spent_of_examples(self, rounds: int) -> dict[str, float]:
+        """Epsilon and delta of any client's single examples after so many rounds, where those are private."""
+        options = self.experiment.privacy.examples
+        if options is None:
+            return {}
+        spent = accounting.example_epsilon(options, self.experiment.local, self.examples, rounds)
+        return {"example_epsilon": spent, "example_delta": options.delta}
 
     def _report(self, report: RoundReport, found: Evaluation) -> None:
         self.state.unmeasured = None

@@ -3,7 +3,7 @@
 import hashlib
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 from hfedmoe_ray.federation.evaluation import Evaluation
 from hfedmoe_ray.federation.flight import Flight
@@ -38,7 +38,7 @@ class FederationState:
     personalised_accuracies: dict[int, float] = field(default_factory=dict)
     """The same after the last round and a local training round."""
     benchmarks: dict[int, dict[str, dict[str, float]]] = field(default_factory=dict)
-    """What the global model answered after a round: fields of `records.BenchmarkScore` by benchmark."""
+    """What the global model answered after a round: `records.BenchmarkScore.fields` by benchmark."""
     statuses: Counter[str] = field(default_factory=Counter)
     """Client results by status, over all rounds."""
     clients: dict[int, Fetch] = field(default_factory=dict)
@@ -102,7 +102,7 @@ class FederationState:
         self.own_accuracies |= evaluation.own
         self.personalised_accuracies |= evaluation.personalised
         if evaluation.benchmarks:
-            self.benchmarks[round] = {name: asdict(score) for name, score in evaluation.benchmarks.items()}
+            self.benchmarks[round] = {name: score.fields for name, score in evaluation.benchmarks.items()}
 
 
 def model_sha256(weights: Weights, base_sha256: str) -> str:

@@ -10,12 +10,13 @@ client's: where the same is found at enough clients of a round, `federation.quor
 
 import math
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
 
 import numpy as np
 
 from hfedmoe_ray.config.wire import Wire
 from hfedmoe_ray.trust.foreign_text import one_line
-from hfedmoe_ray.trust.limits import UNLIMITED, Limits, most_payload_bytes, most_state_bytes
+from hfedmoe_ray.trust.limits import UNLIMITED, Limits, most_masked_bytes, most_payload_bytes, most_state_bytes
 from hfedmoe_ray.types import (
     Array,
     ClientMetrics,
@@ -25,9 +26,10 @@ from hfedmoe_ray.types import (
     RoutingProfile,
     Signal,
     TaskResult,
+    TaskWeights,
     Weights,
 )
-from hfedmoe_ray.wire import PROFILE_FIELDS, checksum, expert_key, expert_name, read_upload
+from hfedmoe_ray.wire import PROFILE_FIELDS, checksum, expert_key, expert_name, read_upload, unpack_update
 
 _ABSURD = 100.0
 """So many times the norm of what it started from no update reaches by training (ours). Training scales weights by a
@@ -103,7 +105,7 @@ def accept(
         update = read_upload(payload, metrics, wire, weights)
     except ValueError as error:
         raise Rejected(f"cannot be read: {error}") from error
-    check_update(update, plan, weights, trains=trains, tokens=limits.tokens)
+    check_update(update, plan, weights, trains=trains, limits=limits)
     if set(update.signals) != asked:
         raise Rejected(f"measured {sorted(update.signals)} of each expert, not {sorted(asked)}")
     if trains:
@@ -132,8 +134,49 @@ def _check_size(what: str, size: int, most: int) -> None:
         raise Rejected(f"its {what} is {size} bytes, and can be {most} at most")
 
 
+def accept_masked(result: TaskResult, *, profiled: bool, limits: Limits) -> ClientUpdate:
+    """Fetches a masked vector and checks what can be: that it has the numbers it was asked for, whatever they hide.
+
+    Args:
+        result: How the task ended.
+        profiled: Whether the client's routing profile is sent beside it, in the clear.
+        limits: The most that it can truthfully claim.
+
+    Raises:
+        Rejected: It must not be added.
+    """
+    from hfedmoe_ray.trust.secure.messages import read_vector  # with cryptography, which is an extra
+    from hfedmoe_ray.trust.secure.server import Sum
+
+    metrics, request = result.metrics, result.task.secure
+    assert request is not None and request.layout is not None
+    if metrics is None or result.payload is None:
+        raise Rejected("delivered no update")
+    if not metrics.answers(result.task):
+        raise Rejected(f"answers for client {metrics.client}, round {metrics.round}, {metrics.kind}")
+    if metrics.samples <= 0:
+        raise Rejected(f"claims {metrics.samples} training examples")
+    _check_claims(metrics, result.task.plan, limits)
+    blocks = request.layout.blocks()
+    most = most_masked_bytes(request.layout.shape, sum(block.size for block in blocks), len(blocks))
+    _check_size("update", result.payload_bytes, most)
+    payload = result.payload()
+    _check_size("update", len(payload), most)
+    try:
+        masked, rest = read_vector(payload, len(blocks))
+        Sum(request.session, blocks).check(result.task.client, masked)
+        beside = unpack_update(rest, metrics)
+    except ValueError as error:
+        raise Rejected(f"cannot be read: {error}") from error
+    if (beside.profile is not None) != profiled:
+        raise Rejected("holds no routing profile" if profiled else "holds a routing profile, which nobody asked for")
+    if beside.profile is not None:
+        _check_profile(beside.profile, request.layout.shape, limits)
+    return replace(beside, masked=tuple(masked), payload_bytes=len(payload))
+
+
 def check_update(
-    update: ClientUpdate, plan: ExpertPlan, weights: Weights, *, trains: bool, tokens: float = math.inf
+    update: ClientUpdate, plan: ExpertPlan, weights: Weights, *, trains: bool, limits: Limits = UNLIMITED
 ) -> None:
     """Checks that an update holds assigned experts only, in the right shapes, and finite numbers.
 
@@ -142,7 +185,7 @@ def check_update(
         plan: What the client was given to do.
         weights: The weights it started from.
         trains: Whether shared parameters belong into it.
-        tokens: The most that its routing profile can be of.
+        limits: The most that it can truthfully claim.
 
     Raises:
         Rejected: With the first reason found.
@@ -162,7 +205,7 @@ def check_update(
     _check_tensors(update.shared, weights.shared if trains else {}, "shared parameters")
     _check_norm(update, weights)
     _check_statistics(update, plan, weights, trains=trains)
-    _check_profile(update.profile, (len(plan.roles), len(plan.roles[0])), tokens)
+    _check_profile(update.profile, (len(plan.roles), len(plan.roles[0])), limits)
 
 
 def _check_statistics(update: ClientUpdate, plan: ExpertPlan, weights: Weights, *, trains: bool) -> None:
@@ -199,20 +242,25 @@ def _check_statistics(update: ClientUpdate, plan: ExpertPlan, weights: Weights, 
             )
 
 
-def _check_profile(profile: RoutingProfile | None, shape: tuple[int, int], tokens: float) -> None:
+def _check_profile(profile: RoutingProfile | None, shape: tuple[int, int], limits: Limits) -> None:
     """Checks that a routing profile is one of so many tokens at most: averages weigh clients by it."""
     if profile is None:
         raise Rejected("holds no routing profile")
-    if not 0 < profile.tokens <= tokens:
-        raise Rejected(f"the routing profile is of {profile.tokens} tokens, not of 1 to {tokens:g}")
+    if not 0 < profile.tokens <= limits.tokens:
+        raise Rejected(f"the routing profile is of {profile.tokens} tokens, not of 1 to {limits.tokens:g}")
     most = dict.fromkeys(PROFILE_FIELDS, 1 + _ROUNDING) | {"routed": float(profile.tokens)}
     for name in PROFILE_FIELDS:
         value: Array = getattr(profile, name)
         if value.shape != shape or value.dtype != np.float64 or not np.isfinite(value).all():
             raise Rejected(f"the routing profile's {name} has a wrong shape or type, or is not finite")
-        if not _within(value, most[name], least=0.0):
+        if limits.noised:
+            if not _within(value, _LARGEST_OUTPUT):
+                raise Rejected(
+                    f"the routing profile's {name} is not within -{_LARGEST_OUTPUT:g} and {_LARGEST_OUTPUT:g}"
+                )
+        elif not _within(value, most[name], least=0.0):
             raise Rejected(f"the routing profile's {name} is not within 0 and {most[name]:g}")
-    if not _within(profile.usage.sum(axis=1) - 1.0, _ROUNDING):
+    if not limits.noised and not _within(profile.usage.sum(axis=1) - 1.0, _ROUNDING):
         raise Rejected("the routing profile's usage of a layer does not sum to 1")
 
 
@@ -258,7 +306,12 @@ def _norm(parts: Iterable[Mapping[str, Array]]) -> float:
 
 
 def check_canary(
-    update: ClientUpdate, metrics: ClientMetrics, plan: ExpertPlan, weights: Weights, *, lossy: bool = False
+    update: ClientUpdate,
+    metrics: ClientMetrics,
+    plan: ExpertPlan,
+    weights: Weights | TaskWeights,
+    *,
+    lossy: bool = False,
 ) -> None:
     """Proves what was trained, from checksums before and after.
 

@@ -20,6 +20,7 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     PreTrainedConfig,
     PreTrainedModel,
@@ -77,6 +78,8 @@ def build(*, source: Path, model: Model, num_labels: int, seed: int, texts: Sequ
             upcycling = [asdict(report) for report in reports]
         elif writes:
             module = _load(AutoModelForCausalLM, source, (), _full_precision(source))
+        elif model.task == "seq2seq":
+            module = _load(AutoModelForSeq2SeqLM, source, (), _full_precision(source))
         else:
             config = _full_precision(source, num_labels=num_labels)
             module = _load(AutoModelForSequenceClassification, source, ("score", "classifier"), config)
@@ -118,7 +121,7 @@ def mean_outputs(layout: MoELayout, batches: Iterator[tuple[Tensor, Tensor]]) ->
     """Returns the mean output of every expert, before gate weights, over the real tokens routed to it.
 
     Args:
-        layout: A complete model.
+        layout: A complete model. Where it has an encoder and a decoder, both read the texts.
         batches: Token ids and masks, [B, S] each.
 
     Returns:
@@ -143,7 +146,8 @@ def mean_outputs(layout: MoELayout, batches: Iterator[tuple[Tensor, Tensor]]) ->
     handles = [note(layer) for layer in range(layout.layers)]
     for ids, mask in batches:
         real = mask.bool().reshape(-1)
-        layout.model(input_ids=ids, attention_mask=mask)
+        both = {} if layout.start is None else {"decoder_input_ids": ids, "use_cache": False}
+        layout.model(input_ids=ids, attention_mask=mask, **both)
     for handle in handles:
         handle.remove()
     means: Array = (totals / counts.clamp_min(1)).float().numpy()

@@ -201,8 +201,9 @@ class ResidentExperts(nn.Module):
         pair = self._is_present[expert]
         if once is not None:
             pair = pair & once
-        if self._tape.real is not None:
-            pair = pair & self._tape.real.repeat_interleave(top_k)
+        real = self._tape.real(self.layer)
+        if real is not None:
+            pair = pair & real.repeat_interleave(top_k)
         pairs = pair.nonzero().squeeze(1)  # [P], places in [T * K]
         pairs = pairs[torch.argsort(expert[pairs], stable=True)]
         counts = torch.bincount(expert[pairs], minlength=len(self._is_present)).tolist()

@@ -25,18 +25,32 @@ def softmax_gates(logits: Tensor) -> Tensor:
 class RoutingTape:
     """The routing of the latest forward pass, layer by layer. Everything on it is detached, except for `gates`."""
 
-    def __init__(self, layers: int, gate_values: Callable[[Tensor], Tensor] = softmax_gates) -> None:
-        """Makes an empty tape for L layers; `gate_values` makes of logits [N, E] values that sum to 1 over E."""
+    def __init__(
+        self, layers: int, gate_values: Callable[[Tensor], Tensor] = softmax_gates, decoder_from: int | None = None
+    ) -> None:
+        """Makes an empty tape.
+
+        Args:
+            layers: L.
+            gate_values: Makes of logits [N, E] values that sum to 1 over E.
+            decoder_from: The first layer of a decoder, where an encoder is below it that reads other tokens.
+        """
         self._layers = layers
+        self._decoder_from = layers if decoder_from is None else decoder_from
         self._gate_values = gate_values
         self.differentiable = False
         """Whether to keep `gates`, for a loss that depends on the routing."""
         self.begin(None)
 
-    def begin(self, attention_mask: Tensor | None) -> None:
-        """Starts a forward pass: forgets the last one and notes which tokens are real, from a mask [B, S]."""
-        self.real = None if attention_mask is None else attention_mask.reshape(-1).bool()
-        """Which tokens are real, [B * S]; None: all."""
+    def begin(self, attention_mask: Tensor | None, decoder_mask: Tensor | None = None) -> None:
+        """Starts a forward pass: forgets the last one and notes which tokens are real.
+
+        Args:
+            attention_mask: 1 for real tokens, [B, S]; None: all are.
+            decoder_mask: The same of what a decoder reads, where that is something else.
+        """
+        self._real = None if attention_mask is None else attention_mask.reshape(-1).bool()
+        self._real_decoder = None if decoder_mask is None else decoder_mask.reshape(-1).bool()
         self.probabilities: list[Tensor | None] = [None] * self._layers
         """Gate values, [N, E] float32 per layer."""
         self.gates: list[Tensor | None] = [None] * self._layers
@@ -46,13 +60,28 @@ class RoutingTape:
         self.outputs: dict[ExpertKey, tuple[Tensor, int]] = {}
         """Sum of each held expert's outputs [H], before gate weights, and the number of tokens behind it."""
 
+    def decodes(self, layer: int) -> bool:
+        """Whether a layer belongs to a decoder that reads other tokens than the layers below it."""
+        return layer >= self._decoder_from
+
+    def real(self, layer: int) -> Tensor | None:
+        """Which tokens of a layer are real, [B * S]; None: all."""
+        return self._real_decoder if self.decodes(layer) else self._real
+
+    @property
+    def tokens(self) -> int:
+        """Real tokens of the pass; what an encoder and a decoder read counts together."""
+        sides = {self.decodes(layer): layer for layer in range(self._layers)}
+        return sum(len(_recorded(self.probabilities[layer])) for layer in sides.values())
+
     def record(self, layer: int, logits: Tensor, index: Tensor) -> None:
         """Notes the router logits [T, E] or [B, S, E] over all experts, and the chosen experts [T, K], of one layer."""
         logits, index = logits.flatten(end_dim=-2), index.detach()
         if not self.differentiable:
             logits = logits.detach()
-        if self.real is not None:
-            logits, index = logits[self.real], index[self.real]
+        real = self.real(layer)
+        if real is not None:
+            logits, index = logits[real], index[real]
         gates = self._gate_values(logits)
         self.probabilities[layer] = gates.detach()
         self.gates[layer] = gates if self.differentiable else None
@@ -63,9 +92,9 @@ class RoutingTape:
         """Notes what one expert returned for its tokens, [n, H]."""
         self.outputs[key] = (outputs.detach().sum(dim=0, dtype=torch.float32), len(outputs))
 
-    def stacked(self) -> Tensor:
-        """Returns all gate values, [L, N, E] float32."""
-        return torch.stack([_recorded(layer) for layer in self.probabilities])
+    def gate_values(self) -> list[Tensor]:
+        """Returns all gate values, [N, E] float32 of each layer."""
+        return [_recorded(layer) for layer in self.probabilities]
 
     def counts(self) -> FloatArray:
         """Returns how many tokens were sent to each expert, [L, E]."""
@@ -91,18 +120,21 @@ class ProfileAccumulator:
         zeros = np.zeros((shape.layers, shape.experts))
         self._gate, self._gate_log, self._specific, self._routed = zeros, zeros.copy(), zeros.copy(), zeros.copy()
         self._tokens = 0
+        self._seen = np.zeros(shape.layers)
+        """Tokens of each layer: fewer than all where an encoder reads some of them, and a decoder the others."""
         self._outputs: dict[ExpertKey, tuple[FloatArray, int]] = {}
 
     def add(self, tape: RoutingTape) -> None:
         """Adds the latest forward pass."""
-        gates = tape.stacked()
-        if gates.shape[1] == 0:
-            return
-        self._gate += _numpy(gates.sum(dim=1, dtype=torch.float64))
-        self._gate_log += _numpy(torch.xlogy(gates, gates).sum(dim=1, dtype=torch.float64))
-        self._specific = np.maximum(self._specific, _numpy(_specific(gates, self._specific_of)))
+        for layer, gates in enumerate(tape.gate_values()):
+            if len(gates):
+                self._gate[layer] += _numpy(gates.sum(dim=0, dtype=torch.float64))
+                self._gate_log[layer] += _numpy(torch.xlogy(gates, gates).sum(dim=0, dtype=torch.float64))
+                largest = _numpy(_specific(gates, self._specific_of))
+                self._specific[layer] = np.maximum(self._specific[layer], largest)
+                self._seen[layer] += len(gates)
         self._routed += tape.counts()
-        self._tokens += gates.shape[1]
+        self._tokens += tape.tokens
         for key, (total, tokens) in tape.outputs.items():
             self._add_output(key, _numpy(total), tokens)
 
@@ -113,20 +145,22 @@ class ProfileAccumulator:
         self._specific = np.maximum(self._specific, other._specific)
         self._routed += other._routed
         self._tokens += other._tokens
+        self._seen += other._seen
         for key, (total, tokens) in other._outputs.items():
             self._add_output(key, total, tokens)
 
     def routing(self) -> FloatArray:
-        """Returns everything added but the experts' outputs, as numbers for the client's other ranks, [4 L E + 1]."""
+        """Returns everything added but the experts' outputs, as numbers for other ranks, [4 L E + L + 1]."""
         sums = (self._gate, self._gate_log, self._routed, self._specific)
-        return np.concatenate([np.stack(sums).ravel(), [self._tokens]])
+        return np.concatenate([np.stack(sums).ravel(), self._seen, [self._tokens]])
 
     def become_routing(self, ranks: FloatArray) -> None:
-        """Takes the `routing` of all ranks together, [k, 4 L E + 1], in place of what was added here."""
+        """Takes the `routing` of all ranks together, [k, 4 L E + L + 1], in place of what was added here."""
         sums = ranks.sum(axis=0)
-        shape = (4, *self._gate.shape)
-        self._gate, self._gate_log, self._routed, _ = sums[:-1].reshape(shape)
-        self._specific = ranks[:, :-1].max(axis=0).reshape(shape)[3]
+        shape, values = (4, *self._gate.shape), 4 * self._gate.size
+        self._gate, self._gate_log, self._routed, _ = sums[:values].reshape(shape)
+        self._specific = ranks[:, :values].max(axis=0).reshape(shape)[3]
+        self._seen = sums[values:-1]
         self._tokens = int(sums[-1])
 
     def outputs(self, keys: Sequence[ExpertKey]) -> FloatArray:
@@ -148,7 +182,7 @@ class ProfileAccumulator:
 
         KL (eq. 11) is streamed exactly: (1/N) sum G log(G / p) = (1/N) sum G log G - p log p with p = (1/N) sum G.
         """
-        tokens = max(self._tokens, 1)
+        tokens = np.maximum(self._seen, 1.0)[:, None]
         usage = self._gate / tokens
         return RoutingProfile(
             usage=usage,
@@ -173,8 +207,8 @@ def _information(gate_log: FloatArray, usage: FloatArray) -> FloatArray:
 
 
 def _specific(gates: Tensor, specific: Specific) -> Tensor:
-    """Largest gate value, or its 99 % quantile, over tokens: [L, N, E] -> [L, E]."""
-    return gates.amax(dim=1) if specific == "max" else torch.quantile(gates, 0.99, dim=1)
+    """Largest gate value, or its 99 % quantile, over tokens: [N, E] -> [E]."""
+    return gates.amax(dim=0) if specific == "max" else torch.quantile(gates, 0.99, dim=0)
 
 
 def _recorded(tensor: Tensor | None) -> Tensor:

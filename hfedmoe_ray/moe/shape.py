@@ -33,7 +33,9 @@ MOE_FAMILIES = (
 )
 """Families with a layout, by transformers' model_type: the keys of `moe.layout.FAMILIES`, readable without torch."""
 _ENCODERS = ("bert", ENCODER_FAMILY, "switch_transformers")
-"""Families, of which Switch Transformer's encoder alone is used."""
+"""Families that write nothing after a prompt by a decoder alone."""
+_TWO_STACKS = ("switch_transformers",)
+"""Families with an encoder and a decoder."""
 _BYTES = 4
 """Everything is trained, sent and counted in fp32."""
 
@@ -85,7 +87,13 @@ def check_family(config: Mapping[str, Any], upcycle: Upcycle | None, task: Task)
     if task == "causal" and family in _ENCODERS:
         raise ModelError(
             f"model.task: a model of the family {family!r} is asked to write (`causal`), but it only reads: it has no "
-            "head for a next token. Choose a decoder, such as a mixtral or an olmoe, or write `task: classification`."
+            "head for a next token. Choose a decoder, such as a mixtral or an olmoe, or write `task: classification`"
+            + (", or `task: seq2seq`." if family in _TWO_STACKS else ".")
+        )
+    if task == "seq2seq" and family not in _TWO_STACKS:
+        raise ModelError(
+            f"model.task: `seq2seq` needs an encoder that reads and a decoder that writes, and a model of the family "
+            f"{family!r} has not both. Choose {' or '.join(_TWO_STACKS)}, or write `task: causal`."
         )
     if family in DENSE_FAMILIES and upcycle is None:
         raise ModelError(

@@ -38,7 +38,7 @@ CONFIG, META = "model_config.json", "meta.json"
 Group = Literal["expert", "router", "head", "top", "rest"]
 """What a parameter is: see `MoELayout.groups`."""
 Trainable = Literal["experts", "top", "full"]
-Task = Literal["classification", "causal"]
+Task = Literal["classification", "causal", "seq2seq"]
 
 TRAINABLE_GROUPS: Mapping[Trainable, frozenset[Group]] = {
     "experts": frozenset({"router", "head"}),
@@ -68,7 +68,7 @@ class Meta:
     format: int = FORMAT
     family: str
     task: Task
-    """What is on top: a head that classifies, or a language model's own."""
+    """What is on top: a head that classifies, or a language model's own, of a decoder alone or after an encoder."""
     sha256: str
     """Over names, shapes and bytes of all tensors."""
     groups: Mapping[str, Group]

@@ -10,7 +10,7 @@ Legend: L MoE layers, E experts, B batch, S sequence, H hidden, C classes, V voc
 
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,13 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn import Parameter
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+)
 
 from hfedmoe_ray.config.lora import Lora
 from hfedmoe_ray.errors import ModelError
@@ -34,10 +40,12 @@ from hfedmoe_ray.moe.store import BASE, CONFIG, EXPERTS, Task, Trainable, read_m
 from hfedmoe_ray.types import Array, ExpertKey, ExpertPlan, ModelShape, TaskWeights
 
 _TARGETS = "targets"
+_REAL = "real_tokens"
 
 AUTO_CLASSES: Mapping[Task, Any] = {
     "classification": AutoModelForSequenceClassification,
     "causal": AutoModelForCausalLM,
+    "seq2seq": AutoModelForSeq2SeqLM,
 }
 
 
@@ -109,7 +117,7 @@ class SparseModel:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         read_meta(prepared)
         self.module, self.layout = skeleton(prepared)
-        self.tape = RoutingTape(self.layout.layers, self.layout.gate_values)
+        self.tape = RoutingTape(self.layout.layers, self.layout.gate_values, self.layout.decoder_from)
         self._lora = lora
         frozen = frozen or {}
         adapted = AdaptedExperts(prepared, lora, self.layout, self.device, part(frozen, EXPERTS)) if lora else None
@@ -120,6 +128,7 @@ class SparseModel:
         self.module.register_forward_pre_hook(self._begin, with_kwargs=True)
         self.features = None
         self._targets: Tensor | None = None
+        self._writes = False
         language_head = self.module.get_output_embeddings()
         if language_head is None:
             self.module.get_submodule(self.layout.heads[0]).register_forward_pre_hook(self._note_features)
@@ -198,7 +207,14 @@ class SparseModel:
             yield from residents.frozen_tensors()
 
     def forward(
-        self, batch: Tensor, mask: Tensor, hidden: Tensor | None = None, targets: Tensor | None = None
+        self,
+        batch: Tensor,
+        mask: Tensor,
+        hidden: Tensor | None = None,
+        targets: Tensor | None = None,
+        *,
+        decoder: Tensor | None = None,
+        positions: Tensor | None = None,
     ) -> Tensor:
         """Returns logits, [B, C] or of a language model [N, V], and records the routing on `tape`.
 
@@ -206,18 +222,43 @@ class SparseModel:
             batch: Token ids, [B, S].
             mask: 1 for real tokens, [B, S].
             hidden: What `prefix` returned for these tokens, [B, S, H]; the lower layers are then skipped.
-            targets: Of a language model, the N places where the next token is asked for, [B, S]. Default: all.
+            targets: Of a language model, the N places where the next token is asked for, [B, S]; of one with an
+                encoder [B, D], and every real token of the decoder is one. Default: all.
+            decoder: What the decoder reads where an encoder reads `batch`, [B, D].
+            positions: Place of each token in its own text, [B, S], where rows hold several; 0 for padding.
         """
-        return self.module(**self.inputs(batch, mask, hidden, targets)).logits
+        return self.module(**self.inputs(batch, mask, hidden, targets, decoder=decoder, positions=positions)).logits
 
     def inputs(
-        self, batch: Tensor, mask: Tensor, hidden: Tensor | None = None, targets: Tensor | None = None
+        self,
+        batch: Tensor,
+        mask: Tensor,
+        hidden: Tensor | None = None,
+        targets: Tensor | None = None,
+        *,
+        decoder: Tensor | None = None,
+        positions: Tensor | None = None,
     ) -> dict[str, Any]:
         """Returns the module's keyword arguments for `forward`, for callers that wrap the module in an engine."""
-        asked = {} if targets is None else {_TARGETS: targets}
+        asked: dict[str, Any] = {} if targets is None else {_TARGETS: targets}
+        if decoder is not None:
+            # Padding is to the right of a decoder's tokens, so that no real one attends to it.
+            asked |= {"decoder_input_ids": decoder.long(), "use_cache": False}
+        if positions is not None:
+            return {"input_ids": batch.long(), _REAL: mask, **self.layout.apart(positions.long()), **asked}
         if hidden is not None:
             return {"hidden_states": hidden, "attention_mask": mask.long(), **asked}
         return {"input_ids": batch.long(), "attention_mask": mask.long(), **asked}
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Within the block `module.generate` writes; every token counts as real."""
+        self._targets, self._writes = None, True
+        self.tape.begin(None)
+        try:
+            yield
+        finally:
+            self._writes = False
 
     @property
     def supports_prefix(self) -> bool:
@@ -274,9 +315,13 @@ class SparseModel:
         return torch.tensor(array, dtype=torch.float32, device=self.device)
 
     def _begin(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self.tape.begin(kwargs.get("attention_mask"))
+        if self._writes:
+            self.tape.begin(None)
+            return args, kwargs
         # No argument of the module's own: its head is told by the hook below.
         self._targets = kwargs.pop(_TARGETS, None)
+        mask = kwargs.pop(_REAL, kwargs.get("attention_mask"))
+        self.tape.begin(mask, self._targets if "decoder_input_ids" in kwargs else None)
         return args, kwargs
 
     def _only_targets(self, _head: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

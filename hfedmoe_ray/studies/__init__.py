@@ -14,6 +14,7 @@ from hfedmoe_ray.studies import (
     merging,
     popularity,
     retention,
+    selection_privacy,
     simulated_time,
 )
 from hfedmoe_ray.studies.study import Study
@@ -28,6 +29,7 @@ _MODULES = (
     merging,
     retention,
     ablations,
+    selection_privacy,
     simulated_time,
 )
 

@@ -150,7 +150,7 @@ class Layers:
             part = ResidentExperts(layer, self._model.layout, self._model.tape)
             means = None if weights.means is None else weights.means[layer]
             part.bind(plan, weights.experts, means, self._model.device, made)
-            real = self._model.tape.real
+            real = self._model.tape.real(layer)
             with torch.inference_mode():
                 off = part(*given) - exact
                 errors = [(one if real is None else one[real]).norm() for one in (off, exact)]

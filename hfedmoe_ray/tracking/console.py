@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hfedmoe_ray.records import ClientRecord, RoundReport
+from hfedmoe_ray.tracking.benchmarks import change
 from hfedmoe_ray.tracking.formatting import MISSING, decimal, duration, percent, plural, points, short, size
 from hfedmoe_ray.tracking.progress import Pace, Progress, tier_colour
 from hfedmoe_ray.tracking.record import round_report
@@ -199,8 +200,9 @@ class ConsoleRenderer:
             (f"loss {decimal(report.loss):>5}", ""),
             (f"test {percent(report.accuracy):>6}", "green" if report.accuracy is not None else ""),
             *([(f"own {percent(report.own_accuracy):>6}", "green")] if report.own_accuracy is not None else []),
-            (f"experts {trained:>{len(str(total))}}/{total}", ""),
+            *([(f"experts {trained:>{len(str(total))}}/{total}", "")] if report.clients or not report.privacy else []),
             (f"up {_mib(report.bytes_up)} down {_mib(report.bytes_down)} MiB", ""),
+            *([(f"eps {spent:.2f}", "")] if (spent := report.privacy.get("epsilon")) is not None else []),
             (f"{duration(report.seconds):>6}", ""),
         ]
         troubles: Counter[str] = Counter(client.status for client in report.clients if client.status != "ok")
@@ -220,7 +222,9 @@ class ConsoleRenderer:
             own["after a local round"] = personalised
         for heading in ("clients", "held", "trained", "up", "down", "seconds", *own):
             table.add_column(heading, justify="right", overflow=cut)
-        trained = [result for result in self._results if result.status != "ok" or result.trained]
+        trained = [
+            result for result in self._results if result.status != "ok" or (result.kind == "train" and result.round)
+        ]
         for tier, row in by_tier(trained, self._order).items():
             values = [[v for client, v in by.items() if self._tiers.get(int(client)) == tier] for by in own.values()]
             table.add_row(
@@ -267,10 +271,20 @@ class ConsoleRenderer:
                 words += f"before and {percent(summary.get('personalised_worst_tenth'))} after"
             lines.append(("", words))
         for name, moments in (summary.get("benchmarks") or {}).items():
-            before, after = moments["before"], moments["after"]
-            words = f"{percent(before['accuracy'])} → {percent(after['accuracy'])}, by character "
-            words += f"{percent(before['normalised'])} → {percent(after['normalised'])} ({after['items']} items)"
-            lines.append((name, words))
+            lines.append((name, change(moments["before"], moments["after"])))
+        spent = summary.get("privacy") or {}
+        if "example_epsilon" in spent:
+            words = f"epsilon {spent['example_epsilon']:.3g} at delta {spent['example_delta']:g} for one example"
+            lines.append(("privacy", f"{words}, by its client alone"))
+        if "epsilon" in spent:
+            bound = (
+                "none: no noise"
+                if spent["epsilon"] is None
+                else f"epsilon {spent['epsilon']:.3g} at delta {spent['delta']:g}"
+            )
+            lines.append(
+                ("privacy", f"{bound}{'; void (noise_seed, a full record, or no noise)' if spent['void'] else ''}")
+            )
         if summary.get("status", "finished") != "finished":
             lines.append(("ended", f"{summary['status']} after round {summary.get('rounds', MISSING)}"))
         files = sorted(path.name for path in self._run_dir.iterdir()) if self._run_dir.is_dir() else []

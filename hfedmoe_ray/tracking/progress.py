@@ -12,7 +12,14 @@ TIER_COLOURS = ("blue", "yellow", "green", "magenta", "cyan", "bright_red")
 _CELLS = 24
 _RECENT = 5
 """Rounds that the time left is judged by: the first ones may have been slower."""
-_DOING = {"profile": "profiling", "train": "training", "evaluate": "evaluating"}
+_DOING = {
+    "profile": "profiling",
+    "keys": "agreeing",
+    "shares": "agreeing",
+    "train": "training",
+    "unmask": "unmasking",
+    "evaluate": "evaluating",
+}
 
 
 def tier_colour(tier: str, order: Sequence[str]) -> str:

@@ -19,6 +19,7 @@ from hfedmoe_ray.tracking.sections.experts import balance, selection
 from hfedmoe_ray.tracking.sections.learning import learning
 from hfedmoe_ray.tracking.sections.partition import partition
 from hfedmoe_ray.tracking.sections.pieces import trained_experts
+from hfedmoe_ray.tracking.sections.privacy import privacy
 from hfedmoe_ray.tracking.sections.rounds import configuration, rounds
 from hfedmoe_ray.tracking.sections.time_spent import time_spent
 from hfedmoe_ray.tracking.troubles import troubles
@@ -50,6 +51,7 @@ def render(run: RunRecord) -> str:
     """Returns the page. It is a function of the record alone: the same run gives the same page."""
     parts = (
         learning,
+        privacy,
         partition,
         selection,
         balance,
@@ -96,7 +98,7 @@ def _lede(run: RunRecord) -> str:
     if not measured:
         return f"{what}. The global model was not evaluated."
     (first_round, first), (_, last) = measured[0], measured[-1]
-    writes = (run.config.get("model") or {}).get("task") == "causal"
+    writes = (run.config.get("model") or {}).get("task") in ("causal", "seq2seq")
     does, of = ("predicts", "the tokens of the test set's responses") if writes else ("classifies", "the test set")
     result = f"{what}. The global model now {does} <b>{percent(last)}</b> of {of} correctly"
     if len(measured) == 1:
@@ -131,7 +133,8 @@ def _figures(run: RunRecord) -> str:
         rows.append(("Test accuracy", percent(accuracies[-1][0]), f"best {percent(best)} in round {best_round}"))
     if own:
         rows.append(("Own test data", percent(own[-1][0]), "mean of clients, residents only"))
-    rows.append(("Experts trained", f"{len(trained)} of {total}", "at least once, by any client"))
+    if trained or not any(r.privacy for r in run.rounds):  # where the model is private, the record does not say
+        rows.append(("Experts trained", f"{len(trained)} of {total}", "at least once, by any client"))
     up, down = sum(r.bytes_up for r in run.rounds), sum(r.bytes_down for r in run.rounds)
     rows.append(("Traffic", size(up + down), f"{size(up)} to the server, {size(down)} to clients"))
     rows.append(

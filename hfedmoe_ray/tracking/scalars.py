@@ -1,5 +1,6 @@
 """A round as named numbers: the same names in W&B, TensorBoard and MLflow."""
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -60,7 +61,8 @@ class RoundScalars:
                 f"tier/{tier}/down_mib": row.bytes_down / _MIB,
             }
         for benchmark, score in report.benchmarks.items():
-            numbers |= {f"benchmark/{benchmark}/{field}": score[field] for field in ("accuracy", "normalised")}
+            numbers |= {f"benchmark/{benchmark}/{field}": value for field, value in score.items() if field != "items"}
+        numbers |= {f"privacy/{name}": value for name, value in report.privacy.items() if math.isfinite(value)}
         for node in report.nodes:
             numbers |= _of_node(node)
         return {name: value for name, value in numbers.items() if value is not None}

@@ -11,7 +11,14 @@ from hfedmoe_ray.tracking.svg import LETTER, colour, image, line, rect, text, ti
 MOST_SLOTS, MOST_TASKS = 40, 800
 """What is drawn at most."""
 _WIDE = 820.0
-_WORK = {"train": "trains", "profile": "is profiled", "personalise": "trains for itself"}
+_WORK = {
+    "train": "trains",
+    "profile": "is profiled",
+    "personalise": "trains for itself",
+    "keys": "sends keys",
+    "shares": "shares its secrets",
+    "unmask": "helps to take masks off",
+}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -173,10 +173,16 @@ class Engine:
         backward pass would not do: the products would be computed and thrown away.) DeepSpeed's own `backward` cannot
         be told; it supports a backward pass of the caller's where it partitions, and at stage 0 does nothing more.
         """
-        wanted = self._wanted(active)
+        wanted = self.wanted(active)
         if not wanted:
             return
         torch.autograd.backward(self._engine.scale(loss) if self._partitions else loss, inputs=wanted)
+        self._active |= {None, *active}
+
+    def take(self, gradients: Sequence[Tensor], active: Collection[ExpertKey]) -> None:
+        """Takes gradients that the caller has made, of `wanted`, in place of those of `backward`; not under ZeRO."""
+        for parameter, gradient in zip(self.wanted(active), gradients, strict=True):
+            parameter.grad = gradient
         self._active |= {None, *active}
 
     def reduce(self, active: Collection[ExpertKey]) -> None:
@@ -198,7 +204,8 @@ class Engine:
         self._engine.step()
         self._active.clear()
 
-    def _wanted(self, active: Collection[ExpertKey]) -> list[nn.Parameter]:
+    def wanted(self, active: Collection[ExpertKey]) -> list[nn.Parameter]:
+        """The parameters that a step moves: shared ones, then those of the `active` experts."""
         return [*self._shared, *(p for key in active for p in self._experts[key])]
 
 
@@ -232,7 +239,7 @@ class RankedEngine(Engine):
 
     def backward(self, loss: Tensor, active: Collection[ExpertKey]) -> None:
         """See `Engine.backward`; the gradients are this rank's own until `reduce`."""
-        wanted = self._wanted(active)
+        wanted = self.wanted(active)
         if not wanted:
             return
         for parameter, gradient in zip(wanted, torch.autograd.grad(loss, wanted, allow_unused=True), strict=True):
@@ -245,7 +252,7 @@ class RankedEngine(Engine):
 
         An expert that no token of this rank's was sent to has a gradient of zeros here.
         """
-        wanted = self._wanted(active)
+        wanted = self.wanted(active)
         if not wanted:
             return
         self._active |= {None, *active}

@@ -8,8 +8,9 @@ import numpy as np
 import torch
 
 from hfedmoe_ray.config.schema import Experiment, LocalTraining
-from hfedmoe_ray.data.choices import stored_choices
-from hfedmoe_ray.data.dataset import Batch, FederatedDataset, Split
+from hfedmoe_ray.data.batches import Batch
+from hfedmoe_ray.data.benchmarks import stored_benchmark
+from hfedmoe_ray.data.dataset import FederatedDataset, Split
 from hfedmoe_ray.moe.subset import SparseModel
 from hfedmoe_ray.seeds import generator
 from hfedmoe_ray.train.prefix import PrefixStates, prefix_states
@@ -25,12 +26,14 @@ class Examples:
 
     def inputs(self, model: SparseModel, indices: Array) -> tuple[Batch, dict[str, Any]]:
         """Returns the batch of some examples, and what the model's forward pass is called with."""
-        batch = self.split.batch(indices)
+        batch = self.split.batch(indices, model.layout.start)
         mask = torch.from_numpy(batch.attention_mask).to(model.device)
         ids = torch.from_numpy(batch.input_ids).to(model.device)
         hidden = None if self.states is None else self.states.batch(indices, mask.shape[1], model.device)
         targets = None if batch.targets is None else torch.from_numpy(batch.targets).to(model.device)
-        return batch, model.inputs(ids, mask, hidden, targets)
+        decoder = None if batch.decoder_ids is None else torch.from_numpy(batch.decoder_ids).to(model.device)
+        positions = None if batch.positions is None else torch.from_numpy(batch.positions).to(model.device)
+        return batch, model.inputs(ids, mask, hidden, targets, decoder=decoder, positions=positions)
 
 
 def task_examples(
@@ -53,7 +56,8 @@ def task_examples(
         case "global_test":
             split = data.global_test()
         case "benchmark":
-            return Examples(stored_choices(data, task.benchmark).part(*task.part).rows, None)
+            benchmark = experiment.evaluate.named(task.benchmark)
+            return Examples(stored_benchmark(data, benchmark).part(*task.part).rows, None)
     split = split.part(*task.part)
     local = experiment.local
     cached = local.cache == "auto" and model.supports_prefix and experiment.model.trainable != "full"

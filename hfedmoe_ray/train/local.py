@@ -5,24 +5,30 @@ decides the last bits of a matrix product.
 """
 
 import gc
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from hfedmoe_ray.budget import tier_of
+from hfedmoe_ray.budget import expert_counts, tier_of
 from hfedmoe_ray.config.section import Precision
 from hfedmoe_ray.config.strategies import HFedMoE
 from hfedmoe_ray.context import RunContext
-from hfedmoe_ray.data.choices import stored_choices
-from hfedmoe_ray.data.dataset import Batch, FederatedDataset, Split
+from hfedmoe_ray.data.batches import Batch
+from hfedmoe_ray.data.benchmarks import stored_benchmark
+from hfedmoe_ray.data.choices import Choices
+from hfedmoe_ray.data.dataset import FederatedDataset, Split
+from hfedmoe_ray.data.exercises import Prompts
+from hfedmoe_ray.data.passages import Passages
+from hfedmoe_ray.data.tokenize import load_tokenizer
 from hfedmoe_ray.errors import ModelError
 from hfedmoe_ray.moe.routing import ProfileAccumulator
 from hfedmoe_ray.moe.store import check
@@ -30,19 +36,36 @@ from hfedmoe_ray.moe.subset import SparseModel
 from hfedmoe_ray.moe.threads import one_thread
 from hfedmoe_ray.seeds import derive_seed, generator
 from hfedmoe_ray.strategies import build_strategy
+from hfedmoe_ray.strategies.hfedmoe import HFedMoE as HFedMoEStrategy
 from hfedmoe_ray.train.activations import checkpointed_layers
 from hfedmoe_ray.train.deepspeed_config import deepspeed_config
 from hfedmoe_ray.train.engine import Engine, RankedEngine
 from hfedmoe_ray.train.examples import Examples, batches, task_examples
 from hfedmoe_ray.train.explore import squared_gradients
 from hfedmoe_ray.train.frozen import check_unwritten, frozen_versions
-from hfedmoe_ray.train.likelihood import answer
+from hfedmoe_ray.train.likelihood import answer, surprise
 from hfedmoe_ray.train.memory import PeakMemory, return_freed_memory
+from hfedmoe_ray.train.private_steps import PrivateSteps, poisson_batches, step_noise
 from hfedmoe_ray.train.proximal import Proximity
 from hfedmoe_ray.train.ranks import JoinedRanks, Ranks
 from hfedmoe_ray.train.steps import LocalSteps, Run, batch_labels
-from hfedmoe_ray.types import Array, ClientMetrics, ClientTask, ExpertKey, Prototypes, Role, TaskWeights
+from hfedmoe_ray.train.written import answer_by_writing
+from hfedmoe_ray.trust import selection
+from hfedmoe_ray.types import (
+    Array,
+    ClientMetrics,
+    ClientTask,
+    ClientUpdate,
+    ExpertKey,
+    Prototypes,
+    Role,
+    RoutingProfile,
+    TaskWeights,
+)
 from hfedmoe_ray.wire import Upload, checksum, dump_metrics, expert_name, make_upload, pack_update
+
+if TYPE_CHECKING:
+    from hfedmoe_ray.train.secure import SecureClients
 
 ShouldStop = Callable[[], bool]
 
@@ -75,6 +98,7 @@ class ClientWorker:
             self._model = SparseModel(context.model.path, lora=context.experiment.model.lora, frozen=frozen)
             self._data = FederatedDataset(context.data, context.experiment.data)
         self._strategy = build_strategy(self._experiment.strategy, context.model.shape, self._experiment.seed)
+        self._secure = _secure_clients(context)
         self._specific = self._experiment.strategy.specific if isinstance(self._experiment.strategy, HFedMoE) else "max"
         # An engine is freed by the garbage collector; what has been loaded so far it need not search each time.
         gc.collect()
@@ -107,6 +131,10 @@ class ClientWorker:
         """
         started = time.perf_counter()
         state = b""
+        if task.kind in ("keys", "shares", "unmask"):
+            assert self._secure is not None, "a step of secure aggregation, which the run has not"
+            payload, metrics = self._secure.answer(task)
+            return payload, dump_metrics(replace(metrics, seconds=time.perf_counter() - started)), state
         with self._bound(task, weights) as examples:
             match task.kind:
                 case "profile":
@@ -121,6 +149,8 @@ class ClientWorker:
                 case "personalise":
                     payload, metrics = self._personalise(task, weights, examples, should_stop)
         seconds = time.perf_counter() - started
+        if self._experiment.privacy.examples is not None and task.kind in ("profile", "train"):
+            metrics = replace(metrics, loss=math.nan, tokens=0)
         return payload, dump_metrics(replace(metrics, seconds=seconds)), state
 
     def follow(self, task: ClientTask, weights: TaskWeights) -> None:
@@ -182,7 +212,8 @@ class ClientWorker:
                     np.add.at(prototypes.counts, batch.labels, 1)
         measured = profile.profile()
         means = _without_counts(profile.means())
-        payload = pack_update({}, {}, measured, means, prototypes, lossy=self._experiment.wire.lossy)
+        told, means = self._told(task, measured, means)
+        payload = pack_update({}, {}, told, means, prototypes, lossy=self._experiment.wire.lossy)
         return payload, _metrics(task, split, tokens=measured.tokens, loss=loss / predictions, examples=predictions)
 
     def _train(
@@ -198,21 +229,24 @@ class ClientWorker:
         moved: dict[ExpertKey, dict[str, Array]] = {
             key: model.read_expert(key) for key, steps in done.trained.items() if steps
         }
-        means = _without_counts(done.profile.means())
-        upload = make_upload(
-            self._experiment.wire,
-            weights,
-            moved,
-            model.read_shared(),
-            profile=measured,
-            means=means,
-            signals=done.signals.result(),
-        )
+        means, shared = done.profile.means(), model.read_shared()
+        told, sent = self._told(task, measured, _without_counts(means))
+        upload = Upload(payload=b"")
+        if task.secure is None:
+            upload = make_upload(
+                self._experiment.wire,
+                weights,
+                moved,
+                shared,
+                profile=told,
+                means=sent,
+                signals=done.signals.result(),
+            )
         metrics = _metrics(
             task,
             examples.split,
             tokens=measured.tokens,
-            loss=done.loss / done.predictions,
+            loss=done.loss / max(done.predictions, 1),
             examples=done.predictions,
             trained={expert_name(key): done.trained[key] for key in moved},
             before=before,
@@ -222,6 +256,18 @@ class ClientWorker:
             peak_mib=peak_mib,
             scale=tuple(float(scale.detach()) for scale in self._model.scales),
         )
+        if self._secure is not None and task.secure is not None:
+            update = ClientUpdate(
+                client=task.client,
+                samples=metrics.samples,
+                experts=moved,
+                shared=shared,
+                trained={key: done.trained[key] for key in moved},
+                profile=measured,
+                means=means,
+            )
+            payload, metrics = self._secure.upload(task, weights, update, metrics)
+            upload = Upload(payload=payload)
         return upload, metrics
 
     def _evaluate(self, task: ClientTask, examples: Examples, should_stop: ShouldStop) -> tuple[bytes, ClientMetrics]:
@@ -238,17 +284,29 @@ class ClientWorker:
                 loss += float(cross_entropy(logits.float(), labels, reduction="sum"))
                 correct += int((logits.argmax(dim=-1) == labels).sum())
                 predictions += len(labels)
-                tokens += int(batch.attention_mask.sum())
+                tokens += self._model.tape.tokens
         mean = loss / max(predictions, 1)
         return b"", _metrics(task, split, tokens=tokens, loss=mean, correct=correct, examples=predictions)
 
     def _answer(self, task: ClientTask, examples: Examples, should_stop: ShouldStop) -> tuple[bytes, ClientMetrics]:
-        """The likeliest choice of each item of a part of a benchmark, against the right one."""
-        choices = stored_choices(self._data, task.benchmark).part(*task.part)
+        """What the model answers to a part of a benchmark."""
+        benchmark = self._experiment.evaluate.named(task.benchmark)
+        asked = stored_benchmark(self._data, benchmark).part(*task.part)
         self._model.module.eval()
-        size = self._experiment.evaluate.batch_size
-        answered = answer(choices, partial(self._forward, examples), size, partial(self._poll, should_stop))
-        return b"", _metrics(task, examples.split, **answered)
+        size, poll = self._experiment.evaluate.batch_size, partial(self._poll, should_stop)
+        forward = partial(self._forward, examples)
+        match asked:
+            case Choices():
+                found = answer(asked, forward, size, poll)
+            case Passages():
+                found = surprise(asked, forward, size, poll)
+            case Prompts():
+                tokenizer = load_tokenizer(self._context.model.path)
+                computing = self._computing(self._local.precision)
+                found = answer_by_writing(
+                    self._model, tokenizer, asked, benchmark, size=size, precision=computing, poll=poll
+                )
+        return b"", _metrics(task, examples.split, **found)
 
     def _personalise(
         self, task: ClientTask, weights: TaskWeights, examples: Examples, should_stop: ShouldStop
@@ -263,6 +321,22 @@ class ClientWorker:
         return payload, replace(metrics, trained=trained, step_seconds=done.seconds, peak_mib=peak_mib)
 
     # ------------------------------------------------------------------------------------------------- the parts
+
+    def _told(
+        self, task: ClientTask, measured: RoutingProfile, means: dict[ExpertKey, Array]
+    ) -> tuple[RoutingProfile, dict[ExpertKey, Array]]:
+        """What the server is told of a client's routing: all, or where that is private nothing but one answer."""
+        privacy, strategy = self._experiment.privacy, self._experiment.strategy
+        options = privacy.selection
+        if options is None and privacy.examples is None:
+            return measured, means
+        if task.kind != "profile" or options is None:
+            return selection.nothing(self._strategy.shape), {}
+        assert isinstance(strategy, HFedMoE)
+        assert isinstance(self._strategy, HFedMoEStrategy)
+        residents, _ = expert_counts(self._tiers[task.client], self._model.shape)
+        score = self._strategy.score(measured)
+        return selection.answer(options, measured, score, residents, strategy.scope, client=task.client), {}
 
     def _explore(self, task: ClientTask, examples: Examples, should_stop: ShouldStop) -> dict[ExpertKey, float]:
         """Estimates the squared gradient of FROZEN experts on the round's first batch, if the strategy asks for it."""
@@ -290,7 +364,8 @@ class ClientWorker:
         model, tier, ranks = self._model, self._tiers[task.client], self._ranks_of(task)
         if task.micro_batch is not None:
             tier = tier.model_copy(update={"micro_batch": task.micro_batch})
-        done = LocalSteps(
+        private = self._experiment.privacy.examples
+        done = (LocalSteps if private is None else PrivateSteps)(
             model,
             self._strategy,
             partial(self._forward, examples),
@@ -302,6 +377,9 @@ class ClientWorker:
             proximity=Proximity(self._strategy.proximal, model, weights),
             ranks=ranks,
         )
+        if isinstance(done, PrivateSteps) and private is not None:
+            expected = float(min(self._local.batch_size, len(examples.split)))
+            done.protect(private, step_noise(private, task), expected)
         shared = [*model.shared_parameters.values(), *model.scales]
         model.module.train()
         # Filling the prefix cache took room of its own, once.
@@ -328,6 +406,9 @@ class ClientWorker:
         return task_examples(self._model, self._context.model.sha256, self._data, self._experiment, task)
 
     def _batches(self, task: ClientTask, count: int) -> Iterator[Array]:
+        private = self._experiment.privacy.examples
+        if private is not None and task.kind == "train":
+            return poisson_batches(private, self._local, task, count)
         return batches(self._local, task, count)
 
     def _forward(
@@ -346,11 +427,13 @@ class ClientWorker:
             precision: What to compute in. Default: the run's, which everything must be evaluated in.
             run: Stands in for the module, such as an engine around it.
         """
-        device = self._model.device
         batch, inputs = examples.inputs(self._model, indices)
-        bf16 = (precision or self._local.precision) == "bf16"
-        with torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext():
+        with self._computing(precision or self._local.precision):
             return batch, (run or self._model.module)(**inputs).logits
+
+    def _computing(self, precision: Precision) -> AbstractContextManager[Any]:
+        """Within it the model computes in a precision."""
+        return torch.autocast(self._model.device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
 
     def _new_profile(self) -> ProfileAccumulator:
         return ProfileAccumulator(self._model.shape, self._specific)
@@ -378,6 +461,15 @@ class ClientWorker:
     def _poll(should_stop: ShouldStop) -> None:
         if should_stop():
             raise Stopped
+
+
+def _secure_clients(context: RunContext) -> "SecureClients | None":
+    """The clients' part in secure aggregation, where the run asks for it."""
+    if context.experiment.secure is None:
+        return None
+    from hfedmoe_ray.train.secure import SecureClients  # with cryptography, which is an extra
+
+    return SecureClients(context)
 
 
 def _metrics(task: ClientTask, split: Split, **measured: Any) -> ClientMetrics:

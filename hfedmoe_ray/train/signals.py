@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from hfedmoe_ray.data.dataset import Batch
+from hfedmoe_ray.data.batches import Batch
 from hfedmoe_ray.moe.routing import RoutingTape
 from hfedmoe_ray.train.ranks import Ranks
-from hfedmoe_ray.types import Array, ExpertKey, FloatArray, Signal
+from hfedmoe_ray.types import ExpertKey, FloatArray, Signal
 
 
 class Signals:
@@ -41,14 +41,14 @@ class Signals:
         if not values:
             return
         if batch.targets is not None:
-            values = {signal: _means(value, batch.targets) for signal, value in values.items()}
-        mask = torch.from_numpy(batch.attention_mask)
-        example = mask.bool().nonzero()[:, 0]  # [T]: which example a real token belongs to
+            values = {signal: _means(value, batch) for signal, value in values.items()}
+        # Which example a real token belongs to, [T], in layers of an encoder (or all) and of a decoder.
+        sides = [torch.from_numpy(batch.owners(decoder=decoder)) for decoder in (False, True)]
         for layer, index in enumerate(tape.index):
             assert index is not None
             experts = self._weight.shape[1]
-            tokens = torch.zeros(len(mask), experts + 1, dtype=torch.float64, device=index.device)
-            of = example.to(index.device)[:, None].expand_as(index)
+            tokens = torch.zeros(batch.examples, experts + 1, dtype=torch.float64, device=index.device)
+            of = sides[tape.decodes(layer)].to(index.device)[:, None].expand_as(index)
             tokens.index_put_((of, index), tokens.new_ones(()), accumulate=True)
             tokens = tokens[:, :experts]  # [B, E] tokens of an example that were sent to an expert
             self._weight[layer] += tokens.sum(dim=0).cpu().numpy()
@@ -89,8 +89,9 @@ class Signals:
         return found
 
 
-def _means(value: Tensor, targets: Array) -> Tensor:
-    """Means over the predictions of each example, [B], of values [N] at the places that `targets` [B, S] marks."""
-    owner = torch.from_numpy(targets.nonzero()[0]).to(value.device)
-    sums = value.new_zeros(len(targets)).index_add(0, owner, value)
-    return sums / torch.from_numpy(targets.sum(axis=1)).to(value).clamp_min(1)
+def _means(value: Tensor, batch: Batch) -> Tensor:
+    """Means over the predictions of each example, [B], of values [N]."""
+    owner = torch.from_numpy(batch.asked).to(value.device)
+    sums = value.new_zeros(batch.examples).index_add(0, owner, value)
+    counts = torch.bincount(owner, minlength=batch.examples)
+    return sums / counts.to(value).clamp_min(1)

@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 
 from hfedmoe_ray.config.schema import Tier
 from hfedmoe_ray.config.section import Precision
-from hfedmoe_ray.data.dataset import Batch
+from hfedmoe_ray.data.batches import Batch
 from hfedmoe_ray.moe.routing import ProfileAccumulator, Specific
 from hfedmoe_ray.moe.subset import SparseModel
 from hfedmoe_ray.strategies import AnyStrategy

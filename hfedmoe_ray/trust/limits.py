@@ -34,6 +34,8 @@ class Limits:
     """Optimizer steps on an expert."""
     tokens: float = inf
     """Tokens that passed through the model."""
+    noised: bool = False
+    """Whether its routing profile is what `privacy.selection` makes of it, which adds up to nothing."""
 
 
 UNLIMITED = Limits()
@@ -49,10 +51,14 @@ def claims(experiment: Experiment, task: ClientTask, dealt: int) -> Limits:
     """
     local = experiment.local
     examples = local.profile_examples if task.kind == "profile" else _PASSES * local.steps * local.batch_size
+    read_and_written = 2 if experiment.model.task == "seq2seq" else 1
+    privacy = experiment.privacy
     return Limits(
         samples=dealt or experiment.clients.most_examples or inf,
         steps=local.steps,
-        tokens=examples * experiment.data.max_length,
+        # Batches that are drawn for `privacy.examples` are of any size.
+        tokens=inf if privacy.examples is not None else examples * read_and_written * experiment.data.max_length,
+        noised=privacy.selection is not None and task.kind == "profile",
     )
 
 
@@ -83,6 +89,18 @@ def most_payload_bytes(
     # Class prototypes: as many numbers as a task head and its bias.
     head = max((array.size + len(array) for array in weights.shared.values() if array.ndim == 2), default=0) * _NUMBER
     return trained + header + means + head + grids * (experts * _MEASURE + _HEADER_ENTRY) + 4 * _HEADER_ENTRY
+
+
+def most_masked_bytes(shape: tuple[int, int], numbers: int, blocks: int) -> int:
+    """The most that a masked vector can weigh, with a routing profile beside it.
+
+    Args:
+        shape: (L, E).
+        numbers: Of the vector.
+        blocks: That it is sent in.
+    """
+    profile = (len(PROFILE_FIELDS) + 1) * (shape[0] * shape[1] * _MEASURE + _HEADER_ENTRY)
+    return numbers * _MEASURE + blocks * _HEADER_ENTRY + profile
 
 
 def most_state_bytes(weights: Weights, wire: Wire) -> int:

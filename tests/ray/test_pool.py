@@ -91,7 +91,7 @@ def test_arrays_arrive_read_only_and_one_thread_computes(executor: RayExecutor):
     for result in executor.run(TASKS, Log()):
         assert result.metrics is not None
         assert result.metrics.tokens == 0, "a fetched array was writable"
-        assert result.metrics.loss == 1.0, "OMP_NUM_THREADS"
+        assert result.metrics.loss == 1.0, "started without `environment.ENVIRONMENT`"
 
 
 def test_only_present_experts_are_fetched(executor: RayExecutor):

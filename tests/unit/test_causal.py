@@ -106,6 +106,35 @@ def test_columns_and_patterns_of_columns(tmp_path: Path) -> None:
         columns_of("{q")
 
 
+@pytest.mark.parametrize("own_files", [False, True])
+def test_each_client_has_a_task_of_its_own(own_files: bool, tokenizer: Any, tmp_path: Path) -> None:
+    """By a column of one file, or by a file of each client's."""
+    rows = [{"task": f"task {i % 3}", "q": f"word{i % 3} word9", "a": f"word{i % 3 + 5}"} for i in range(36)]
+    for client in range(3):
+        own = "".join(json.dumps(row) + "\n" for row in rows[client::3])
+        (tmp_path / f"client-{client}.jsonl").write_text(own)
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    name, partition = (
+        ("client-{client}.jsonl", {"how": "files"}) if own_files else ("rows.jsonl", {"how": "natural", "key": "task"})
+    )
+    data = Data(source=str(tmp_path / name), prompt="q", response="a", partition=partition)
+    save_tokenizer(tmp_path / "tokenizer")
+    prepared = prepare_data(
+        data, load_raw(data), tokenizer_dir=tmp_path / "tokenizer", clients=3, seed=0, cache=tmp_path / "cache"
+    )
+    dataset = FederatedDataset(prepared, data)
+    tasks = set()
+    for client in range(3):
+        for split in (dataset.train(client), dataset.own_test(client)):
+            assert len(split) > 0
+            batch = split.batch(range(len(split)))
+            (task,) = {tokenizer.decode(row).split()[0] for row in batch.input_ids}
+            answers = {word for word in tokenizer.decode(batch.labels).split() if word != "</s>"}
+            assert answers == {f"word{int(task.removeprefix('word')) + 5}"}
+            tasks.add(task)
+    assert tasks == {"word0", "word1", "word2"}
+
+
 @pytest.mark.parametrize(
     ("model", "data", "told"),
     [
@@ -222,7 +251,7 @@ def test_answers_are_the_likeliest_choices_whatever_the_batches_and_parts(tokeni
             return batch, ours.forward(asked[0], asked[1], targets=asked[2])
 
         found = answer(part, forward, size, lambda: None)
-        return int(found["correct"]), int(found["correct_normalised"]), int(found["examples"])
+        return int(found["answered"]["accuracy"]), int(found["answered"]["normalised"]), int(found["examples"])
 
     assert answered(choices, 5) == (plain, normalised, len(ITEMS))
     parts = [answered(choices.part(index, 4), 3) for index in range(4)]

@@ -50,6 +50,9 @@ def test_a_run_learns_to_write_and_does(llama: Path, tmp_path: Path, capsys: pyt
     items = [{"q": f"word{i}", "a": f"word{10 + i}", "b": f"word{10 + (i + 1) % 4}", "label": 0} for i in range(4)]
     (tmp_path / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
     asked = {"name": "items", "source": str(tmp_path / "items.jsonl"), "prompt": "q", "choices": ["a", "b"]}
+    written = {"name": "written", "kind": "match", "source": asked["source"], "prompt": "q", "answer": "a"}
+    written |= {"extract": r"(word\d+) word9", "max_tokens": 6}
+    likely = {"name": "likely", "kind": "perplexity", "source": asked["source"], "prompt": "{q} {a} word9"}
     settings = {
         "name": "run",
         "output": str(tmp_path),
@@ -65,20 +68,33 @@ def test_a_run_learns_to_write_and_does(llama: Path, tmp_path: Path, capsys: pyt
         },
         "data": {"source": str(tmp_path / "data.jsonl"), "prompt": "asked", "response": "said", "max_length": 8},
         "local": {"steps": 30, "batch_size": 16, "profile_examples": 8, "learning_rate": 1e-2},
-        "evaluate": {"benchmarks": [asked]},
+        "evaluate": {"batch_size": 3, "benchmarks": [asked, written, likely]},
         "tracking": {"wandb": {"mode": "disabled"}},
     }
     (tmp_path / "config.yaml").write_text(json.dumps(settings))
     assert main(["run", str(tmp_path / "config.yaml")]) == 0
-    answered = json.loads((tmp_path / "run" / "summary.json").read_text())["benchmarks"]["items"]
+    told = " ".join(capsys.readouterr().out.split())
+    assert "written exact match 0.0 % → 100.0 % (4 items)" in told
+    found = json.loads((tmp_path / "run" / "summary.json").read_text())["benchmarks"]
+    assert found["written"] == {"before": {"items": 4, "exact_match": 0.0}, "after": {"items": 4, "exact_match": 1.0}}
+    before, after = found["likely"]["before"], found["likely"]["after"]
+    assert before.keys() == {"items", "word_perplexity", "byte_perplexity", "token_perplexity"}
+    # Each word is a token here; the first of a text is predicted too.
+    assert before["word_perplexity"] == pytest.approx(before["token_perplexity"])
+    assert after["word_perplexity"] != before["word_perplexity"] > 1
+    assert after["byte_perplexity"] == pytest.approx(after["word_perplexity"] ** (12 / 72), rel=1e-3)
+    answered = found["items"]
     assert answered["before"]["accuracy"] < 1
     assert answered["after"] == {"items": 4, "accuracy": 1.0, "normalised": 1.0}
     page = (tmp_path / "run" / "report.html").read_text()
     assert "now predicts" in page
     assert '<th scope="col">Benchmark</th>' in page
+    assert "exact match" in page
     capsys.readouterr()
     assert main(["evaluate", str(tmp_path / "run")]) == 0
-    assert "items 100.0 %, by character 100.0 % (4 items)" in capsys.readouterr().out
+    lines = capsys.readouterr().out.splitlines()
+    assert "items 100.0 %, by character 100.0 % (4 items)" in lines
+    assert "written exact match 100.0 % (4 items)" in lines
     assert main(["generate", str(tmp_path / "run"), *(f"word{i}" for i in range(4)), "--max-tokens", "4"]) == 0
     assert capsys.readouterr().out.splitlines() == [f"word{10 + i} word9" for i in range(4)]
 

@@ -176,7 +176,7 @@ def test_padding_changes_nothing(prepared: PreparedModel) -> None:
     wider = torch.nn.functional.pad(ids, (0, 5)), torch.nn.functional.pad(mask, (0, 5))
     torch.testing.assert_close(model.forward(*wider), logits, rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(model.tape.counts(), counts)
-    assert model.tape.stacked().shape[1] == int(mask.sum())
+    assert model.tape.tokens == int(mask.sum())
 
 
 def test_trained_experts_are_private_and_frozen_ones_alias_the_published_arrays(prepared: PreparedModel) -> None:

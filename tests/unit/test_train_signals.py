@@ -6,7 +6,7 @@ import torch
 from moe_models import LABELS, batch, plan, prepare, save_mixtral, task_weights
 from torch.nn.functional import cross_entropy
 
-from hfedmoe_ray.data.dataset import Batch
+from hfedmoe_ray.data.batches import Batch
 from hfedmoe_ray.moe.subset import SparseModel
 from hfedmoe_ray.train.signals import Signals
 from hfedmoe_ray.types import ExpertKey

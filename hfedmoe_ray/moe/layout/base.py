@@ -133,12 +133,34 @@ class MoELayout(ABC):
         """Returns expert numbers and gate weights, [T, K] each, from what a block hands its experts with the tokens."""
         return first, second
 
+    def apart(self, positions: Tensor) -> dict[str, Any]:
+        """Returns the model's arguments by which several texts in a row do not see each other.
+
+        Most of transformers' decoders read off the positions where a text begins, if they are given no mask.
+
+        Args:
+            positions: Place of each token in its own text, [B, S].
+        """
+        return {"position_ids": positions}
+
     # ------------------------------------------------------------------------------------- what follows from it
 
     @property
     def layers(self) -> int:
         """L."""
         return len(self.blocks)
+
+    @property
+    def decoder_from(self) -> int:
+        """The first MoE layer of a decoder that reads other tokens than the encoder below it; L: there is none."""
+        return next((n for n, name in enumerate(self.block_names) if name.startswith("decoder.")), self.layers)
+
+    @property
+    def start(self) -> int | None:
+        """What a decoder reads before its first token; None: there is no encoder beside it."""
+        if self.model.get_output_embeddings() is None or not self.model.config.is_encoder_decoder:
+            return None
+        return int(self.model.config.decoder_start_token_id)
 
     @property
     def expert_bytes(self) -> int:

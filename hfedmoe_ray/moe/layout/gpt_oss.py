@@ -4,9 +4,11 @@ Legend: H hidden, F ffn per expert, T tokens, E experts, K top-k.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssMLP
 
 from hfedmoe_ray.moe.layout.fused import FusedLayout
@@ -30,6 +32,23 @@ class GptOssLayout(FusedLayout):
         up = gate_up[..., 1::2].clamp(-config.swiglu_limit, config.swiglu_limit)
         neurons = (up + 1) * gate * torch.sigmoid(gate * config.swiglu_alpha)
         return project(neurons, tensors["down_proj"], tensors["down_proj_bias"], transposed=True)
+
+    def apart(self, positions: Tensor) -> dict[str, Any]:
+        """See `MoELayout`. This family makes its masks without the positions, but takes masks that are made."""
+        config = self.model.config
+        shape_and_type = torch.empty(*positions.shape, 1, dtype=self.model.dtype, device=positions.device)
+        arguments = {
+            "config": config,
+            "inputs_embeds": shape_and_type,
+            "attention_mask": None,
+            "past_key_values": None,
+            "position_ids": positions,
+        }
+        masks = {
+            "full_attention": create_causal_mask(**arguments),
+            "sliding_attention": create_sliding_window_causal_mask(**arguments),
+        }
+        return {"position_ids": positions, "attention_mask": masks}
 
     def choose(self, _layer: int, logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
         """See `MoELayout`."""

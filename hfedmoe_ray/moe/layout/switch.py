@@ -1,4 +1,6 @@
-"""The encoder of Switch Transformer: one expert a token, a module per expert, and a limit to what an expert takes.
+"""Switch Transformer: one expert a token, a module per expert, and a limit to what an expert takes.
+
+A classifier uses its encoder alone; text to text its decoder too, whose MoE layers then come after the encoder's.
 
 Capacity: in each sequence an expert takes the first `expert_capacity` tokens sent to it; a later one goes to no expert,
 and only the residual stream carries it on. That is kept as it is on every client. Under `mean` and `drop` a token is

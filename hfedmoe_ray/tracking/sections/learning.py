@@ -7,8 +7,8 @@ from itertools import accumulate
 
 from hfedmoe_ray.records import RoundReport
 from hfedmoe_ray.tracking import charts
+from hfedmoe_ray.tracking.benchmarks import measures
 from hfedmoe_ray.tracking.charts import Series, Write
-from hfedmoe_ray.tracking.formatting import percent
 from hfedmoe_ray.tracking.markup import figure, section, switch, table
 from hfedmoe_ray.tracking.record import RunRecord
 
@@ -68,17 +68,17 @@ def _benchmarks(run: RunRecord) -> str:
     """What the global model answered before the first round and after the last, if it was asked."""
     asked = run.summary.get("benchmarks") or {}
     rows = [
-        (
-            escape(name),
-            str(moments["after"]["items"]),
-            *(percent(moments[moment][kind]) for kind in ("accuracy", "normalised") for moment in ("before", "after")),
-        )
+        (escape(name), str(moments["after"]["items"]), measure, before, measures(moments["after"])[measure])
         for name, moments in asked.items()
+        for measure, before in measures(moments["before"]).items()
     ]
     if not rows:
         return ""
-    headings = ["Benchmark", "*Items", "*Before", "*After", "*By character, before", "*After"]
-    note = "Multiple choice, by log-likelihood of the choice after the prompt, as it is and divided by its characters."
+    headings = ["Benchmark", "*Items", "Measure", "*Before", "*After"]
+    note = (
+        "Accuracy is of multiple choice, by log-likelihood of the choice after the prompt, as it is and divided by its "
+        "characters; exact match of what the model writes; perplexity of given texts, where less is better."
+    )
     return figure("Benchmarks", table(headings, rows), note=note)
 
 

@@ -15,6 +15,7 @@ from hfedmoe_ray.tracking.timeline import MOST_SLOTS, MOST_TASKS, stretch, timel
 _PHASES = {
     "plan": "who holds and trains which experts",
     "profile": "clients measure how they route",
+    "agree": "clients agree on masks",
     "publish": "broadcast: weights go out",
     "train": "while there is work for every slot",
     "wait": "for the last clients",

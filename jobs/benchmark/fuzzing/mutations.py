@@ -523,13 +523,13 @@ def odd_claim(_case: Case, sent: Sent, chance: Random) -> Sent:
     values = _metrics(sent)
     if not values:
         return sent
-    name = chance.choice(
-        ["samples", "tokens", "examples", "correct", "correct_normalised", "seconds", "peak_mib", "trained"]
-    )
+    name = chance.choice(["samples", "tokens", "examples", "correct", "answered", "seconds", "peak_mib", "trained"])
     number = chance.choice(ODD_NUMBERS)
     table = values.get("trained")
     if name == "trained" and isinstance(table, dict) and table:
         values["trained"] = table | {chance.choice(list(table)): number}
+    elif name == "answered":
+        values["answered"] = {"right": number}
     elif name != "trained":
         values[name] = number
     return _told(sent, values)

@@ -17,7 +17,7 @@ from fuzzing.cases import CLASSES, EXPERTS, HIDDEN, LAYERS, LIMITS, Case, Sent
 from hfedmoe_ray.types import Array, ExpertKey, Role
 
 _NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "U32": "<u4", "U16": "<u2", "I8": "<i1"}
-_INTEGERS = ("client", "round", "samples", "tokens", "correct", "correct_normalised", "examples")
+_INTEGERS = ("client", "round", "samples", "tokens", "correct", "examples")
 _NUMBERS = ("loss", "seconds", "step_seconds", "peak_mib")
 _TABLES = ("trained", "before", "after", "rebuilt")
 _MUST = ("client", "round", "kind", "samples", "tokens", "loss")
@@ -58,7 +58,7 @@ def _must(holds: Any, problem: str) -> None:
 
 def _metrics(body: bytes) -> dict[str, Any]:
     values = _object(body)
-    _must(set(values) <= {*_INTEGERS, *_NUMBERS, *_TABLES, "kind", "scale"}, "field")
+    _must(set(values) <= {*_INTEGERS, *_NUMBERS, *_TABLES, "kind", "scale", "answered"}, "field")
     _must(all(name in values for name in _MUST), "missing field")
     for name in _INTEGERS:
         value = values.get(name, 0)
@@ -70,6 +70,9 @@ def _metrics(body: bytes) -> dict[str, Any]:
         table = values.get(name, {})
         _must(type(table) is dict, f"type of {name}")
         _must(all(type(one) is (int if name == "trained" else str) for one in table.values()), f"types in {name}")
+    answered = values.get("answered", {})
+    _must(type(answered) is dict, "type of answered")
+    _must(all(type(one) in (int, float) for one in answered.values()), "types in answered")
     scale = values.get("scale", [])
     _must(type(scale) is list and all(type(one) in (int, float) for one in scale), "type of scale")
     return values
@@ -83,7 +86,7 @@ def _claims(case: Case, metrics: Mapping[str, Any]) -> None:
     examples = metrics.get("examples", 0)
     _must(0 <= examples < 2**53, "examples")
     _must(0 <= metrics.get("correct", 0) <= examples, "correct")
-    _must(0 <= metrics.get("correct_normalised", 0) <= examples, "correct")
+    _must(all(0 <= amount < 2**53 for amount in metrics.get("answered", {}).values()), "answered")
     for name in ("seconds", "step_seconds", "peak_mib"):
         _must(0 <= metrics.get(name, 0) <= 1e9, name)
     _must(metrics["loss"] is None or abs(metrics["loss"]) <= 1e30, "loss")
