@@ -70,7 +70,7 @@ def accept(
 
 
 def accept_masked(result: TaskResult, *, profiled: bool) -> ClientUpdate:
-    """Fetches a masked vector and checks what can be: that it has the numbers it was asked for, whatever they hide.
+    """Fetches a masked count of experts and checks what can be: that it has the numbers it was asked for.
 
     Args:
         result: How the task ended.
@@ -91,7 +91,7 @@ def accept_masked(result: TaskResult, *, profiled: bool) -> ClientUpdate:
     if metrics.samples <= 0:
         raise Rejected(f"claims {metrics.samples} training examples")
     payload = result.payload()
-    blocks = request.layout.blocks()
+    blocks = request.layout.presence()
     try:
         masked, rest = read_vector(payload, len(blocks))
         Sum(request.session, blocks).check(result.task.client, masked)

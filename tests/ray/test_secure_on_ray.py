@@ -48,17 +48,17 @@ def test_clients_killed_between_the_steps_leave_the_sum_of_the_others(sources: P
         secure={"variant": "grouped"},
         runtime={"slots": 2},
     )
-    faults: Faults = {("train", 2): "die", ("train", 3): "die once", ("unmask", 1): "die"}
+    faults: Faults = {("train", 2): "die", ("upload", 3): "die once", ("unmask", 1): "die"}
     _, there, recorder = run(made, tmp_path / "there", where=partial(on_ray, faults))
     told = aggregated(recorder)
     assert told["shares"] == [0, 1, 2, 3, 4, 5]
     assert told["delivered"] == [0, 1, 3, 4, 5]
     assert told["unmasked"] == [0, 3, 4, 5]
-    assert (tmp_path / "there" / "died-train-3").exists()
+    assert (tmp_path / "there" / "died-upload-3").exists()
     assert "died 2 times" in told["silent"][1]
     records = {record.client: record for record in recorder.rounds[-1].clients}
     assert [client for client, record in records.items() if record.status != "ok"] == [2]
-    assert records[3].attempts == 2
+    assert [f for name, f in recorder.events if name == "task_retried" and (f["kind"], f["client"]) == ("upload", 3)]
     _, plain, expected = run(made, tmp_path / "here", where=partial(here, {("train", 2): "fail"}))
     assert aggregated(expected)["unmasked"] == [0, 1, 3, 4, 5]
     assert there["model_sha256"] == plain["model_sha256"]

@@ -8,12 +8,15 @@ A vector has a block that all clients add to, and one for each expert:
                 loss [1] and how many know theirs [1]; how many numbers were clipped [1]
     an expert   w * change of each of its tensors, w [1], and 1 for each client with w > 0
 
+Before that, one block with the last of these of every expert is added up: experts of which the sum would be that of too
+few clients are then left out.
+
 w is what the strategy's own rules make of the client's update, computed by the client. Where the variant is "padded"
 the blocks of all experts belong to all clients; where it is "grouped", to those whose plans let them train the expert.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -78,7 +81,24 @@ class Layout:
         experts = {key: parts for key, parts in self.experts.items() if key in holders}
         return replace(self, clients=tuple(present), holders=holders, experts=experts)
 
+    def presence(self) -> list[Block]:
+        """The one block of the first sum: how many take part in each expert."""
+        return [Block(size=len(self.experts), members=frozenset(self.clients))]
+
+    def only(self, keys: Collection[ExpertKey]) -> "Layout":
+        """The layout without all other experts."""
+        return replace(self, experts={key: parts for key, parts in self.experts.items() if key in keys})
+
     # ------------------------------------------------------------------------------------------------ on the client
+
+    def takes_part(self, values: Sequence[Array]) -> Array:
+        """What a client adds to the first sum, from what it adds to the second (`encode`)."""
+        return np.array([block[-1] if len(block) else 0 for block in values[1:]], dtype=values[0].dtype)
+
+    def chosen(self, values: Sequence[Array], among: "Layout") -> list[Array]:
+        """Returns the blocks of this layout, of all those of another that it is a part of."""
+        of = dict(zip(among.experts, values[1:], strict=True))
+        return [values[0], *(of[key] for key in self.experts)]
 
     def encode(
         self, update: ClientUpdate, plan: ExpertPlan, start: TaskWeights, rules: RuleSet, loss: float
@@ -155,6 +175,12 @@ class Layout:
         return np.asarray(own[0])
 
     # ------------------------------------------------------------------------------------------------ on the server
+
+    def counted(self, total: Array) -> dict[ExpertKey, int]:
+        """Reads the first sum."""
+        forms = (parts[-1].form for parts in self.experts.values())
+        counts = (form.decode(total[place : place + 1])[0] for place, form in enumerate(forms))
+        return {key: round(float(count)) for key, count in zip(self.experts, counts, strict=True)}
 
     def decode(self, sums: Sequence[Array]) -> "Aggregate":
         """Reads the sum of vectors."""
