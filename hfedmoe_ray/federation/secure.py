@@ -28,8 +28,8 @@ from hfedmoe_ray.types import Array, ClientTask, ClientUpdate, ExpertKey, Expert
 
 if TYPE_CHECKING:
     from hfedmoe_ray.federation.collecting import Collector
+    from hfedmoe_ray.trust.secure.aggregate import Aggregate
     from hfedmoe_ray.trust.secure.client import Revealed
-    from hfedmoe_ray.trust.secure.layout import Aggregate
     from hfedmoe_ray.trust.secure.messages import Request
     from hfedmoe_ray.trust.secure.server import Sum
     from hfedmoe_ray.trust.secure.session import Purpose, Roster
@@ -182,6 +182,7 @@ class SecureAggregation:
         Raises:
             TrainingError: Too few delivered or helped, or what they revealed does not fit.
         """
+        from hfedmoe_ray.trust.secure.aggregate import read_sums
         from hfedmoe_ray.trust.secure.messages import read_vector
         from hfedmoe_ray.trust.secure.server import Sum
 
@@ -209,7 +210,7 @@ class SecureAggregation:
         self._missing = {record.client: record for record in lost}
         sums, (revealed, silent) = self._open(values, whole)
         self.delivered = frozenset(whole.arrived)
-        found = layout.decode(sums)
+        found = read_sums(layout, sums)
         self._notify(
             "aggregated",
             {

@@ -34,8 +34,9 @@ from hfedmoe_ray.strategies.rules import (
     uniform,
 )
 from hfedmoe_ray.train.secure import SecureClients
+from hfedmoe_ray.trust.secure.aggregate import Aggregate, read_sums
 from hfedmoe_ray.trust.secure.keys import Secrets, secrets_of
-from hfedmoe_ray.trust.secure.layout import Aggregate, Layout, make_layout
+from hfedmoe_ray.trust.secure.layout import Layout, make_layout
 from hfedmoe_ray.trust.secure.session import Session
 from hfedmoe_ray.types import TaskResult, TaskWeights, Weights
 
@@ -72,7 +73,7 @@ def test_the_sum_of_vectors_gives_the_averages_that_single_updates_give(rules: s
     layout = make_layout(secure, RULES[rules], old, plans, routers=ROUTERS, shape=(LAYERS, EXPERTS), max_tokens=1000)
     start = TaskWeights(shared=old.shared, experts=old.experts)
     vectors = [layout.encode(one, PLAN, start, RULES[rules], loss=float(one.client)) for one in updates]
-    found = layout.decode([np.add.reduce(blocks) for blocks in zip(*vectors, strict=True)])
+    found = read_sums(layout, [np.add.reduce(blocks) for blocks in zip(*vectors, strict=True)])
     averaged, rows = found.averaged(old, RULES[rules], clients=3, fewest=1)
 
     reducer, mean_outputs = Reducer(old, ROUTERS, LAYERS, RULES[rules]), MeanOutputs()
@@ -102,7 +103,7 @@ def test_what_is_clipped_is_counted():
     vector = layout.encode(sent, PLAN, TaskWeights(shared=old.shared, experts=old.experts), RuleSet(), loss=1.0)
     changes = [sent.experts[KEYS[0]]["w"] - old.experts[KEYS[0]]["w"]]
     changes += [value - old.shared[name] for name, value in sent.shared.items()]
-    found = layout.decode(vector)
+    found = read_sums(layout, vector)
     assert found.clipped == sum(int((np.abs(change) > 0.5).sum()) for change in changes) > 0
     cut = old.experts[KEYS[0]]["w"] + np.clip(changes[0], -0.5, 0.5)
     averaged = found.averaged(old, RuleSet(), clients=1, fewest=1)[0]
@@ -147,7 +148,7 @@ def plain_sum(vectors: dict[int, tuple[Layout, list[np.ndarray]]], clients: set[
         for total, one in zip(totals, vectors[client][1], strict=True):
             if len(one):
                 np.add(total, one, out=total)
-    return layout.decode(totals)
+    return read_sums(layout, totals)
 
 
 def same(one: Weights, other: Weights, atol: float = 0.0) -> None:
