@@ -31,8 +31,9 @@ class Writer:
 
         try:
             with quiet_transformers():
-                self._model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-                self._tokenizer = AutoTokenizer.from_pretrained(directory)
+                model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, trust_remote_code=False)
+                self._model = model.eval()
+                self._tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise ModelError(
                 f"{directory} holds no language model that transformers can load: {error}. Give a run with "
