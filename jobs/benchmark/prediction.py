@@ -70,20 +70,14 @@ def _row(name: str, one: Forecast, peak: float) -> tuple[Row, dict[str, Any]]:
 @json_option
 def main(configs: tuple[Path, ...], json_file: Path | None) -> None:
     """Predicted against measured memory of a client, by tier."""
-    found = []
+    found: list[tuple[Row, dict[str, Any]]] = []
     for name, context in experiments(configs):
         tiers = {tier.name: tier for tier in tier_of(context.experiment.clients)}
         lengths = typical_lengths(context)
-        for one in forecast(
-            context.experiment, context.model.shape, gpus_available=False, lengths=lengths, measured=False
-        ):
-            found.append(_row(name, one, seen(context, tiers[one.tier])))
-    publish(
-        "Memory of a client that trains",
-        {"clients": [figures for _, figures in found]},
-        [r for r, _ in found],
-        json_file,
-    )
+        said = forecast(context.experiment, context.model.shape, gpus_available=False, lengths=lengths, measured=False)
+        found += [_row(name, one, seen(context, tiers[one.tier])) for one in said]
+    figures = {"clients": [one for _, one in found]}
+    publish("Memory of a client that trains", figures, [row for row, _ in found], json_file)
 
 
 if __name__ == "__main__":
