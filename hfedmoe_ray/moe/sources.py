@@ -100,6 +100,9 @@ def _from_hub(name: str, revision: str | None, config_only: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    if config_only and is_pinned(name, revision) and (known := _published(name)) is not None:
+        # A commit's sizes never change: neither a network is needed, nor waiting for one that is not there.
+        return known
     try:
         patterns = ["config.json"] if config_only else _HUB_FILES
         directory = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
