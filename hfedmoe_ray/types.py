@@ -86,6 +86,11 @@ class ModelShape:
         """L * E."""
         return self.layers * self.experts
 
+    @property
+    def vocabulary(self) -> int:
+        """V, words of a decoder's vocabulary: rows of its one embedding table."""
+        return self.table_bytes // (4 * self.hidden)
+
     def keys(self) -> Iterator[ExpertKey]:
         """Every expert in (layer, expert) order."""
         return (ExpertKey(layer, expert) for layer in range(self.layers) for expert in range(self.experts))
