@@ -112,5 +112,7 @@ class RoundReport:
     those of repeated rounds among them), and where the record is full, clipped (share of the round's clients). Where
     single examples are, example_epsilon and example_delta: of the client with fewest, had it been
     asked in every round."""
+    robust: Mapping[str, float] = field(default_factory=dict)
+    """With `robust`: clipped (clients whose change was scaled down), withheld (experts that too few have trained)."""
     nodes: tuple[NodeUsage, ...] = ()
     """The machines of the run, the first 64 of them; those that did not answer in time are left out."""
