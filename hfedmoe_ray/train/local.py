@@ -266,7 +266,7 @@ class ClientWorker:
                 profile=measured,
                 means=means,
             )
-            payload, metrics = self._secure.take_part(task, weights, update, metrics)
+            payload, metrics = self._secure.take_part(task, weights, update, told, metrics)
             upload = Upload(payload=payload)
         return upload, metrics
 
