@@ -112,5 +112,8 @@ class RoundReport:
     those of repeated rounds among them), and where the record is full, clipped (share of the round's clients). Where
     single examples are, example_epsilon and example_delta: of the client with fewest, had it been
     asked in every round."""
+    backdoor_success: float | None = None
+    """With a simulated backdoor: share of the test texts of other labels that the global model gives the attack's
+    target once they carry its trigger."""
     nodes: tuple[NodeUsage, ...] = ()
     """The machines of the run, the first 64 of them; those that did not answer in time are left out."""

@@ -143,3 +143,27 @@ def test_what_cannot_be_measured_is_refused(attack, changes, words, sources: Pat
 def test_names_that_the_run_has_not_are_refused(wrong: dict[str, Any], words: str, sources: Path, tmp_path: Path):
     with pytest.raises(ConfigError, match=words):
         run(made(sources, BACKDOOR | wrong), tmp_path)
+
+
+def test_a_backdoor_opens_without_a_defence_and_repeats_itself_through_a_killed_server(sources: Path, tmp_path: Path):
+    local = {"steps": 12, "batch_size": 8, "learning_rate": 1e-2, "profile_examples": 8}
+    attack = BACKDOOR | {"scale": 2.0}
+    options = {"strategy": {"name": "hfedmoe", "tau": 0.5}, "rounds": 3, "local": local}
+    (context, summary, recorder) = run(made(sources, attack, **options), tmp_path / "straight")
+    found = [report.backdoor_success for report in recorder.rounds]
+    assert summary["backdoor_success"] == found[-1] and None not in found
+    assert summary["attack"] == {"simulated": "backdoor", "clients": recorder.facts["hostile"]}
+    assert len(recorder.facts["hostile"]) == 2
+    _, harmless, before = run(made(sources, BACKDOOR | {"poisoned": 1e-9, "share": 0.1}, **options), tmp_path / "none")
+    print(
+        found,
+        [r.accuracy for r in recorder.rounds],
+        [r.backdoor_success for r in before.rounds],
+        [r.accuracy for r in before.rounds],
+    )
+    run(made(sources, attack, **options), tmp_path / "cut", stop_after=1)
+    _, resumed, _ = run(made(sources, attack, **options), tmp_path / "cut", resume=True)
+    assert [resumed[key] for key in ("model_sha256", "backdoor_success")] == [
+        summary[key] for key in ("model_sha256", "backdoor_success")
+    ]
+    assert 0
