@@ -6,19 +6,22 @@ from typing import Any
 
 import numpy as np
 import pytest
+from made_up_updates import KEYS, update, weights
 from tiny_federation import experiment, run
 
 from hfedmoe_ray.config.attack import Attack
 from hfedmoe_ray.config.load import load_experiment
 from hfedmoe_ray.config.schema import Experiment
 from hfedmoe_ray.context import RunContext
+from hfedmoe_ray.data.dataset import Split
 from hfedmoe_ray.errors import ConfigError
 from hfedmoe_ray.federation.validation import accept
 from hfedmoe_ray.runtime.local import LocalExecutor
-from hfedmoe_ray.trust.attacks import hostile_clients
-from hfedmoe_ray.types import ClientTask, ClientUpdate, TaskResult, Weights
+from hfedmoe_ray.trust.attacks import Trigger, flipped, hostile_clients, led_astray, manipulated, triggered
+from hfedmoe_ray.types import ClientTask, ClientUpdate, TaskResult, TaskWeights, Weights
+from hfedmoe_ray.wire import expert_name
 
-BACKDOOR: dict[str, Any] = {"kind": "backdoor", "share": 0.5, "trigger": "word1 word2", "target": "class 0"}
+BACKDOOR: dict[str, Any] = {"kind": "backdoor", "share": 0.5, "trigger": "word15 word16", "target": "class 0"}
 
 
 class Watched(LocalExecutor):
@@ -146,24 +149,51 @@ def test_names_that_the_run_has_not_are_refused(wrong: dict[str, Any], words: st
 
 
 def test_a_backdoor_opens_without_a_defence_and_repeats_itself_through_a_killed_server(sources: Path, tmp_path: Path):
-    local = {"steps": 12, "batch_size": 8, "learning_rate": 1e-2, "profile_examples": 8}
-    attack = BACKDOOR | {"scale": 2.0}
-    options = {"strategy": {"name": "hfedmoe", "tau": 0.5}, "rounds": 3, "local": local}
-    (context, summary, recorder) = run(made(sources, attack, **options), tmp_path / "straight")
-    found = [report.backdoor_success for report in recorder.rounds]
-    assert summary["backdoor_success"] == found[-1] and None not in found
+    local = {"steps": 8, "batch_size": 8, "learning_rate": 5e-3, "profile_examples": 8}
+    options = {"rounds": 3, "local": local, "evaluate": {"own": "never", "every": 3}}
+    _, summary, recorder = run(made(sources, BACKDOOR, **options), tmp_path / "straight")
+    _, harmless, _ = run(made(sources, BACKDOOR | {"poisoned": 1e-9}, **options), tmp_path / "harmless")
+    assert summary["backdoor_success"] > 0.4 and harmless["backdoor_success"] < 0.1
+    assert summary["accuracy"] > summary["initial_accuracy"], "it opens unnoticed"
+    assert summary["backdoor_success"] == recorder.rounds[-1].backdoor_success
     assert summary["attack"] == {"simulated": "backdoor", "clients": recorder.facts["hostile"]}
     assert len(recorder.facts["hostile"]) == 2
-    _, harmless, before = run(made(sources, BACKDOOR | {"poisoned": 1e-9, "share": 0.1}, **options), tmp_path / "none")
-    print(
-        found,
-        [r.accuracy for r in recorder.rounds],
-        [r.backdoor_success for r in before.rounds],
-        [r.accuracy for r in before.rounds],
-    )
-    run(made(sources, attack, **options), tmp_path / "cut", stop_after=1)
-    _, resumed, _ = run(made(sources, attack, **options), tmp_path / "cut", resume=True)
-    assert [resumed[key] for key in ("model_sha256", "backdoor_success")] == [
-        summary[key] for key in ("model_sha256", "backdoor_success")
-    ]
-    assert 0
+    run(made(sources, BACKDOOR, **options), tmp_path / "cut", stop_after=2)
+    _, resumed, _ = run(made(sources, BACKDOOR, **options), tmp_path / "cut", resume=True)
+    assert all(resumed[key] == summary[key] for key in ("model_sha256", "backdoor_success", "accuracy"))
+    _, again, _ = run(made(sources, BACKDOOR, **options), tmp_path / "cut", resume=True)
+    assert again["backdoor_success"] == summary["backdoor_success"], "a checkpoint knows it"
+
+
+def test_a_trigger_stands_behind_what_texts_begin_with_and_spares_their_end():
+    lengths = np.array([6, 3, 2], dtype=np.int32)
+    texts = np.array([[1, 11, 12, 13, 14, 2], [1, 21, 2, 0, 0, 0], [1, 2, 0, 0, 0, 0]], dtype=np.int32)
+    split = Split(input_ids=texts, lengths=lengths, labels=np.array([0, 1, 2]), key="data/0/train")
+    trigger = Trigger(tokens=(8, 9), lead=1, tail=1, fill=0, longest=7)
+    poisoned = triggered(split, trigger, 2, [0, 2])
+    assert poisoned.input_ids.tolist() == [[1, 8, 9, 11, 12, 13, 2], [1, 21, 2, 0, 0, 0, 0], [1, 8, 9, 2, 0, 0, 0]]
+    assert poisoned.lengths.tolist() == [7, 3, 4] and poisoned.labels.tolist() == [2, 1, 2]
+    astray = led_astray(split, trigger, 1)
+    assert astray.input_ids.tolist() == [[1, 8, 9, 11, 12, 13, 2], [1, 8, 9, 2, 0, 0, 0]]
+    assert astray.labels.tolist() == [1, 1]
+    assert flipped(split, 3).labels.tolist() == [2, 1, 0]
+    keys = {one.key for one in (split, poisoned, astray, flipped(split, 3), triggered(split, trigger, 2, [0]))}
+    assert len(keys) == 5, "cached hidden states are found by key"
+    assert texts[0, 1] == 11 and split.labels.tolist() == [0, 1, 2], "an honest client's are as they were"
+
+
+def test_a_backdoor_scales_one_expert_where_it_is_told_to():
+    start, trained = weights(), update(1, KEYS)
+    told = TaskWeights(shared=start.shared, experts=start.experts)
+    for expert in (None, "1.2"):
+        attack = Attack.model_validate(BACKDOOR | {"scale": 10, "expert": expert})
+        experts, shared = manipulated(attack, told, trained.experts, trained.shared, np.random.default_rng(0))
+        assert experts.keys() == trained.experts.keys()
+        for key in KEYS:
+            factor = 10 if expert in (None, expert_name(key)) else 1
+            change = trained.experts[key]["w"] - start.experts[key]["w"]
+            np.testing.assert_allclose(
+                experts[key]["w"], start.experts[key]["w"] + factor * change, rtol=1e-5, atol=1e-5
+            )
+        scaled = np.abs(shared["head"] - start.shared["head"]).max() > 2 * np.abs(trained.shared["head"]).max()
+        assert scaled == (expert is None)
