@@ -7,7 +7,7 @@ from hfedmoe_ray.tracking.formatting import percent, plural
 
 
 def attacked(attack: Mapping[str, Any], clients: Collection[int]) -> str:
-    """Says who does what: "sign_flip by 2 clients (3, 7), times 4".
+    """Says who does what: "sign_flip by 2 clients (3, 7), scale 4".
 
     Args:
         attack: The section `attack` of a resolved configuration.
@@ -20,6 +20,7 @@ def attacked(attack: Mapping[str, Any], clients: Collection[int]) -> str:
     words = f"{attack['kind']} by {who}"
     if attack["kind"] == "backdoor":
         words += f", {attack['trigger']!r} to lead to label {attack['target']}"
-    if attack["expert"] is not None:
-        words += f", expert {attack['expert']} scaled"
-    return words if attack["scale"] is None else f"{words}, times {attack['scale']:g}"
+    if attack["scale"] is None:
+        return words
+    scaled = "" if attack["expert"] is None else f" for expert {attack['expert']}"
+    return f"{words}, scale {attack['scale']:g}{scaled}"
