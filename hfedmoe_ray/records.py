@@ -115,5 +115,7 @@ class RoundReport:
     backdoor_success: float | None = None
     """With a simulated backdoor: share of the test texts of other labels that the global model gives the attack's
     target once they carry its trigger."""
+    robust: Mapping[str, float] = field(default_factory=dict)
+    """With `robust`: clipped (clients whose change was scaled down), withheld (experts that too few have trained)."""
     nodes: tuple[NodeUsage, ...] = ()
     """The machines of the run, the first 64 of them; those that did not answer in time are left out."""

@@ -10,6 +10,7 @@ import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -87,6 +88,32 @@ class TinyWorker:
             NEVER.wait(0.01)
         if (self._run_dir / f"hang-{client}").exists():
             NEVER.wait(1000)
+
+
+class Forged:
+    """An object of a class, where bytes are due."""
+
+
+class ForgingWorker(TinyWorker):
+    """Has client 1's actor return one: in round 0 for the payload, in round 1 for the reason."""
+
+    def execute(
+        self, task: ClientTask, weights: TaskWeights, should_stop: Callable[[], bool]
+    ) -> tuple[bytes, bytes, bytes]:
+        if task.client == 1:
+            from hfedmoe_ray.runtime import client
+
+            honest = client.answered
+
+            def forged(done: tuple[bytes, bytes, bytes]) -> Any:
+                client.answered = honest
+                payload, state, (status, body, reason) = honest(done)
+                if task.round == 0:
+                    return Forged(), state, (status, body, reason)
+                return payload, state, (status, body, Forged())
+
+            client.answered = forged
+        return super().execute(task, weights, should_stop)
 
 
 class BrokenWorker:

@@ -19,6 +19,7 @@ from hfedmoe_ray.config.data import Data
 from hfedmoe_ray.config.evaluation import Evaluation
 from hfedmoe_ray.config.model import Model
 from hfedmoe_ray.config.privacy import Privacy, check_privacy
+from hfedmoe_ray.config.robust import Robust, check_robust
 from hfedmoe_ray.config.running import Runtime, Tracking
 from hfedmoe_ray.config.section import Name, NonNegativeFloat, Precision, Section, Share
 from hfedmoe_ray.config.secure import Secure, check_secure
@@ -221,6 +222,8 @@ class Experiment(Section):
     rules: RulesConfig = Rules()
     """Rules of averaging in place of the strategy's own."""
     server: ServerOptimizer = ServerOptimizer()
+    robust: Robust = Robust()
+    """Averages that hostile clients cannot take over, and experts that too few have trained."""
     backend: Literal["ray", "local"] = "ray"
     """local: the same run in this one process, for a debugger."""
     actors: Literal["pooled", "dedicated"] = "pooled"
@@ -310,6 +313,7 @@ class Experiment(Section):
             check_asynchronous(self.asynchronous, self.clients, self.strategy, self.model.lora, self.rules)
         check_combinations(self.strategy, self.model.lora, self.wire, self.rules, self.server, zero=zero)
         check_privacy(self)
+        check_robust(self)
         if self.secure is not None:
             check_secure(self.secure, self)
         if self.attack is not None:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from hfedmoe_ray.config.robust import Robust
 from hfedmoe_ray.config.schema import Experiment
 from hfedmoe_ray.errors import TrainingError
 from hfedmoe_ray.federation import reporting
@@ -19,6 +20,7 @@ from hfedmoe_ray.federation.state import FederationState
 from hfedmoe_ray.records import ClientRecord
 from hfedmoe_ray.strategies import AnyStrategy
 from hfedmoe_ray.strategies.aggregation import MeanOutputs, Reducer
+from hfedmoe_ray.strategies.robust import RobustMeanOutputs, RobustReducer
 from hfedmoe_ray.strategies.server import ServerOptimizer
 from hfedmoe_ray.trust.central import CentralPrivacy
 from hfedmoe_ray.types import ClientUpdate, ExpertPlan, PersonalWeights, TaskResult, Weights
@@ -37,7 +39,8 @@ class Averaged:
     privacy: Mapping[str, float] = field(default_factory=dict)
     """What has been spent so far, where the model is private (`CentralPrivacy.spent`)."""
     told: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of the round's report that the updates do not tell: with secure aggregation, what only their sum does."""
+    """Fields of the round's report that the updates do not tell: what only their sum does (`secure`), or what was kept
+    from it (`robust`)."""
 
 
 class Averaging:
@@ -57,7 +60,7 @@ class Averaging:
         """Takes note of the run.
 
         Args:
-            experiment: The run's server optimizer, and how it averages LoRA factors.
+            experiment: The run's server optimizer, robust rules, and how it averages LoRA factors.
             strategy: Its rules of reduction.
             state: What is renewed, in place.
             collector: Validates what came back.
@@ -66,6 +69,7 @@ class Averaging:
             secure: Takes the masks off sums, where updates come masked.
         """
         self._secure = secure
+        self._robust = experiment.robust
         self._strategy = strategy
         self._state = state
         self._collector = collector
@@ -100,14 +104,7 @@ class Averaging:
     ) -> Averaged:
         """Averages updates; where routers are private each client keeps its own."""
         old = self._state.weights
-        reducer = Reducer(
-            old=old,
-            router_layers=self._router_layers,
-            layers=self._strategy.shape[0],
-            rules=self._strategy.rules,
-            average=self._lora_average,
-        )
-        means = MeanOutputs()
+        reducer, means = self._reducer(old)
         private = dict(old.personal or {})
         updates: dict[int, ClientUpdate] = {}
         taken: list[int] = []
@@ -123,7 +120,26 @@ class Averaging:
         self._state.weights = replace(weights, means=means.result(weights.means), personal=private or None)
         everyone = len(reducer.participants)
         participation = sum(taken) / (everyone * len(taken)) if everyone else None
-        return Averaged(records=records, updates=updates, participation=participation)
+        told = {"robust": reducer.told()} if isinstance(reducer, RobustReducer) else {}
+        return Averaged(records=records, updates=updates, participation=participation, told=told)
+
+    def _reducer(self, old: Weights) -> tuple[Reducer, MeanOutputs]:
+        """What a round's updates and the mean outputs in them are folded by."""
+        options, layers, rules = self._robust, self._strategy.shape[0], self._strategy.rules
+        if options == Robust():
+            plain = Reducer(
+                old=old, router_layers=self._router_layers, layers=layers, rules=rules, average=self._lora_average
+            )
+            return plain, MeanOutputs()
+        robust = RobustReducer(
+            old=old,
+            router_layers=self._router_layers,
+            layers=layers,
+            rules=rules,
+            average=self._lora_average,
+            options=options,
+        )
+        return robust, MeanOutputs() if options.rule == "mean" else RobustMeanOutputs(options)
 
     def _fold_private(
         self, central: CentralPrivacy, accepted: Iterable[ClientUpdate], records: list[ClientRecord]
@@ -167,6 +183,7 @@ class Averaging:
         self._check_quorum(records)
         found = secure.unmask()
         records[:] = map(secure.counted, records)
+        updates = {client: update for client, update in updates.items() if client in secure.delivered}
         averaged, rows = found.averaged(old, self._strategy.rules, len(updates), secure.options.min_clients)
         weights = self._optimizer.step(old, averaged, rows)
         self._state.weights = replace(weights, means=found.means(weights.means))

@@ -64,6 +64,7 @@ class RoundScalars:
         for benchmark, score in report.benchmarks.items():
             numbers |= {f"benchmark/{benchmark}/{field}": value for field, value in score.items() if field != "items"}
         numbers |= {f"privacy/{name}": value for name, value in report.privacy.items() if math.isfinite(value)}
+        numbers |= {f"robust/{name}": value for name, value in report.robust.items()}
         for node in report.nodes:
             numbers |= _of_node(node)
         return {name: value for name, value in numbers.items() if value is not None}

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from tiny_federation import experiment, final_weights, run
 
 from hfedmoe_ray.config import strategies as configs
-from hfedmoe_ray.federation import rounds
+from hfedmoe_ray.federation import averaging
 from hfedmoe_ray.federation.checkpoint import load_checkpoint, run_identity
 from hfedmoe_ray.moe.prepare import router_layers
 from hfedmoe_ray.strategies import build_strategy
@@ -214,13 +214,13 @@ def test_routers_are_as_their_clients_sent_them_and_nobody_else_gets_them(
     sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     sent: dict[int, dict[str, bytes]] = {}
-    add = rounds.Reducer.add
+    add = averaging.Reducer.add
 
     def watched(reducer, update, plan):
         sent[update.client] = {name: value.tobytes() for name, value in update.shared.items()}
         return add(reducer, update, plan)
 
-    monkeypatch.setattr(rounds.Reducer, "add", watched)
+    monkeypatch.setattr(averaging.Reducer, "add", watched)
     some = experiment(sources).clients.model_copy(update={"per_round": 2})
     made = experiment(sources, strategy=FLEX, clients=some.model_dump(), rounds=3)
     context, _, _ = run(made, tmp_path / "run")

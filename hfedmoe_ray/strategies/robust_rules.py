@@ -1,0 +1,176 @@
+"""Rules that put something else in the place of a weighted mean, so that a minority cannot move it at will.
+
+Each looks at the n contributors of one group - an expert, a router or a row of it, the shared parameters - as n
+vectors x_i of changes with weights w_i. Two kinds: the median and the trimmed mean look at every number by itself; the
+others weigh whole vectors anew by the distances between them, for which their inner products are enough.
+
+    median            of each number, half of the weight on either side (Yin et al., arXiv 1803.01498)
+    trimmed_mean      of each number, without a share h of the weight at either end (the same)
+    krum              x_i with the least sum of squared distances to its n - f - 2 closest, f = floor(h n), of those
+                      that have the same the first (Blanchard et al., NeurIPS 2017); its weights are not asked
+    multi_krum        the weighted mean of the n - f with the least such sums (the same; the weights are ours)
+    geometric_median  argmin_z sum_i w_i |x_i - z|, by Weiszfeld's iteration, smoothed (RFA, arXiv 1912.13445)
+
+Of one contributor all give what it sent, of two the median and the geometric median something between them, and krum,
+which cannot tell two apart, the median (ours).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from hfedmoe_ray.config.robust import Robust
+from hfedmoe_ray.types import Array, FloatArray
+
+Tensors = Mapping[str, Array]
+_STEPS, _CLOSE = 100, 1e-10
+"""Of Weiszfeld's iteration: at most, and the relative change of its weights at which it has arrived."""
+_SMOOTH = 1e-6
+"""Distances count as at least so much of the largest there is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contribution:
+    """What one client has made of a group, and how much it weighs."""
+
+    tensors: Tensors
+    weight: float
+
+
+def combined(contributions: Sequence[Contribution], old: Tensors, options: Robust) -> dict[str, Array]:
+    """Returns the new tensors of a group, in the old ones' types.
+
+    Args:
+        contributions: At least one, of positive weight.
+        old: The published tensors, from which changes are taken.
+        options: The rule.
+    """
+    weights = np.array([one.weight for one in contributions])
+    columns = {name: [one.tensors[name] for one in contributions] for name in old}
+    if options.rule == "trimmed_mean":
+        new = {name: trimmed_mean(np.stack(column), weights, options.hostile) for name, column in columns.items()}
+    elif options.rule == "median" or (options.rule == "krum" and len(weights) == 2):
+        new = {name: median(np.stack(column), weights) for name, column in columns.items()}
+    else:
+        weights = _anew(contributions, old, weights, options)
+        new = {name: _mean(column, weights) for name, column in columns.items()}
+    return {name: value.astype(old[name].dtype) for name, value in new.items()}
+
+
+# -------------------------------------------------------------------------------------------------- number by number
+
+
+def median(values: Array, weights: FloatArray) -> FloatArray:
+    """Returns the weighted median of [n, ...] along the first axis, float64; halfway where the weight is split evenly.
+
+    Args:
+        values: Of every contributor.
+        weights: Theirs, [n], positive.
+    """
+    order = np.argsort(values, axis=0, kind="stable")
+    ordered = np.take_along_axis(values, order, axis=0).astype(np.float64)
+    below, half = np.cumsum(weights[order], axis=0), weights.sum() / 2
+    # Sums of weights are rounded: what is half of them within that counts as half.
+    split = np.isclose(below, half, rtol=1e-12, atol=0.0)
+    lower = np.argmax((below >= half) | split, axis=0)[None]
+    upper = np.minimum(lower + np.take_along_axis(split, lower, axis=0), len(values) - 1)
+    low, high = (np.take_along_axis(ordered, place, axis=0)[0] for place in (lower, upper))
+    middle: FloatArray = low + (high - low) / 2
+    return middle
+
+
+def trimmed_mean(values: Array, weights: FloatArray, share: float) -> FloatArray:
+    """Returns the weighted mean of [n, ...] along the first axis, float64, without a share of the weight at each end.
+
+    Args:
+        values: Of every contributor.
+        weights: Theirs, [n], positive.
+        share: At either end, below 1/2; of a value that lies across the cut the rest counts.
+    """
+    order = np.argsort(values, axis=0, kind="stable")
+    ordered = np.take_along_axis(values, order, axis=0).astype(np.float64)
+    total = weights.sum()
+    above = np.cumsum(weights[order], axis=0)
+    kept = np.minimum(above, (1 - share) * total) - np.maximum(above - weights[order], share * total)
+    kept = np.maximum(kept, 0.0)
+    mean: FloatArray = (ordered * kept).sum(axis=0) / kept.sum(axis=0)
+    # A mean of values lies between them, which rounding need not respect: equal ones give just that value.
+    return np.clip(mean, ordered[0], ordered[-1])
+
+
+# ------------------------------------------------------------------------------------------------------ whole vectors
+
+
+def krum_scores(squared: FloatArray, hostile: int) -> FloatArray:
+    """Returns for each of n vectors the sum of squared distances to its n - f - 2 closest others (at least one), [n].
+
+    Args:
+        squared: Squared distances, [n, n].
+        hostile: f.
+    """
+    closest = max(1, len(squared) - hostile - 2)
+    others = np.sort(np.where(np.eye(len(squared), dtype=bool), np.inf, squared), axis=1)
+    scores: FloatArray = others[:, :closest].sum(axis=1)
+    return scores
+
+
+def weiszfeld(products: FloatArray, weights: FloatArray) -> FloatArray:
+    """Returns the weights, summing to 1, of the mean that is the weighted geometric median, [n].
+
+    Args:
+        products: Inner products of the vectors, [n, n].
+        weights: Theirs, [n], positive.
+    """
+    own = np.diag(products)
+    new: FloatArray = weights / weights.sum()
+    for _ in range(_STEPS):
+        squared = own - 2 * products @ new + new @ products @ new
+        distances = np.sqrt(np.maximum(squared, 0.0))
+        if not distances.any():
+            break
+        before, new = new, weights / np.maximum(distances, _SMOOTH * distances.max())
+        new = new / new.sum()
+        if np.abs(new - before).max() < _CLOSE:
+            break
+    return new
+
+
+def _anew(contributions: Sequence[Contribution], old: Tensors, weights: FloatArray, options: Robust) -> FloatArray:
+    """The weights that a rule gives whole vectors, summing to 1."""
+    if len(weights) == 1:
+        return np.ones(1)
+    products = _products(contributions, old)
+    if options.rule == "geometric_median":
+        return weiszfeld(products, weights)
+    hostile = int(options.hostile * len(weights))
+    own = np.diag(products)
+    scores = krum_scores(np.maximum(own[:, None] + own - 2 * products, 0.0), hostile)
+    kept = 1 if options.rule == "krum" else len(weights) - hostile
+    chosen = np.zeros(len(weights))
+    chosen[np.argsort(scores, kind="stable")[:kept]] = 1.0
+    if options.rule == "multi_krum":
+        chosen *= weights
+    shares: FloatArray = chosen / chosen.sum()
+    return shares
+
+
+def _products(contributions: Sequence[Contribution], old: Tensors) -> FloatArray:
+    """Inner products of the contributors' changes, [n, n]."""
+    total = np.zeros((len(contributions), len(contributions)))
+    for name, published in old.items():
+        start = published.astype(np.float64)
+        changes = np.stack([(one.tensors[name] - start).ravel() for one in contributions])
+        # Not a matrix product: how many threads take one decides its last bits.
+        total += np.einsum("ik,jk->ij", changes, changes, optimize=False)
+    return total
+
+
+def _mean(values: Sequence[Array], weights: FloatArray) -> FloatArray:
+    """The mean of arrays with weights that sum to 1; an array that has all of it is the mean, to the bit."""
+    total = np.zeros(values[0].shape)
+    for value, weight in zip(values, weights, strict=True):
+        if weight:
+            total += value.astype(np.float64) * weight
+    mean: FloatArray = total / weights.sum()
+    return mean
