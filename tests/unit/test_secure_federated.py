@@ -328,7 +328,10 @@ def test_where_the_choice_is_private_too_one_answer_is_all_that_is_told_in_the_c
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"privacy": {"central": {"epsilon": 4.0, "clip": 1.0, "delta": 0.01}}}, "is not built"),
+        (
+            {"privacy": {"central": {"epsilon": 4.0, "clip": 1.0, "delta": 0.01}}, "evaluate": {"own": "never"}},
+            "is not built",
+        ),
         ({"robust": {"rule": "median"}}, "sees no single update"),
         ({"strategy": "hfedmoe"}, "plans by each client's routing profile: write `secure.profiles: clear`"),
         ({"strategy": "flex_moe"}, "learns from what each client measures"),
