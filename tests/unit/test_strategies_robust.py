@@ -17,7 +17,15 @@ from tiny_federation import experiment, final_weights, run
 from hfedmoe_ray.config.robust import Robust
 from hfedmoe_ray.strategies.aggregation import Reducer
 from hfedmoe_ray.strategies.robust import RobustMeanOutputs, RobustReducer, change_norm
-from hfedmoe_ray.strategies.robust_rules import Contribution, combined, krum_scores, median, trimmed_mean, weiszfeld
+from hfedmoe_ray.strategies.robust_rules import (
+    Contribution,
+    combined,
+    krum_scores,
+    median,
+    suspects,
+    trimmed_mean,
+    weiszfeld,
+)
 from hfedmoe_ray.strategies.rules import PlainExperts, RuleSet, TrainedExperts, WithTheirExpert
 from hfedmoe_ray.types import Weights
 from hfedmoe_ray.wire import checksum
@@ -123,6 +131,21 @@ def test_two_of_seven_cannot_move_it_out_of_the_others_range(rule, lie):
         assert (tensor <= values.max(axis=0) + slack).all()
     mean = tensors_of(reduced([*honest, *hostile], Robust())[1])
     assert max(abs(tensor).max() for tensor in mean) > abs(lie) / 10
+
+
+def test_of_three_one_may_be_hostile_and_of_two_none_can_be_told():
+    assert [suspects(count, 0.2) for count in range(1, 12)] == [0, 0, 1, 1, 1, 2, 2, 2, 2, 2, 3]
+    assert [suspects(count, 0.0) for count in range(1, 4)] == [0, 0, 0]
+    assert all(2 * suspects(count, 0.49) < count for count in range(1, 30))
+
+
+def test_krum_does_not_follow_who_weighs_most():
+    updates = [update(0, KEYS, samples=5), update(1, KEYS, samples=5), update(2, KEYS, samples=500)]
+    for tensor in tensors_of(updates[2]):
+        np.multiply(tensor, np.float32(1e4), out=tensor)
+    largest = max(abs(tensor).max() for one in updates[:2] for tensor in tensors_of(one))
+    for rule in ("krum", "multi_krum"):
+        assert max(abs(tensor).max() for tensor in tensors_of(reduced(updates, Robust(rule=rule))[1])) <= largest
 
 
 def test_krum_takes_one_update_whole_for_each_expert():
