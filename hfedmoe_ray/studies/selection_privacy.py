@@ -32,7 +32,7 @@ from hfedmoe_ray.types import FloatArray, RoutingProfile
 SHADOWS = 1000
 NOTHING = "nothing"
 CONTRIBUTORS = (2, 3, 5)
-"""k: experts that fewer of a round's cohort hold are hidden."""
+"""k: experts that fewer of a round's cohort hold are hidden; in the runs, not averaged."""
 DEFENCES: dict[str, tuple[str, float]] = {
     "usage, ε 100": ("usage", 100.0),
     "usage, ε 1000": ("usage", 1000.0),
@@ -52,15 +52,17 @@ class Attacked:
     """Success by what the client sends; None where that is its plan."""
     plan: Mean
     """Success by the experts it holds, as far as they are seen."""
-    accuracy: Mean | None
-    """Of the global model after the last round; None where no run was made."""
+    accuracy: Mean
+    """Of the global model after the last round."""
 
 
 def measure(setting: Setting) -> Findings:
     """Attack and accuracy under every defence."""
     from hfedmoe_ray.prepare import prepare_run
 
-    runs = make_runs(setting, {NOTHING: (), **{name: _overrides(*how) for name, how in DEFENCES.items()}})
+    withheld = {_contributors(least): (f"robust.min_contributors={least}",) for least in CONTRIBUTORS}
+    hidden = {name: _overrides(*how) for name, how in DEFENCES.items()}
+    runs = make_runs(setting, {NOTHING: (), **withheld, **hidden})
     accuracies = {name: mean_of([run.summary["accuracy"] for run in made]) for name, made in runs.items()}
     vectors: dict[str, list[float]] = {}
     plans: dict[str, list[float]] = {}
@@ -77,16 +79,20 @@ def measure(setting: Setting) -> Findings:
                 vectors.setdefault(name, []).append(success(found, partial(views.vector, options)))
             plans.setdefault(name, []).append(success(found, partial(views.plan, options)))
         for least in CONTRIBUTORS:
-            plans.setdefault(f"{least} contributors", []).append(views.among_contributors(found, least))
+            plans.setdefault(_contributors(least), []).append(views.among_contributors(found, least))
     attacked = {
         name: Attacked(
             vector=mean_of(vectors[name]) if name in vectors else None,
             plan=mean_of(values),
-            accuracy=accuracies.get(name),
+            accuracy=accuracies[name],
         )
         for name, values in plans.items()
     }
     return _findings(setting, attacked, mean_of(guesses))
+
+
+def _contributors(least: int) -> str:
+    return f"{least} contributors"
 
 
 class Views:
@@ -196,7 +202,7 @@ def _findings(setting: Setting, attacked: Mapping[str, Attacked], guess: Mean) -
             ),
             _figure(
                 "Accuracy of the global model",
-                {name: one.accuracy for name, one in attacked.items() if one.accuracy is not None},
+                {name: one.accuracy for name, one in attacked.items()},
                 None,
             ),
         ],
@@ -209,7 +215,7 @@ def _findings(setting: Setting, attacked: Mapping[str, Attacked], guess: Mean) -
                         name,
                         "as by experts held" if one.vector is None else interval(one.vector),
                         interval(one.plan),
-                        "–" if one.accuracy is None else interval(one.accuracy),
+                        interval(one.accuracy),
                     ]
                     for name, one in attacked.items()
                 ],
@@ -234,7 +240,7 @@ STUDY = Study(
     name="selection_privacy",
     title="What the choice of experts tells of a client",
     shows="an attack on a client's dominant class by its usage and experts, with and without defences; what they cost",
-    cost="14 runs, about 10 minutes",
+    cost="20 runs, about 20 minutes",
     config="study_selection.yaml",
     measure=measure,
     seeds=(0, 1),

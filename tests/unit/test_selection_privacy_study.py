@@ -81,5 +81,5 @@ def test_the_study_tells_attack_and_accuracy_of_each_defence(
     attacked = json.loads((tmp_path / "out" / "selection_privacy.json").read_text())["numbers"]["attacked"]
     assert list(attacked) == ["nothing", "response, ε 4", "usage", "2 contributors", "3 contributors", "5 contributors"]
     assert all(0 <= one["plan"]["mean"] <= 1 for one in attacked.values())
-    assert [one["accuracy"] is not None for one in attacked.values()] == [True] * 3 + [False] * 3
-    assert len(list((tmp_path / "out" / "runs").iterdir())) == 3
+    assert all(0 <= one["accuracy"]["mean"] <= 1 for one in attacked.values())
+    assert len(list((tmp_path / "out" / "runs").iterdir())) == 6
