@@ -5,11 +5,13 @@ vectors x_i of changes with weights w_i. Two kinds: the median and the trimmed m
 others weigh whole vectors anew by the distances between them, for which their inner products are enough.
 
     median            of each number, half of the weight on either side (Yin et al., arXiv 1803.01498)
-    trimmed_mean      of each number, without a share h of the weight at either end (the same)
-    krum              x_i with the least sum of squared distances to its n - f - 2 closest, f = floor(h n), of those
-                      that have the same the first (Blanchard et al., NeurIPS 2017); its weights are not asked
+    trimmed_mean      of each number, without the weight of the f heaviest at either end (the same)
+    krum              x_i with the least sum of squared distances to its n - f - 2 closest, of those that have the same
+                      the one closest to all (Blanchard et al., NeurIPS 2017); its weights are not asked
     multi_krum        the weighted mean of the n - f with the least such sums (the same; the weights are ours)
     geometric_median  argmin_z sum_i w_i |x_i - z|, by Weiszfeld's iteration, smoothed (RFA, arXiv 1912.13445)
+
+f is h n rounded up, and less than half of n (`suspects`): of three or four one is suspected, of two nobody can be.
 
 Of one contributor all give what it sent, of two the median and the geometric median something between them, and krum,
 which cannot tell two apart, the median (ours).
@@ -17,6 +19,7 @@ which cannot tell two apart, the median (ours).
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import ceil
 
 import numpy as np
 
@@ -49,13 +52,28 @@ def combined(contributions: Sequence[Contribution], old: Tensors, options: Robus
     weights = np.array([one.weight for one in contributions])
     columns = {name: [one.tensors[name] for one in contributions] for name in old}
     if options.rule == "trimmed_mean":
-        new = {name: trimmed_mean(np.stack(column), weights, options.hostile) for name, column in columns.items()}
+        share = trimmed_share(weights, options.hostile)
+        if share < 0.5:
+            new = {name: trimmed_mean(np.stack(column), weights, share) for name, column in columns.items()}
+        else:
+            new = {name: median(np.stack(column), weights) for name, column in columns.items()}
     elif options.rule == "median" or (options.rule == "krum" and len(weights) == 2):
         new = {name: median(np.stack(column), weights) for name, column in columns.items()}
     else:
         weights = _anew(contributions, old, weights, options)
         new = {name: _mean(column, weights) for name, column in columns.items()}
     return {name: value.astype(old[name].dtype) for name, value in new.items()}
+
+
+def suspects(count: int, share: float) -> int:
+    """Returns how many of a group's contributors are taken for hostile: at least one of three, never half of them."""
+    return min(ceil(share * count - 1e-9), (count - 1) // 2)
+
+
+def trimmed_share(weights: FloatArray, share: float) -> float:
+    """Returns the share of the weight to cut at either end: that of the heaviest suspects, and at least `share`."""
+    heaviest = np.sort(weights)[::-1][: suspects(len(weights), share)].sum() / weights.sum()
+    return float(max(share if len(weights) > 2 else 0.0, heaviest))
 
 
 # -------------------------------------------------------------------------------------------------- number by number
@@ -127,9 +145,11 @@ def weiszfeld(products: FloatArray, weights: FloatArray) -> FloatArray:
     for _ in range(_STEPS):
         squared = own - 2 * products @ new + new @ products @ new
         distances = np.sqrt(np.maximum(squared, 0.0))
-        if not distances.any():
-            break
-        before, new = new, weights / np.maximum(distances, _SMOOTH * distances.max())
+        # Relative to a middle distance, not to the largest, which who lies farthest out has in hand.
+        middle = float(median(distances, weights))
+        if middle == 0.0:
+            break  # at a point that has half of the weight: there is no better one
+        before, new = new, weights / np.maximum(distances, _SMOOTH * middle)
         new = new / new.sum()
         if np.abs(new - before).max() < _CLOSE:
             break
@@ -143,12 +163,15 @@ def _anew(contributions: Sequence[Contribution], old: Tensors, weights: FloatArr
     products = _products(contributions, old)
     if options.rule == "geometric_median":
         return weiszfeld(products, weights)
-    hostile = int(options.hostile * len(weights))
+    hostile = suspects(len(weights), options.hostile)
     own = np.diag(products)
-    scores = krum_scores(np.maximum(own[:, None] + own - 2 * products, 0.0), hostile)
+    squared = np.maximum(own[:, None] + own - 2 * products, 0.0)
+    scores = krum_scores(squared, hostile)
+    # Two that are each other's closest have the same score: which comes first must not depend on their numbers.
+    order = np.lexsort((squared.sum(axis=1), scores))
     kept = 1 if options.rule == "krum" else len(weights) - hostile
     chosen = np.zeros(len(weights))
-    chosen[np.argsort(scores, kind="stable")[:kept]] = 1.0
+    chosen[order[:kept]] = 1.0
     if options.rule == "multi_krum":
         chosen *= weights
     shares: FloatArray = chosen / chosen.sum()

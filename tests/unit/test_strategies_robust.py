@@ -16,10 +16,10 @@ from tiny_federation import experiment, final_weights, run
 
 from hfedmoe_ray.config.robust import Robust
 from hfedmoe_ray.strategies.aggregation import Reducer
-from hfedmoe_ray.strategies.robust import RobustMeanOutputs, RobustReducer, change_norm
+from hfedmoe_ray.strategies.robust import RobustMeanOutputs, RobustReducer, change_norm, class_means
 from hfedmoe_ray.strategies.robust_rules import Contribution, combined, krum_scores, median, trimmed_mean, weiszfeld
 from hfedmoe_ray.strategies.rules import PlainExperts, RuleSet, TrainedExperts, WithTheirExpert
-from hfedmoe_ray.types import Weights
+from hfedmoe_ray.types import Prototypes, Weights
 from hfedmoe_ray.wire import checksum
 
 RULES = ["median", "trimmed_mean", "krum", "multi_krum", "geometric_median"]
@@ -123,6 +123,45 @@ def test_two_of_seven_cannot_move_it_out_of_the_others_range(rule, lie):
         assert (tensor <= values.max(axis=0) + slack).all()
     mean = tensors_of(reduced([*honest, *hostile], Robust())[1])
     assert max(abs(tensor).max() for tensor in mean) > abs(lie) / 10
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("count", [3, 4, 5])
+@pytest.mark.parametrize("weight", [1.0, 40.0])
+def test_one_of_few_cannot_move_it_either(rule, count, weight):
+    """An expert has few contributors; nor does it help to be the heaviest, while that is less than half of it."""
+    rng = np.random.default_rng(count)
+    honest = rng.normal(1.0, 0.1, (count - 1, 6))
+    published = {"w": np.zeros(6)}
+    for lie in (1e2, -1e9):
+        every = [Contribution(tensors={"w": value}, weight=30.0) for value in honest]
+        every.append(Contribution(tensors={"w": np.full(6, lie)}, weight=weight))
+        new = combined(every, published, Robust(rule=rule))["w"]
+        slack = 3 * np.ptp(honest) if rule == "geometric_median" else 1e-9
+        assert (new >= honest.min(axis=0) - slack).all()
+        assert (new <= honest.max(axis=0) + slack).all()
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_one_client_cannot_take_over_the_head_of_class_prototypes(rule):
+    rng = np.random.default_rng(0)
+    centres = rng.normal(size=(4, 8))
+    labels = np.repeat(np.arange(4), 50)
+    features = centres[labels] + 0.3 * rng.normal(size=(200, 8))
+
+    def right(options: Robust, lie: float) -> float:
+        classes = class_means(options)
+        for client in range(5):
+            mine = slice(client, None, 5)
+            sums = np.stack([features[mine][labels[mine] == label].sum(axis=0) for label in range(4)])
+            sums *= lie if client == 0 else 1.0
+            classes.add(Prototypes(sums=sums.astype(np.float32), counts=np.full(4, 10, np.float32)))
+        weight, bias = classes.head(np.zeros((4, 8), np.float32), np.zeros(4, np.float32))
+        return float(((features @ weight.T + bias).argmax(axis=1) == labels).mean())
+
+    assert right(Robust(), 1.0) > 0.95
+    assert right(Robust(), -1e3) < 0.5
+    assert right(Robust(rule=rule), -1e3) > 0.95
 
 
 def test_krum_takes_one_update_whole_for_each_expert():
