@@ -58,7 +58,7 @@ def setting(experiment: Experiment, tier: Tier, shape: ModelShape, *, gpu: bool)
     return {
         "format": FORMAT,
         "device": "gpu" if gpu else "cpu",
-        "model": experiment.model.model_dump(mode="json", exclude={"head"}),
+        "model": experiment.model.model_dump(mode="json", exclude={"head", "revision"}),
         "experts": (shape.layers, shape.experts, shape.top_k, shape.hidden, shape.expert_bytes),
         "precision": tier.precision or experiment.local.precision,
         "checkpoint": tier.checkpoint_activations,

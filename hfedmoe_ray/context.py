@@ -21,6 +21,8 @@ class PreparedModel:
     sha256: str
     """Hash of the tensors; a node that holds another model under this path is refused."""
     shape: ModelShape
+    commit: str | None = None
+    """Of the hub, that it was made of; None for a model that is not from there."""
 
 
 @dataclass(frozen=True, kw_only=True)

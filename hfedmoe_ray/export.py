@@ -12,9 +12,11 @@ from hfedmoe_ray.prepare import prepare_run
 from hfedmoe_ray.rundir import check_empty
 
 Form = Literal["hf", "peft"]
+MERGED = "merged"
+"""Directory, beside an adapter's files, of the whole model with the factors merged."""
 
 
-def export_run(run_dir: Path, form: Form, directory: Path) -> None:
+def export_run(run_dir: Path, form: Form, directory: Path, *, merge: bool = False) -> None:
     """Writes the global model of a run as it stood after its last complete round.
 
     Args:
@@ -22,9 +24,11 @@ def export_run(run_dir: Path, form: Form, directory: Path) -> None:
         form: hf: the whole model, LoRA factors merged, through save_pretrained. peft: the factors as an adapter, and
             under `base` the model it belongs on.
         directory: Where to write; must not hold anything yet.
+        merge: Insist on a whole model with LoRA factors merged: hf is that by itself, peft has it besides, under
+            `merged`.
 
     Raises:
-        ConfigError: `directory` is not empty, or `form` is peft and the run trained whole experts.
+        ConfigError: `directory` is not empty, or `form` is peft or `merge` asked for and the run trained whole experts.
         CheckpointError: The run has no complete round.
         DataError: The data, of which the model's identity is a part, cannot be read again.
         ModelError: The same for the model.
@@ -36,6 +40,8 @@ def export_run(run_dir: Path, form: Form, directory: Path) -> None:
             f"{run_dir} trained whole experts, of which peft has no form. Write --format hf, or train with "
             "model.lora, e.g. model.lora.rank=8."
         )
+    if merge and lora is None:
+        raise ConfigError(f"{run_dir} trained whole experts: there are no factors to merge. Leave --merge out.")
     check_empty(directory, "--output")
     context = prepare_run(experiment, run_dir)
     weights = load_checkpoint(run_dir / "checkpoints", run_identity(context)).weights
@@ -44,11 +50,11 @@ def export_run(run_dir: Path, form: Form, directory: Path) -> None:
         from hfedmoe_ray.moe.peft_format import save_peft
 
         save_peft(context.model, weights, lora, directory)
-    else:
+    if form == "hf" or merge:
         from hfedmoe_ray.moe.prepare import save_full
 
         names = context.data.label_names if experiment.model.task == "classification" else ()
-        save_full(context.model, weights, directory, lora, names)
+        save_full(context.model, weights, directory if form == "hf" else directory / MERGED, lora, names)
     card = model_card(experiment, run_dir, adapter=form == "peft")
     (directory / "README.md").write_text(card, encoding="utf-8")
 

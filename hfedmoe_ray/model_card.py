@@ -73,7 +73,8 @@ def _training(experiment: Experiment, summary: dict[str, Any]) -> str:
     lora = experiment.model.lora
     trains = "whole experts" if lora is None else f"low-rank factors (rank {lora.rank}) of experts"
     local = experiment.local
-    rows = [
+    rows = [("commit of the model", f"`{experiment.model.revision}`")] if experiment.model.revision else []
+    rows += [
         ("data", f"`{experiment.data.source}`, dealt {experiment.data.partition.how}"),
         ("strategy", experiment.strategy.name),
         ("rounds", str(summary.get("rounds", experiment.rounds))),

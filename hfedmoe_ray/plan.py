@@ -26,9 +26,17 @@ CONTEXT_BYTES = 512 * 2**20
 """What CUDA keeps on a device for each process (typical)."""
 DENSE_VECTORS = 24
 """Activations of a token outside experts that the backward pass of a layer needs, in vectors of H (measured)."""
+FROZEN_VECTORS = 14
+"""The same in a language model of which experts and routers alone train: maps that are frozen need no input kept
+(measured on one, SmolLM2-135M)."""
 LORA_VECTORS, LORA_ATTENTION_VECTORS = 12, 16
 """What they become more where experts, or attention too, train by low-rank factors: the products of W and of B A, the
-second scaled, and their sums (measured)."""
+second scaled, and their sums (measured; the first with a top-k of `LORA_TOP_K`)."""
+LORA_TOP_K = 4
+LOGIT_COPIES = 3
+"""Of a response token's logits, a number for each word: themselves, their softmax, and its gradient."""
+WRITTEN_SHARE = 0.25
+"""Of a language model's tokens, those of responses, whose logits are asked for (assumed)."""
 BF16_SHARE = 0.6
 """Of fp32's activations under autocast: norms and residuals stay fp32."""
 TRAINED_COPIES = 4
@@ -262,18 +270,22 @@ def _activation_bytes(experiment: Experiment, shape: ModelShape, tier: Tier, pre
     two vectors of the expert's inner size F, where an expert is about 2 H F numbers. With activation checkpointing, one
     such layer and the inputs of all.
     """
-    strategy = experiment.strategy
+    strategy, causal = experiment.strategy, experiment.model.task == "causal"
     computed = isinstance(strategy, Flux) or (isinstance(strategy, Placement) and strategy.unselected == "reroute")
     share = (1.0 if computed else present / shape.total_experts) * _activated(experiment, shape, tier)
     inner = (shape.dense_expert_bytes or shape.expert_bytes) / BYTES / (2 * shape.hidden)
-    vectors, lora = DENSE_VECTORS, experiment.model.lora
+    vectors: float = FROZEN_VECTORS if causal and experiment.model.trainable == "experts" else DENSE_VECTORS
+    lora = experiment.model.lora
     if lora:
-        vectors += LORA_VECTORS + (LORA_ATTENTION_VECTORS if lora.attention else 0)
+        # With a decoder each of a token's experts has its own; of the encoder they were measured all together.
+        experts = LORA_VECTORS * (shape.top_k / LORA_TOP_K if causal else 1)
+        vectors += experts + (LORA_ATTENTION_VECTORS if lora.attention else 0)
     layer = vectors * shape.hidden + share * shape.top_k * 2 * (shape.hidden + inner)
     per_token = layer + shape.layers * shape.hidden if tier.checkpoint_activations else shape.layers * layer
     bf16 = (tier.precision or experiment.local.precision) == "bf16"
     tokens = calibration.examples_at_once(experiment, tier) * experiment.data.max_length
-    return int(tokens * per_token * BYTES * (BF16_SHARE if bf16 else 1.0))
+    logits = WRITTEN_SHARE * LOGIT_COPIES * shape.vocabulary if causal else 0.0
+    return int(tokens * (per_token * (BF16_SHARE if bf16 else 1.0) + logits) * BYTES)
 
 
 def _means_bytes(experiment: Experiment, shape: ModelShape, present: int) -> int:

@@ -16,6 +16,9 @@ _CALIBRATION_TEXTS = 256
 def prepare_run(experiment: Experiment, run_dir: Path) -> RunContext:
     """Prepares the data and the model of an experiment, or finds them in the cache.
 
+    A model of the hub is pinned: the run's own configuration, which it records and goes on with, names the commit that
+    was fetched.
+
     Args:
         experiment: The configuration.
         run_dir: Where the run will write; made absolute.
@@ -42,6 +45,9 @@ def prepare_run(experiment: Experiment, run_dir: Path) -> RunContext:
         benchmarks=experiment.evaluate.benchmarks,
         translates=experiment.model.task == "seq2seq",
     )
+    if model.commit is not None:
+        pinned = experiment.model.model_copy(update={"revision": model.commit})
+        experiment = experiment.model_copy(update={"model": pinned})
     return RunContext(experiment=experiment, run_dir=run_dir.resolve(), model=model, data=data)
 
 

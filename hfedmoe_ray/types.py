@@ -22,8 +22,8 @@ FloatArray = npt.NDArray[np.float64]
 AbsentMode = Literal["mean", "drop", "reroute", "merge"]
 Bits = Literal["int8", "int4"]
 HeldAs = Literal["exact"] | Bits
-TaskKind = Literal["profile", "train", "evaluate", "personalise", "keys", "shares", "unmask"]
-"""The last three are steps of secure aggregation (`trust.secure`), without the model."""
+TaskKind = Literal["profile", "train", "evaluate", "personalise", "keys", "shares", "upload", "unmask"]
+"""The last four are steps of secure aggregation (`trust.secure`), without the model."""
 Fetch = Callable[[], bytes]
 """Fetches bytes from wherever they are kept."""
 Status = Literal["ok", "late", "failed", "memory", "rejected", "dropped"]
@@ -85,6 +85,11 @@ class ModelShape:
     def total_experts(self) -> int:
         """L * E."""
         return self.layers * self.experts
+
+    @property
+    def vocabulary(self) -> int:
+        """V, words of a decoder's vocabulary: rows of its one embedding table."""
+        return self.table_bytes // (4 * self.hidden)
 
     def keys(self) -> Iterator[ExpertKey]:
         """Every expert in (layer, expert) order."""

@@ -6,6 +6,7 @@ from hfedmoe_ray.config.schema import Experiment
 from hfedmoe_ray.data.partition import deal
 from hfedmoe_ray.data.sources import draw_subset, load_raw
 from hfedmoe_ray.moe.shape import read_shape
+from hfedmoe_ray.moe.sources import is_pinned
 
 
 def check_sources(experiment: Experiment) -> Iterator[str]:
@@ -28,4 +29,9 @@ def check_sources(experiment: Experiment) -> Iterator[str]:
         ]
         yield f"data: {sum(sizes)} training examples ({min(sizes)} to {max(sizes)} a client), {test}"
     shape = read_shape(experiment.model)
+    if not is_pinned(experiment.model.source, experiment.model.revision):
+        yield (
+            f"note: model.revision names no commit: {experiment.model.source} is whatever its repository holds when "
+            "the run starts. Write the commit's 40 digits to have the same model always"
+        )
     yield f"model: {shape.layers} MoE layers of {shape.experts} experts, {shape.top_k} a token"

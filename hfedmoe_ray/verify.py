@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 from hfedmoe_ray.config.evaluation import Evaluation
 from hfedmoe_ray.config.load import load_experiment
 from hfedmoe_ray.config.running import Tracking, Wandb
-from hfedmoe_ray.errors import CheckpointError
+from hfedmoe_ray.errors import CheckpointError, ConfigError
 from hfedmoe_ray.types import Array
 
 
@@ -43,6 +43,7 @@ def verify_run(
 
     Raises:
         CheckpointError: There are not two checkpoints to run between, or one is damaged.
+        ConfigError: The run draws noise in secret.
         HFedMoEError: What the run itself raises.
     """
     from hfedmoe_ray.runtime import session
@@ -55,6 +56,11 @@ def verify_run(
         )
     start, *repeated = kept[-rounds - 1 :]
     experiment = load_experiment(run_dir / "config.yaml")
+    if not experiment.privacy.repeatable:
+        raise ConfigError(
+            f"{run_dir} draws noise in secret (the section `privacy`), which is its point: no round of it comes out "
+            "alike twice, so there is nothing to verify."
+        )
     last = _round(repeated[-1])
     again = experiment.model_copy(
         update={
@@ -69,6 +75,9 @@ def verify_run(
         checkpoints = Path(directory) / "checkpoints"
         shutil.copytree(start, checkpoints / start.name)
         (checkpoints / "LATEST").write_text(start.name + "\n")
+        ledger = run_dir / "checkpoints" / "privacy.jsonl"
+        if ledger.exists():
+            shutil.copy(ledger, checkpoints)
         session.run(again, Path(directory), resume=True, render=render)
         # Profiles for a round that this repetition does not reach were not taken.
         ahead = _round(repeated[-1]) if last < experiment.rounds else None

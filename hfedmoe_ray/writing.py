@@ -31,10 +31,11 @@ class Writer:
 
         try:
             with quiet_transformers():
-                self._translates = bool(getattr(AutoConfig.from_pretrained(directory), "is_encoder_decoder", False))
+                config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+                self._translates = bool(getattr(config, "is_encoder_decoder", False))
                 auto = AutoModelForSeq2SeqLM if self._translates else AutoModelForCausalLM
-                self._model = auto.from_pretrained(directory, dtype=torch.float32).eval()
-                self._tokenizer = AutoTokenizer.from_pretrained(directory)
+                self._model = auto.from_pretrained(directory, dtype=torch.float32, trust_remote_code=False).eval()
+                self._tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise ModelError(
                 f"{directory} holds no language model that transformers can load: {error}. Give a run with "

@@ -31,6 +31,8 @@ class Started:
     address: str
     headers: Mapping[str, str]
     """With the token."""
+    directory: Path
+    """Where the nodes write."""
 
     def list(self, resource: StateResource) -> list[NodeState]:
         """What there is of a kind, dead things included."""
@@ -55,7 +57,7 @@ def started_cluster(directory: str, environment: dict[str, str], token: str) -> 
     # Ray's agent for jobs has one fixed port unless it is told another, which any Ray of this machine may hold.
     head += [f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}"]
     head += [f"--ray-client-server-port={client}", "--labels=hfedmoe-role=head"]
-    found = Started(f"http://127.0.0.1:{dashboard}", address, {"Authorization": f"Bearer {token}"})
+    found = Started(f"http://127.0.0.1:{dashboard}", address, {"Authorization": f"Bearer {token}"}, Path(directory))
     with ExitStack() as nodes:
         joining = [
             [f"--address={address}", "--dashboard-agent-listen-port=0", *options] for options in WORKERS.values()

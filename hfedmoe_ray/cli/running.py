@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from hfedmoe_ray.cli.app import Interrupted, examples, experiment_arguments
-from hfedmoe_ray.errors import TrainingError
+from hfedmoe_ray.errors import ConfigError, TrainingError
 
 if TYPE_CHECKING:
     from hfedmoe_ray.library import Run
@@ -108,7 +108,11 @@ def report(run_dirs: tuple[Path, ...]) -> None:
 
 @click.command(
     short_help="Write what a run trained for transformers or peft.",
-    epilog=examples("hfedmoe export runs/quickstart", "hfedmoe export runs/lora --format peft --output adapter"),
+    epilog=examples(
+        "hfedmoe export runs/quickstart",
+        "hfedmoe export runs/lora --format peft --merge --output adapter",
+        "hfedmoe export runs/lora --format peft --push OWNER/NAME",
+    ),
 )
 @click.argument("run_dir", metavar="RUN", type=RUN_DIR)
 @click.option(
@@ -119,20 +123,35 @@ def report(run_dirs: tuple[Path, ...]) -> None:
     show_default=True,
     help="hf: the whole model, LoRA factors merged. peft: the factors as an adapter, and under base/ its base model.",
 )
+@click.option("--merge", is_flag=True, help="Of a LoRA run: the merged model too. hf is that; peft has it in merged/.")
 @click.option("--output", type=RUN_DIR, help="Where to write. Default: RUN/exported/FORMAT.")
-def export(run_dir: Path, form: Literal["hf", "peft"], output: Path | None) -> None:
+@click.option(
+    "--push", metavar="OWNER/NAME", help="Then upload it to this repository of the hub; a new one is private."
+)
+@click.option("--public", is_flag=True, help="With --push: a new repository can be read by everyone.")
+def export(
+    run_dir: Path, *, form: Literal["hf", "peft"], merge: bool, output: Path | None, push: str | None, public: bool
+) -> None:
     """Write what a run had trained at its last complete round for transformers or peft.
 
-    Private weights of clients (strategy local) are not part of it. Fails with 8 where there is no complete round, and
-    with 2 where the run trained whole experts and --format is peft.
+    Private weights of clients (strategy local) are not part of it. Fails with 8 where there is no complete round, with
+    2 where the run trained whole experts and --format peft or --merge is given, or --push has no token, and with 4
+    where the hub does not take it.
     """
+    from hfedmoe_ray import hub
     from hfedmoe_ray.export import export_run
     from hfedmoe_ray.rundir import check_is_run
 
     check_is_run(run_dir)
+    if public and push is None:
+        raise ConfigError("--public says who may read what is pushed: give --push OWNER/NAME too, or leave it out.")
+    if push is not None:
+        hub.check_can_push(push)
     directory = output or run_dir / "exported" / form
-    export_run(run_dir, form, directory)
+    export_run(run_dir, form, directory, merge=merge)
     click.echo(directory)
+    if push is not None:
+        click.echo(hub.push(directory, push, public=public))
 
 
 @click.command(

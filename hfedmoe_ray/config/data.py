@@ -59,8 +59,9 @@ class Data(Section):
     max_length: Annotated[int, Field(ge=4, le=8192)] = 64
     """Tokens of a text that are read; with `model.task: seq2seq`, of a prompt and of a response each."""
     packing: bool = False
-    """causal: put several texts into a row of at most `max_length` tokens, instead of padding each to the longest of
-    its batch. Batches hold the same examples, each of which sees itself alone: losses are the same within rounding."""
+    """causal: put several texts into a row, of at most twice `max_length` tokens, instead of padding each to the
+    longest of its batch. Batches hold the same examples, each of which sees itself alone: losses are the same within
+    rounding."""
     max_examples: PositiveInt | None = None
     """Use only so many training examples (seeded draw)."""
     test_examples: PositiveInt | None = None

@@ -44,7 +44,8 @@ class Model(Section):
     source: str
     """"package:NAME" (a Python package that carries a model), a local directory or .gguf file, or a hub name."""
     revision: str | None = None
-    """Hub revision (commit) to pin."""
+    """Of a hub model: commit, tag or branch. Only a commit is always the same model; `validate` says where none is
+    named, and a run records the one it fetched. Code that a repository holds is never run."""
     task: Literal["classification", "causal", "seq2seq"] = "classification"
     """classification: a new head on the model tells classes apart; causal: the language model itself goes on to learn
     what to write after a prompt (`data.response`); seq2seq: the same of a model whose encoder reads the prompt and

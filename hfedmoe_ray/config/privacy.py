@@ -127,6 +127,12 @@ class Privacy(Section):
     examples: Examples | None = None
     """Of each client's single examples, in what it trains."""
 
+    @property
+    def repeatable(self) -> bool:
+        """Whether nothing is drawn in secret, so that a run comes out alike when it is repeated."""
+        central = self.central if self.central is not None and self.central.active else None
+        return all(one is None or one.noise_seed is not None for one in (central, self.selection, self.examples))
+
 
 def check_privacy(experiment: "Experiment") -> None:
     """Raises ValueError for the first thing that what is promised would not hold with."""

@@ -33,8 +33,7 @@ class Secure(Section):
     max_samples: PositiveInt = 10_000
     """A client with more examples counts as one with so many."""
     min_clients: Annotated[int, Field(ge=2)] = 2
-    """An expert that fewer clients of a round may train is not sent at all; one that fewer turn out to have trained
-    keeps its value, but the server has then seen their sum."""
+    """An expert that fewer clients of a round took part in is sent by none of them, and keeps its value."""
     profiles: Literal["aggregate", "clear"] = "aggregate"
     """aggregate: routing profiles, losses and mean outputs are summed like the rest. clear: routing profiles (and the
     class means that start a head) go to the server as they are, for strategies that plan by them."""

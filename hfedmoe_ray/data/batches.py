@@ -97,7 +97,7 @@ def translated(ids: IntArray, lengths: TokenArray, prompts: TokenArray, start: i
 
 
 def packed(ids: IntArray, lengths: TokenArray, prompts: TokenArray, room: int) -> Batch:
-    """Returns the examples of `written_after` in as few rows as first fit by falling length finds.
+    """Returns the examples of `written_after` in rows of which as few places as can be found are padding.
 
     Args:
         ids: Prompt and response, [B, S'].
@@ -105,16 +105,8 @@ def packed(ids: IntArray, lengths: TokenArray, prompts: TokenArray, room: int) -
         prompts: Tokens of the prompts, [B].
         room: Most tokens of a row, C at most; at least S'.
     """
-    rows: list[list[int]] = []
-    used: list[int] = []
-    for text in np.argsort(-lengths, kind="stable"):
-        length = int(lengths[text])
-        row = next((number for number, taken in enumerate(used) if taken + length <= room), len(rows))
-        if row == len(rows):
-            rows.append([])
-            used.append(0)
-        rows[row].append(int(text))
-        used[row] += length
+    rows = _rows(lengths, room)
+    used = [int(lengths[members].sum()) for members in rows]
     shape = (len(rows), max(used))
     texts, positions = np.full(shape, -1, dtype=np.int64), np.zeros(shape, dtype=np.int64)
     for row, members in enumerate(rows):
@@ -133,6 +125,24 @@ def packed(ids: IntArray, lengths: TokenArray, prompts: TokenArray, room: int) -
         positions=positions,
         texts=texts,
     )
+
+
+def _rows(lengths: TokenArray, room: int) -> list[list[int]]:
+    """Deals texts, longest first, each to the emptiest row, of as many rows as leave the fewest places to padding."""
+    order = [int(text) for text in np.argsort(-lengths, kind="stable")]
+    fewest = -(-int(lengths.sum()) // room)
+    best: list[list[int]] = []
+    places = 0
+    for count in range(fewest, len(order) + 1):
+        used = [0] * count
+        rows: list[list[int]] = [[] for _ in used]
+        for text in order:
+            row = used.index(min(used))
+            rows[row].append(text)
+            used[row] += int(lengths[text])
+        if max(used) <= room and (not best or count * max(used) < places):
+            best, places = rows, count * max(used)
+    return best
 
 
 def _mask(lengths: TokenArray, width: int) -> IntArray:

@@ -22,7 +22,7 @@ def load_tokenizer(directory: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(directory, truncation_side="right")
+        return AutoTokenizer.from_pretrained(directory, truncation_side="right", trust_remote_code=False)
     except Exception as error:  # damaged files raise whatever their parser does: KeyError, or Exception itself
         reason = (str(error).strip().splitlines() or [""])[0]
         raise ModelError(

@@ -183,6 +183,7 @@ class Averaging:
         self._check_quorum(records)
         found = secure.unmask()
         records[:] = map(secure.counted, records)
+        updates = {client: update for client, update in updates.items() if client in secure.delivered}
         averaged, rows = found.averaged(old, self._strategy.rules, len(updates), secure.options.min_clients)
         weights = self._optimizer.step(old, averaged, rows)
         self._state.weights = replace(weights, means=found.means(weights.means))

@@ -26,6 +26,7 @@ from hfedmoe_ray.types import ClientTask, ClientUpdate, ExpertPlan, TaskKind, Ta
 _DID: Mapping[TaskKind, str] = {
     "keys": "sent their keys",
     "shares": "shared their secrets",
+    "upload": "uploaded their updates",
     "unmask": "helped to take the masks off the sum",
 }
 """What too few have done, in steps of secure aggregation."""

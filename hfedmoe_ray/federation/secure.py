@@ -1,8 +1,9 @@
 """A round of secure aggregation, as the server runs it: what it asks of clients, and what it makes of their answers.
 
     agree      tasks "keys", then "shares": who answers both takes part (U2)
-    add        the masked vectors that "train" tasks end with (U3)
-    unmask     tasks "unmask" of those who delivered; with enough answers the masks of the sum are taken off
+    add        the masked counts that "train" tasks end with: who takes part in which expert (U3 of the counts)
+    unmask     tasks "unmask": how many take part in each expert; tasks "upload": masked updates of those experts that
+               enough do (U3 of the values); tasks "unmask": their sum
 
 Who fails in `agree` is out of the round, with a record of that step. Who does later is a dropout: its vector is in the
 sum or is not, and the others make up for its masks.
@@ -10,7 +11,7 @@ sum or is not, and the others make up for its masks.
 
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -23,15 +24,15 @@ from hfedmoe_ray.federation.state import FederationState
 from hfedmoe_ray.records import ClientRecord
 from hfedmoe_ray.strategies import AnyStrategy
 from hfedmoe_ray.strategies.scores import uniform_plan
-from hfedmoe_ray.types import ClientTask, ClientUpdate, ExpertKey, ExpertPlan, Role, TaskKind
+from hfedmoe_ray.types import Array, ClientTask, ClientUpdate, ExpertKey, ExpertPlan, Role, TaskKind
 
 if TYPE_CHECKING:
     from hfedmoe_ray.federation.collecting import Collector
+    from hfedmoe_ray.trust.secure.aggregate import Aggregate
     from hfedmoe_ray.trust.secure.client import Revealed
-    from hfedmoe_ray.trust.secure.keys import PublicKeys
-    from hfedmoe_ray.trust.secure.layout import Aggregate
     from hfedmoe_ray.trust.secure.messages import Request
     from hfedmoe_ray.trust.secure.server import Sum
+    from hfedmoe_ray.trust.secure.session import Purpose, Roster
 
 Answer = TypeVar("Answer")
 MakeTask = Callable[[TaskKind, int, int, ExpertPlan], ClientTask]
@@ -109,10 +110,12 @@ class SecureAggregation:
         self._make_task = make_task
         self._notify = notify
         self._round = self._threshold = 0
-        self._roster: Mapping[int, PublicKeys] = {}
-        self._letters: Mapping[int, Mapping[int, bytes]] = {}
+        self._letters: Mapping[int, Mapping[Purpose, Mapping[int, bytes]]] = {}
         self._training: Request | None = None
-        self._sum: Sum | None = None
+        self._counts: Sum | None = None
+        self._missing: Mapping[int, ClientRecord] = {}
+        self.delivered: frozenset[int] = frozenset()
+        """Whose updates are in the last sum."""
         self._up: Counter[int] = Counter()
         self._down: Counter[int] = Counter()
 
@@ -128,20 +131,22 @@ class SecureAggregation:
         from hfedmoe_ray.trust.secure.layout import make_layout
         from hfedmoe_ray.trust.secure.messages import Request, read_keys, read_letters
         from hfedmoe_ray.trust.secure.server import Sum
-        from hfedmoe_ray.trust.secure.session import Session, threshold_of
+        from hfedmoe_ray.trust.secure.session import PURPOSES, Session, threshold_of
 
         self._round = round
         self._up.clear()
         self._down.clear()
         lost: list[ClientRecord] = []
         self._threshold = threshold_of(self.options.threshold, len(plans))
-        session = Session(number=time.time_ns(), threshold=self._threshold, ring=self.options.ring)
+        number, ring = time.time_ns(), self.options.ring
+        session = Session(number=number, threshold=self._threshold, ring=ring, purpose="counts")
         first = Request(session=session)
-        self._roster = self._ask("keys", dict.fromkeys(plans, first), lambda _, payload: read_keys(payload), lost)
-        second = replace(first, roster=self._roster)
-        others = {client: [one for one in self._roster if one != client] for client in self._roster}
+        keys = self._ask("keys", dict.fromkeys(plans, first), lambda _, payload: read_keys(payload), lost)
+        rosters: dict[Purpose, Roster] = {of: {client: keys[client][of] for client in keys} for of in PURPOSES}
+        second = replace(first, rosters=rosters)
+        others = {client: [one for one in keys if one != client] for client in keys}
         self._letters = self._ask(
-            "shares", dict.fromkeys(self._roster, second), lambda c, payload: read_letters(payload, others[c]), lost
+            "shares", dict.fromkeys(keys, second), lambda c, payload: read_letters(payload, others[c]), lost
         )
         present = tuple(sorted(self._letters))
         self._enough(present, "sent keys and shared their secrets")
@@ -157,7 +162,7 @@ class SecureAggregation:
             max_tokens=2 * local.steps * local.batch_size * data.max_length,  # a prompt and what is to be written
         ).among(present, self.options.min_clients)
         self._training = replace(second, present=present, layout=layout)
-        self._sum = Sum(session, layout.blocks())
+        self._counts = Sum(session, layout.presence())
         self._down.update(dict.fromkeys(present, self._training.nbytes))
         return taking_part, lost
 
@@ -167,54 +172,58 @@ class SecureAggregation:
         return self._training
 
     def add(self, update: ClientUpdate) -> None:
-        """Adds a masked vector, which has been checked, to the sum."""
-        assert self._sum is not None
-        self._sum.add(update.client, update.masked)
+        """Adds a masked vector of who takes part in what, which has been checked, to the first sum."""
+        assert self._counts is not None
+        self._counts.add(update.client, update.masked)
 
     def unmask(self) -> "Aggregate":
-        """Takes the masks off the sum, with the help of those whose vectors are in it.
+        """Finds out in which experts enough clients take part, has these uploaded, and takes the masks off their sum.
 
         Raises:
             TrainingError: Too few delivered or helped, or what they revealed does not fit.
         """
-        from hfedmoe_ray.trust.secure.messages import Request, read_revealed
-        from hfedmoe_ray.trust.secure.session import BelowThreshold
+        from hfedmoe_ray.trust.secure.aggregate import read_sums
+        from hfedmoe_ray.trust.secure.messages import read_vector
+        from hfedmoe_ray.trust.secure.server import Sum
 
-        assert self._sum is not None and self._training is not None and self._training.layout is not None
-        arrived, present = frozenset(self._sum.arrived), self._training.present
-        self._enough(arrived, "delivered a masked update")
-        requests = {
-            client: Request(
-                session=self._training.session,
-                roster=self._roster,
-                present=present,
-                arrived=arrived,
-                letters={sender: self._letters[sender][client] for sender in present if sender != client},
-            )
-            for client in sorted(arrived)
-        }
-        silent: list[ClientRecord] = []
-        revealed: dict[int, Revealed] = self._ask(
-            "unmask", requests, lambda client, payload: read_revealed(payload, requests[client]), silent
+        training, counts = self._training, self._counts
+        assert counts is not None and training is not None and training.layout is not None
+        (total,), _ = self._open(training, counts)
+        enough = {key for key, n in training.layout.counted(total).items() if n >= self.options.min_clients}
+        layout = training.layout.only(enough)
+        values = replace(
+            training,
+            session=replace(training.session, purpose="values"),
+            layout=layout,
+            kept=training.layout,
         )
-        try:
-            sums = self._sum.unmask(self._roster, present, revealed)
-        except (BelowThreshold, ValueError) as error:
-            raise TrainingError(self._failed(str(error))) from error
-        found = self._training.layout.decode(sums)
-        held = len(found.experts)
+        blocks = layout.blocks()
+        whole = Sum(values.session, blocks)
+        self._missing = {}
+        lost: list[ClientRecord] = []
+        self._ask(
+            "upload",
+            dict.fromkeys(sorted(counts.arrived), values),
+            lambda client, payload: whole.add(client, read_vector(payload, len(blocks))[0]),
+            lost,
+        )
+        self._missing = {record.client: record for record in lost}
+        sums, (revealed, silent) = self._open(values, whole)
+        self.delivered = frozenset(whole.arrived)
+        found = read_sums(layout, sums)
         self._notify(
             "aggregated",
             {
                 "round": self._round,
-                "threshold": self._training.session.threshold,
-                "keys": sorted(self._roster),
-                "shares": list(present),
-                "delivered": sorted(arrived),
+                "threshold": self._threshold,
+                "keys": sorted(training.roster),
+                "shares": list(training.present),
+                "counted": sorted(counts.arrived),
+                "delivered": sorted(whole.arrived),
                 "unmasked": sorted(revealed),
                 "silent": {record.client: record.reason for record in silent},
-                "experts": held,
-                "withheld": len(self._state.weights.experts) - held,
+                "experts": len(enough),
+                "withheld": len(self._state.weights.experts) - len(enough),
                 "clipped": found.clipped,
             },
         )
@@ -227,6 +236,44 @@ class SecureAggregation:
                 },
             )
         return found
+
+    def _open(
+        self, asked: "Request", total: "Sum"
+    ) -> tuple[list[Array], tuple[Collection[int], Sequence[ClientRecord]]]:
+        """Takes the masks off a sum, with the help of those whose vectors are in it.
+
+        Args:
+            asked: What they were told before they sent their vectors.
+            total: The masked sum.
+
+        Returns:
+            The sum, who helped, and a record of who did not.
+        """
+        from hfedmoe_ray.trust.secure.messages import Request, read_revealed
+        from hfedmoe_ray.trust.secure.session import BelowThreshold
+
+        arrived, purpose = frozenset(total.arrived), asked.session.purpose
+        self._enough(arrived, "delivered a masked update")
+        requests = {
+            client: Request(
+                session=asked.session,
+                rosters={purpose: asked.roster},
+                present=asked.present,
+                arrived=arrived,
+                letters={
+                    sender: self._letters[sender][purpose][client] for sender in asked.present if sender != client
+                },
+            )
+            for client in sorted(arrived)
+        }
+        silent: list[ClientRecord] = []
+        revealed: dict[int, Revealed] = self._ask(
+            "unmask", requests, lambda client, payload: read_revealed(payload, requests[client]), silent
+        )
+        try:
+            return total.unmask(asked.roster, asked.present, revealed), (revealed, silent)
+        except (BelowThreshold, ValueError) as error:
+            raise TrainingError(self._failed(str(error))) from error
 
     def told(self, found: "Aggregate") -> dict[str, Any]:
         """What the report of a round says of the clients together."""
@@ -243,9 +290,11 @@ class SecureAggregation:
         return told
 
     def counted(self, record: ClientRecord) -> ClientRecord:
-        """A client's record with the bytes of keys, letters and shares."""
+        """A client's record with the bytes of all steps, and how it ended where it trained but did not upload."""
         if record.kind != "train":
             return record
+        if missing := self._missing.get(record.client):
+            record = replace(record, status=missing.status, reason=missing.reason)
         up, down = self._up[record.client], self._down[record.client]
         return replace(record, bytes_up=record.bytes_up + up, bytes_down=record.bytes_down + down)
 

@@ -59,7 +59,7 @@ class NotAsTrained(Rejected):
         Args:
             fact: What it is, in words that are the same for all clients and experts.
             experts: Where; all that were to train where it is not about one.
-            told: The fact with the expert's name and numbers.
+            told: The fact with the expert's name.
         """
         super().__init__(f"{told}: it was not trained as planned")
         self.fact = fact
@@ -135,7 +135,7 @@ def _check_size(what: str, size: int, most: int) -> None:
 
 
 def accept_masked(result: TaskResult, *, profiled: bool, limits: Limits) -> ClientUpdate:
-    """Fetches a masked vector and checks what can be: that it has the numbers it was asked for, whatever they hide.
+    """Fetches a masked count of experts and checks what can be: that it has the numbers it was asked for.
 
     Args:
         result: How the task ended.
@@ -157,7 +157,7 @@ def accept_masked(result: TaskResult, *, profiled: bool, limits: Limits) -> Clie
     if metrics.samples <= 0:
         raise Rejected(f"claims {metrics.samples} training examples")
     _check_claims(metrics, result.task.plan, limits)
-    blocks = request.layout.blocks()
+    blocks = request.layout.presence()
     most = most_masked_bytes(request.layout.shape, sum(block.size for block in blocks), len(blocks))
     _check_size("update", result.payload_bytes, most)
     payload = result.payload()

@@ -166,7 +166,7 @@ def _full_precision(source: Path, **fields: Any) -> PreTrainedConfig:
     Raises:
         ModelError: The weights are quantised in a form that cannot be unpacked while loading.
     """
-    config = AutoConfig.from_pretrained(source, **fields)
+    config = AutoConfig.from_pretrained(source, trust_remote_code=False, **fields)
     packing = getattr(config, "quantization_config", None)
     if packing is None:
         return config
@@ -199,6 +199,7 @@ def _load(model_class: Any, source: Path, may_differ: tuple[str, ...], config: P
             ignore_mismatched_sizes=True,
             output_loading_info=True,
             config=config,
+            trust_remote_code=False,  # otherwise transformers asks, on a terminal
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"model.source: {source} cannot be loaded: {error}") from error

@@ -18,7 +18,7 @@ from hfedmoe_ray.errors import ModelError
 from hfedmoe_ray.moe import store
 from hfedmoe_ray.moe.factors import adapted_shape, initial_experts, initial_shared
 from hfedmoe_ray.moe.shape import check_family, read_shape
-from hfedmoe_ray.moe.sources import read_config, resolve
+from hfedmoe_ray.moe.sources import commit_of, read_config, resolve
 from hfedmoe_ray.moe.upcycle.target import upcycled_config
 from hfedmoe_ray.types import Weights
 
@@ -77,7 +77,7 @@ def prepare_model(
             from hfedmoe_ray.moe.quantised import quantise_experts
 
             quantise_experts(directory, model.lora.base)
-    return PreparedModel(path=directory.resolve(), sha256=meta.sha256, shape=shape)
+    return PreparedModel(path=directory.resolve(), sha256=meta.sha256, shape=shape, commit=commit_of(source))
 
 
 def initial_weights(

@@ -5,6 +5,7 @@ Torch-free, and no package is imported: `hfedmoe plan` reads a model's config.js
 
 import json
 import os
+import re
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ _PACKAGE = "package:"
 _GGUF = ".gguf"
 _PUBLISHED = Path(__file__).with_name("published.json")
 """What config.json says of some models of the hub, as far as it decides their sizes."""
+_COMMIT = re.compile("[0-9a-f]{40}")
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
 
 
@@ -46,6 +48,17 @@ def resolve(source: str, revision: str | None, config_only: bool = False) -> Pat
     if not config_only:
         _require_safetensors(directory)
     return directory
+
+
+def is_pinned(source: str, revision: str | None) -> bool:
+    """Whether a model is always the same one: it is local, or a commit of the hub is named, which no push can move."""
+    local = source.startswith(_PACKAGE) or Path(source).expanduser().exists()
+    return local or (revision is not None and _COMMIT.fullmatch(revision) is not None)
+
+
+def commit_of(directory: Path) -> str | None:
+    """Returns the commit of the hub that a directory which `resolve` returned is of; None where it is of none."""
+    return directory.name if directory.parent.name == "snapshots" and _COMMIT.fullmatch(directory.name) else None
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -87,6 +100,9 @@ def _from_hub(name: str, revision: str | None, config_only: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    if config_only and is_pinned(name, revision) and (known := _published(name)) is not None:
+        # A commit's sizes never change: neither a network is needed, nor waiting for one that is not there.
+        return known
     try:
         patterns = ["config.json"] if config_only else _HUB_FILES
         directory = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))

@@ -23,6 +23,7 @@ from hfedmoe_ray.runtime.worker import (
     out_of_memory,
     unreadable,
 )
+from hfedmoe_ray.trust.foreign_text import printable
 from hfedmoe_ray.types import ClientTask, Status, TaskResult, TaskWeights, Weights
 from hfedmoe_ray.wire import parse_metrics
 
@@ -90,7 +91,7 @@ class LocalExecutor:
                 status, reason = "late", late_reason(limit)
             else:
                 status, reason = ("memory" if out_of_memory(error) else "failed"), last_line(error)
-                notify("task_error", {**fields, "traceback": traceback.format_exc()})
+                notify("task_error", {**fields, "traceback": printable(traceback.format_exc())})
         else:
             try:
                 metrics = parse_metrics(answer)

@@ -10,7 +10,7 @@ from hfedmoe_ray.federation.executor import Notify
 from hfedmoe_ray.runtime import timeouts
 from hfedmoe_ray.runtime.slot import Attempt, Delivered
 from hfedmoe_ray.runtime.worker import last_line, unreadable
-from hfedmoe_ray.trust.foreign_text import one_line
+from hfedmoe_ray.trust.foreign_text import one_line, printable
 from hfedmoe_ray.types import ClientTask, Status, TaskResult
 from hfedmoe_ray.wire import parse_metrics
 
@@ -60,7 +60,7 @@ def decided(attempt: Attempt, delivered: Delivered, seconds: float, notify: Noti
             attempts=attempt.number,
         )
     if body:
-        trace = body[-MOST_TRACE:].decode(errors="replace")
+        trace = printable(body[-MOST_TRACE:].decode(errors="replace"))
         notify("task_error", about(attempt.task) | {"traceback": trace})
     ended: Status = status if status in ("memory", "rejected") else "failed"
     return finished(attempt, ended, one_line(reason), seconds, notify)

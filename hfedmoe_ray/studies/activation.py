@@ -69,6 +69,7 @@ def routed_examples(context: RunContext) -> list[Routed]:
     from hfedmoe_ray.moe.prepare import initial_weights
     from hfedmoe_ray.moe.subset import SparseModel
     from hfedmoe_ray.strategies.scores import uniform_plan
+    from hfedmoe_ray.train.examples import Examples
     from hfedmoe_ray.types import Role, TaskWeights
 
     experiment, shape = context.experiment, context.model.shape
@@ -84,13 +85,13 @@ def routed_examples(context: RunContext) -> list[Routed]:
         hit = np.zeros((count, shape.layers, shape.experts), dtype=bool)
         for start in range(0, count, _FORWARD):
             rows = np.arange(start, min(start + _FORWARD, count))
-            batch = split.batch(rows)
+            batch, inputs = Examples(split, None).inputs(model, rows)
             with torch.inference_mode():
-                model.forward(torch.from_numpy(batch.input_ids), torch.from_numpy(batch.attention_mask))
-            example = np.repeat(rows, batch.attention_mask.sum(axis=1))  # [T]
+                model.module(**inputs)
             for layer, index in enumerate(model.tape.index):
                 assert index is not None
                 chosen = index.cpu().numpy()  # [T, K]; E stands for no expert
+                example = rows[batch.owners(decoder=model.tape.decodes(layer))]  # [T]
                 padded = np.zeros((count, shape.experts + 1), dtype=bool)
                 padded[example[:, None], chosen] = True
                 hit[:, layer] |= padded[:, :-1]

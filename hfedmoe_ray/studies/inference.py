@@ -137,6 +137,7 @@ def _router(context: RunContext) -> Callable[[Split, Array], Routing]:
 
     from hfedmoe_ray.moe.prepare import initial_weights
     from hfedmoe_ray.moe.subset import SparseModel
+    from hfedmoe_ray.moe.threads import one_thread
     from hfedmoe_ray.strategies.scores import uniform_plan
     from hfedmoe_ray.types import Role, TaskWeights
 
@@ -152,7 +153,7 @@ def _router(context: RunContext) -> Callable[[Split, Array], Routing]:
         tokens = np.zeros(len(rows), dtype=np.int64)
         for start in range(0, len(rows), _FORWARD):
             batch = split.batch(rows[start : start + _FORWARD])
-            with torch.inference_mode():
+            with one_thread(), torch.inference_mode():
                 model.forward(torch.from_numpy(batch.input_ids), torch.from_numpy(batch.attention_mask))
             lengths = batch.attention_mask.sum(axis=1)
             example = start + np.repeat(np.arange(len(lengths)), lengths)  # [T]

@@ -5,7 +5,7 @@ of lower layers do not add up. The error is |out' - out| / |out| over the vector
 weighted sum of a token's experts. Legend: L MoE layers, E experts, f share of a layer's choices that fall on an expert.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -67,6 +67,7 @@ def layer_errors(context: RunContext) -> Errors:
     from hfedmoe_ray.moe.subset import SparseModel
     from hfedmoe_ray.strategies.merging import merge_absent, principal_components
     from hfedmoe_ray.strategies.scores import mask, resident_plan, top_experts, uniform_plan
+    from hfedmoe_ray.train.examples import Examples
     from hfedmoe_ray.types import TaskWeights
 
     experiment, shape = context.experiment, (context.model.shape.layers, context.model.shape.experts)
@@ -88,7 +89,8 @@ def layer_errors(context: RunContext) -> Errors:
     for client, held in enumerate(held_by):
         split = data.train(client)
         seen = Layers(model)
-        seen.run(split.batch(np.arange(min(len(split), _EXAMPLES))))
+        _, inputs = Examples(split, None).inputs(model, np.arange(min(len(split), _EXAMPLES)))
+        seen.run(inputs)
         counts = model.tape.counts()
         frequency = counts / counts.sum(axis=1, keepdims=True)
 
@@ -121,15 +123,15 @@ class Layers:
         self.outputs: list[Any] = []
         """What the experts of each layer returned, [B * S, H]."""
 
-    def run(self, batch: Any) -> None:
-        """Passes a batch through the whole model."""
+    def run(self, inputs: Mapping[str, Any]) -> None:
+        """Passes a batch through the whole model, whose arguments are given."""
         import torch
 
         layout = self._model.layout
         modules = [getattr(block, layout.experts_name) for block in layout.blocks]
         hooks = [module.register_forward_hook(self._note) for module in modules]
         with torch.inference_mode():
-            self._model.forward(torch.from_numpy(batch.input_ids), torch.from_numpy(batch.attention_mask))
+            self._model.module(**inputs)
         for hook in hooks:
             hook.remove()
 

@@ -181,7 +181,7 @@ def _findings(setting: Setting, attacked: Mapping[str, Attacked], guess: Mean) -
             f"{percent(guess.mean)}."
         ),
         paragraph=(
-            f"By randomised response over sets of experts that falls to: {words}. Usage and choices are those of the "
+            f"From experts held by randomised response over sets: {words}. Usage and choices are those of the "
             f"model before training; {clients.count} clients and {SHADOWS} shadow clients a seed, which the attacker "
             "deals from the global test split as the clients were dealt, and puts through the same defence. Epsilon is "
             "that of a client's one answer, whatever its data were. k contributors hides experts that fewer than k of "
@@ -190,7 +190,9 @@ def _findings(setting: Setting, attacked: Mapping[str, Attacked], guess: Mean) -
         ),
         figures=[
             _figure(
-                "Dominant class named from the experts held", {n: one.plan for n, one in attacked.items()}, guess.mean
+                "Dominant class named from what the server sees: usage where it is sent, else experts held",
+                {name: one.plan if one.vector is None else one.vector for name, one in attacked.items()},
+                guess.mean,
             ),
             _figure(
                 "Accuracy of the global model",
@@ -212,7 +214,8 @@ def _findings(setting: Setting, attacked: Mapping[str, Attacked], guess: Mean) -
                     for name, one in attacked.items()
                 ],
                 note=f"Means over {len(setting.seeds)} seeds with 95 % intervals. Naming the class that is dominant "
-                f"most often: {interval(guess)}.",
+                f"most often: {interval(guess)}. One seed asks {clients.count} clients, so a success of 10 % in all "
+                f"has a standard error of {percent((0.09 / clients.count / len(setting.seeds)) ** 0.5)}.",
             )
         ],
     )

@@ -21,6 +21,7 @@ from hfedmoe_ray.moe.routing import ProfileAccumulator
 from hfedmoe_ray.moe.subset import SparseModel
 from hfedmoe_ray.runtime.local import task_weights
 from hfedmoe_ray.seeds import generator
+from hfedmoe_ray.train.examples import Examples
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,10 +49,10 @@ def step_costs(federation: Federation) -> dict[int, StepCost]:
         split = data.train(client)
         rng = generator(experiment.seed, "batches", number, client)
         rows = rng.permutation(len(split))[: experiment.local.batch_size]
-        batch = split.batch(rows)
+        batch, inputs = Examples(split, None).inputs(model, rows)
         model.module.train()
         with FlopCounterMode(display=False) as counter:
-            logits = model.forward(torch.from_numpy(batch.input_ids), torch.from_numpy(batch.attention_mask))
+            logits = model.module(**inputs).logits
             seen = ProfileAccumulator(model.shape, "max")
             seen.add(model.tape)
             routing = seen.profile()

@@ -17,6 +17,7 @@ _DOING = {
     "keys": "agreeing",
     "shares": "agreeing",
     "train": "training",
+    "upload": "uploading",
     "unmask": "unmasking",
     "evaluate": "evaluating",
 }

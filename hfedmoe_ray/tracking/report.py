@@ -144,7 +144,8 @@ def _figures(run: RunRecord) -> str:
         rows.append(("Simulated time", duration(run.summary["simulated_seconds"]), "on the tiers' devices"))
     if peak:
         rows.append(("Largest client", size(peak * 2**20), "peak memory of its process"))
-    rows.append(("Results used", f"{statuses.count('ok')} of {len(statuses)}", _losses(statuses)))
+    if statuses:
+        rows.append(("Results used", f"{statuses.count('ok')} of {len(statuses)}", _losses(statuses)))
     cells = "".join(
         f"<div><dt>{escape(name)}</dt><dd>{escape(value)}<small>{escape(note)}</small></dd></div>"
         for name, value, note in rows

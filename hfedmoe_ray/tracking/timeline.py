@@ -17,6 +17,7 @@ _WORK = {
     "personalise": "trains for itself",
     "keys": "sends keys",
     "shares": "shares its secrets",
+    "upload": "uploads, masked",
     "unmask": "helps to take masks off",
 }
 

@@ -131,7 +131,7 @@ class ClientWorker:
         """
         started = time.perf_counter()
         state = b""
-        if task.kind in ("keys", "shares", "unmask"):
+        if task.kind in ("keys", "shares", "upload", "unmask"):
             assert self._secure is not None, "a step of secure aggregation, which the run has not"
             payload, metrics = self._secure.answer(task)
             return payload, dump_metrics(replace(metrics, seconds=time.perf_counter() - started)), state
@@ -266,7 +266,7 @@ class ClientWorker:
                 profile=measured,
                 means=means,
             )
-            payload, metrics = self._secure.upload(task, weights, update, metrics)
+            payload, metrics = self._secure.take_part(task, weights, update, metrics)
             upload = Upload(payload=payload)
         return upload, metrics
 

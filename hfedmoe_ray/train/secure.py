@@ -10,6 +10,7 @@ from hfedmoe_ray.federation.validation import check_canary
 from hfedmoe_ray.strategies import build_strategy
 from hfedmoe_ray.trust.secure.client import Participant
 from hfedmoe_ray.trust.secure.messages import Request, write_keys, write_letters, write_revealed, write_vector
+from hfedmoe_ray.trust.secure.session import Session
 from hfedmoe_ray.trust.secure.vault import Vault
 from hfedmoe_ray.types import ClientMetrics, ClientTask, ClientUpdate, TaskWeights
 
@@ -40,45 +41,69 @@ class SecureClients:
         self._rules = build_strategy(experiment.strategy, context.model.shape, experiment.seed, experiment.rules).rules
 
     def answer(self, task: ClientTask) -> tuple[bytes, ClientMetrics]:
-        """Takes a step without training: keys, shares or unmask.
+        """Takes a step without training: keys, shares, upload or unmask.
 
         Raises:
             Refused: What is asked would reveal what the client has to keep.
             ValueError: What it was sent cannot be read.
         """
-        request, participant = self._participant(task)
+        request = task.secure
+        assert request is not None
         match task.kind:
             case "keys":
-                payload = write_keys(participant.advertise())
+                keys = {one.purpose: self._participant(task, one).advertise() for one in request.sessions()}
+                payload = write_keys(keys)
             case "shares":
-                payload = write_letters(participant.share(request.roster))
+                payload = write_letters(
+                    {
+                        one.purpose: self._participant(task, one).share(request.rosters[one.purpose])
+                        for one in request.sessions()
+                    }
+                )
+            case "upload":
+                payload = self._upload(task, request)
             case _:
+                participant = self._participant(task, request.session)
                 revealed = participant.reveal(request.roster, request.present, request.arrived, request.letters)
                 payload = write_revealed(revealed)
         metrics = ClientMetrics(client=task.client, round=task.round, kind=task.kind, samples=0, tokens=0, loss=0.0)
         return payload, metrics
 
-    def upload(
+    def take_part(
         self, task: ClientTask, start: TaskWeights, update: ClientUpdate, metrics: ClientMetrics
     ) -> tuple[bytes, ClientMetrics]:
-        """Masks what was trained; returns the payload, and the metrics without what is not the server's to know.
+        """Keeps what was trained on this node, and masks which experts that is.
 
         The proof of what was trained, which the server asks for where updates are in the clear, is checked here.
+
+        Returns:
+            The payload, and the metrics without what is not the server's to know.
 
         Raises:
             NotAsTrained: It was not trained as planned.
             Refused: Another update was masked in this session.
             ValueError: A number is not finite.
         """
-        request, participant = self._participant(task)
-        assert request.layout is not None
+        request = task.secure
+        assert request is not None and request.layout is not None
         check_canary(update, metrics, task.plan, start)
         values = request.layout.encode(update, task.plan, start, self._rules, metrics.loss)
-        participant.mask(request.roster, request.present, request.layout.blocks(), values)
+        Vault(self.directory, task.client).keep(request.session, values)
+        presence = [request.layout.takes_part(values)]
+        participant = self._participant(task, request.session)
+        participant.mask(request.roster, request.present, request.layout.presence(), presence)
         profile = update.profile if self._options.profiles == "clear" else None
-        return write_vector(values, profile), replace(metrics, **HIDDEN)
+        return write_vector(presence, profile), replace(metrics, **HIDDEN)
 
-    def _participant(self, task: ClientTask) -> tuple[Request, Participant]:
-        assert task.secure is not None
+    def _upload(self, task: ClientTask, request: Request) -> bytes:
+        """Masks what was kept, of the experts that enough clients take part in."""
+        assert request.layout is not None and request.kept is not None
+        kept = Vault(self.directory, task.client).kept(request.session)
+        values = [block.copy() for block in request.layout.chosen(kept, request.kept)]
+        participant = self._participant(task, request.session)
+        participant.mask(request.roster, request.present, request.layout.blocks(), values)
+        return write_vector(values, None)
+
+    def _participant(self, task: ClientTask, session: Session) -> Participant:
         vault = Vault(self.directory, task.client)
-        return task.secure, Participant(task.client, vault.root(), task.secure.session, vault.remember)
+        return Participant(task.client, vault.root(), session, vault.remember)

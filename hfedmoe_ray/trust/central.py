@@ -163,8 +163,9 @@ class PrivateMean:
 
     def _moved(self, owner: Owner, old: Mapping[str, Array], sigma: float, noise: Source) -> dict[str, Array]:
         summed = self._sum.get(owner, {})
-        moved = {}
-        for name, value in old.items():
+        moved = dict(old)
+        for name in sorted(old):  # a checkpoint does not keep their order, and the noise is drawn one after the other
+            value = old[name]
             total: Any = summed.get(name, 0.0)
             if sigma > 0:
                 total = total + sigma * noise.standard_normal(value.size).reshape(value.shape)

@@ -91,9 +91,9 @@ class Client:
 @click.command()
 @json_option
 @click.option("--data", type=click.Path(path_type=Path, exists=True), required=True)
-@click.option("--batch-sizes", default="8,32", show_default=True, help="Examples of a batch, one run each.")
-@click.option("--steps", default=5, show_default=True, help="Steps of a task; the first and the last are left out.")
-@click.option("--repetitions", default=3, show_default=True)
+@click.option("--batch-sizes", default="8", show_default=True, help="Examples of a batch, one run each.")
+@click.option("--steps", default=4, show_default=True, help="Of a task; the first and the last do not count.")
+@click.option("--repetitions", default=2, show_default=True)
 def main(json_file: Path | None, data: Path, batch_sizes: str, steps: int, repetitions: int) -> None:
     """Tokens a second of a training step, packed and padded."""
     rows, figures = [], dict[str, Any]()

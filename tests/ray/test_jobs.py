@@ -11,8 +11,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
+from leaks import commands_with, files_with
 from ray.job_submission import JobSubmissionClient
 from ray.runtime_env import RuntimeEnv
 from ray.util.state.common import StateResource
@@ -28,6 +30,8 @@ from hfedmoe_ray.runtime.jobs import submit
 pytestmark = pytest.mark.ray
 PATHS = (REPOSITORY, REPOSITORY / "tests")
 TOKEN = "0123456789abcdef" * 4
+FALSE = {"WANDB_API_KEY": "5ec4e7" * 6 + "abcd", "HF_TOKEN": "hf_" + "S3cretOfTheHub" * 3}
+"""What a cluster's nodes may have in their environment, to be used and shown nowhere."""
 EXAMINE = """
 import sys
 from hfedmoe_ray.doctor import _cluster
@@ -58,7 +62,7 @@ def started(home: Path) -> Iterator[Started]:
     session = tempfile.mkdtemp(prefix="hfedmoe-test-", dir="/tmp")
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     ours = {"HOME": str(home), "PATH": path, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
-    with started_cluster(session, os.environ | ours, TOKEN) as started:
+    with started_cluster(session, os.environ | ours | FALSE, TOKEN) as started:
         yield started
     shutil.rmtree(session, ignore_errors=True)
 
@@ -78,6 +82,8 @@ def test_a_submitted_run_succeeds_away_from_the_head_and_its_record_comes_home(
     started: Started, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.chdir(tmp_path)
+    for name, secret in FALSE.items():
+        monkeypatch.setenv(name, secret)
     run = [str(CONFIG), *OVERRIDES, "rounds=1", "runtime.slots=1", "name=job"]
     code = main(["submit", *run, "--address", started.url])
     text = capsys.readouterr().out
@@ -97,6 +103,12 @@ def test_a_submitted_run_succeeds_away_from_the_head_and_its_record_comes_home(
     at = {actor["class_name"]: roles[actor["node_id"]] for actor in started.list(StateResource.ACTORS)}
     assert at["JobSupervisor"] == "server"
     assert at["ClientActor"] == "client"
+    secrets = (TOKEN, *FALSE.values())
+    told = [text, *map(str, started.list(StateResource.ACTORS)), *map(str, started.list(StateResource.JOBS))]
+    assert len(told) > 3
+    assert not [one for one in told if any(secret in one for secret in secrets)]
+    assert not files_with(secrets, started.directory, home / "runs", tmp_path)
+    assert not commands_with(secrets, psutil.Process().children(recursive=True))
 
     shutil.rmtree(here)
     assert main(["logs", "job", "--address", started.url]) == 0

@@ -8,10 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import ray
-from tiny_worker import STATE_REPEATS, BrokenWorker, Log, TinyWorker, context, outcome, task, weights
+from tiny_worker import STATE_REPEATS, BrokenWorker, ForgingWorker, Log, TinyWorker, context, outcome, task, weights
 
 from hfedmoe_ray.errors import CapacityError, TrainingError
-from hfedmoe_ray.runtime import client
 from hfedmoe_ray.runtime.local import LocalExecutor
 from hfedmoe_ray.runtime.pool import RayExecutor
 from hfedmoe_ray.runtime.slot import State, plain
@@ -19,26 +18,6 @@ from hfedmoe_ray.types import ExpertKey, PersonalWeights
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("cluster")]
 TASKS = [task(client, present=1 + client % 3) for client in range(6)]
-
-
-class Forged:
-    """An object of a class, where bytes are due."""
-
-
-class ForgingWorker(TinyWorker):
-    """Has the actor of client 1 return something that is not bytes; see `runtime.client.answered`."""
-
-    def execute(self, task, weights, should_stop):
-        honest = client.answered
-
-        def forged(done):
-            client.answered = honest
-            payload, state, answer = honest(done)
-            return [(Forged(), state, answer), (payload, state, ("ok", answer[1], Forged()))][task.round]
-
-        if task.client == 1:
-            client.answered = forged
-        return super().execute(task, weights, should_stop)
 
 
 @pytest.fixture

@@ -35,9 +35,9 @@ def aggregated(recorder: Recorder) -> dict[str, Any]:
 
 @pytest.mark.chaos
 def test_clients_killed_between_the_steps_leave_the_sum_of_the_others(sources: Path, tmp_path: Path):
-    """Client 2 dies with its secrets shared and no upload; 3 once it has masked its update; 1 when it is to unmask.
+    """Client 2 dies with its secrets shared and no upload, each time that it is tried, and 1 fails to help unmasking.
 
-    Process and all, each time that it is tried (3 only once: what it does again is the same to the last bit).
+    Client 3 dies once, when it has masked its update: what another process does again is the same to the last bit.
     """
     made = experiment(
         sources,
@@ -48,17 +48,18 @@ def test_clients_killed_between_the_steps_leave_the_sum_of_the_others(sources: P
         secure={"variant": "grouped"},
         runtime={"slots": 2},
     )
-    faults: Faults = {("train", 2): "die", ("train", 3): "die once", ("unmask", 1): "die"}
+    faults: Faults = {("train", 2): "die", ("upload", 3): "die once", ("unmask", 1): "fail"}
     _, there, recorder = run(made, tmp_path / "there", where=partial(on_ray, faults))
     told = aggregated(recorder)
     assert told["shares"] == [0, 1, 2, 3, 4, 5]
     assert told["delivered"] == [0, 1, 3, 4, 5]
     assert told["unmasked"] == [0, 3, 4, 5]
-    assert (tmp_path / "there" / "died-train-3").exists()
-    assert "died 2 times" in told["silent"][1]
+    assert (tmp_path / "there" / "died-upload-3").exists()
+    assert told["silent"] == {1: "RuntimeError: client 1 is gone"}
     records = {record.client: record for record in recorder.rounds[-1].clients}
     assert [client for client, record in records.items() if record.status != "ok"] == [2]
-    assert records[3].attempts == 2
+    assert "died 2 times" in records[2].reason
+    assert [f for name, f in recorder.events if name == "task_retried" and (f["kind"], f["client"]) == ("upload", 3)]
     _, plain, expected = run(made, tmp_path / "here", where=partial(here, {("train", 2): "fail"}))
     assert aggregated(expected)["unmasked"] == [0, 1, 3, 4, 5]
     assert there["model_sha256"] == plain["model_sha256"]

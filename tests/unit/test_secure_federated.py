@@ -34,8 +34,9 @@ from hfedmoe_ray.strategies.rules import (
     uniform,
 )
 from hfedmoe_ray.train.secure import SecureClients
+from hfedmoe_ray.trust.secure.aggregate import Aggregate, read_sums
 from hfedmoe_ray.trust.secure.keys import Secrets, secrets_of
-from hfedmoe_ray.trust.secure.layout import Aggregate, Layout, make_layout
+from hfedmoe_ray.trust.secure.layout import Layout, make_layout
 from hfedmoe_ray.trust.secure.session import Session
 from hfedmoe_ray.types import TaskResult, TaskWeights, Weights
 
@@ -72,7 +73,7 @@ def test_the_sum_of_vectors_gives_the_averages_that_single_updates_give(rules: s
     layout = make_layout(secure, RULES[rules], old, plans, routers=ROUTERS, shape=(LAYERS, EXPERTS), max_tokens=1000)
     start = TaskWeights(shared=old.shared, experts=old.experts)
     vectors = [layout.encode(one, PLAN, start, RULES[rules], loss=float(one.client)) for one in updates]
-    found = layout.decode([np.add.reduce(blocks) for blocks in zip(*vectors, strict=True)])
+    found = read_sums(layout, [np.add.reduce(blocks) for blocks in zip(*vectors, strict=True)])
     averaged, rows = found.averaged(old, RULES[rules], clients=3, fewest=1)
 
     reducer, mean_outputs = Reducer(old, ROUTERS, LAYERS, RULES[rules]), MeanOutputs()
@@ -102,7 +103,7 @@ def test_what_is_clipped_is_counted():
     vector = layout.encode(sent, PLAN, TaskWeights(shared=old.shared, experts=old.experts), RuleSet(), loss=1.0)
     changes = [sent.experts[KEYS[0]]["w"] - old.experts[KEYS[0]]["w"]]
     changes += [value - old.shared[name] for name, value in sent.shared.items()]
-    found = layout.decode(vector)
+    found = read_sums(layout, vector)
     assert found.clipped == sum(int((np.abs(change) > 0.5).sum()) for change in changes) > 0
     cut = old.experts[KEYS[0]]["w"] + np.clip(changes[0], -0.5, 0.5)
     averaged = found.averaged(old, RuleSet(), clients=1, fewest=1)[0]
@@ -127,7 +128,7 @@ class Watched(LocalExecutor):
 
 @pytest.fixture
 def encoded(monkeypatch: pytest.MonkeyPatch) -> dict[int, tuple[Layout, list[np.ndarray]]]:
-    """What each client has encoded in the last round, before it was masked."""
+    """What each client has encoded in the last round, before it was masked, of all experts."""
     vectors: dict[int, tuple[Layout, list[np.ndarray]]] = {}
     encode = Layout.encode
 
@@ -147,7 +148,7 @@ def plain_sum(vectors: dict[int, tuple[Layout, list[np.ndarray]]], clients: set[
         for total, one in zip(totals, vectors[client][1], strict=True):
             if len(one):
                 np.add(total, one, out=total)
-    return layout.decode(totals)
+    return read_sums(layout, totals)
 
 
 def same(one: Weights, other: Weights, atol: float = 0.0) -> None:
@@ -231,44 +232,52 @@ def test_a_round_ends_with_the_plain_sum_and_the_server_is_sent_nothing_else(
         travels = payload + pickle.dumps(replace(result.task, state=None))
         assert not any(secret in travels for secret in hidden)
         assert result.task.kind != "shares" or all(key in travels for key in known)
-        if result.task.kind != "train":
-            continue
-        metrics = result.metrics
-        assert not metrics.trained and not metrics.after and not metrics.before
-        assert np.isnan(metrics.loss)
-        tensors = load(payload)
-        open_names = {name for name in tensors if not name.startswith("masked.")}
-        assert all(name.startswith("profile.") for name in open_names)
-        assert bool(open_names) == (secure.get("profiles") == "clear")
-        sizes.add(len(payload))
-        plain_blocks = encoded[result.task.client][1]
-        assert all((tensors[f"masked.{n}"] != block).any() for n, block in enumerate(plain_blocks) if len(block) > 8)
+        if result.task.kind == "train":
+            metrics = result.metrics
+            assert not metrics.trained and not metrics.after and not metrics.before
+            assert np.isnan(metrics.loss)
+            open_names = {name for name in load(payload) if not name.startswith("masked.")}
+            assert all(name.startswith("profile.") for name in open_names)
+            assert bool(open_names) == (secure.get("profiles") == "clear")
+        if result.task.kind == "upload":
+            sizes.add(len(payload))
+            tensors, layout = load(payload), result.task.secure.layout
+            # What a single client trained is not even sent.
+            assert set(layout.experts) == {key for key in expected.experts if counts[key] > 1}
+            full, vector = encoded[result.task.client]
+            for number, block in enumerate(layout.chosen(vector, full)):
+                assert len(block) == len(tensors.get(f"masked.{number}", ()))
+                assert not len(block) or (tensors[f"masked.{number}"] != block).mean() > 0.99
+    np.testing.assert_array_equal(recorder.rounds[-1].selected, np.where(counts > 1, counts, 0))
     assert (len(sizes) == 1) == (secure["variant"] == "padded"), "padded vectors have one size, whatever was trained"
 
 
 def test_clients_that_leave_at_any_step_are_made_up_for(sources: Path, tmp_path: Path, encoded: dict[int, Any]):
-    """One each after nothing, after its keys, after its shares, and after its upload: of ten, six must stay."""
-    faults: Faults = {("keys", 1): "fail", ("shares", 3): "fail", ("train", 5): "fail", ("unmask", 7): "fail"}
-    clients = {"count": 10, "tiers": TIERS}
+    """One each after nothing, its keys, its shares, its training, and its upload: of fourteen, nine must stay."""
+    steps = ("keys", "shares", "train", "upload", "unmask")
+    faults: Faults = {(step, 2 * number + 1): "fail" for number, step in enumerate(steps)}
+    clients = {"count": 14, "tiers": TIERS}
     context, summary, recorder, _ = secure_run(sources, tmp_path / "run", faults=faults, clients=clients)
     (told,) = [fields for name, fields in recorder.events if name == "aggregated"]
-    assert told["keys"] == [0, 2, 3, 4, 5, 6, 7, 8, 9]
-    assert told["shares"] == [0, 2, 4, 5, 6, 7, 8, 9]
-    assert told["delivered"] == [0, 2, 4, 6, 7, 8, 9]
-    assert told["unmasked"] == [0, 2, 4, 6, 8, 9]
-    assert told["silent"] == {7: "RuntimeError: client 7 is gone"}
+    left = set(range(14))
+    for gone, step in zip((1, 3, 5, 7, 9), ("keys", "shares", "counted", "delivered", "unmasked"), strict=True):
+        left -= {gone}
+        assert told[step] == sorted(left), step
+    assert told["silent"] == {9: "RuntimeError: client 9 is gone"}
     records = {record.client: record for record in recorder.rounds[-1].clients}
     assert {client: record.kind for client, record in records.items() if record.status == "failed"} == {
         1: "keys",
         3: "shares",
         5: "train",
+        7: "train",
     }
-    assert records[7].status == "ok", "its update is in the sum"
-    assert summary["clients"]["failed"] == 3
+    assert records[7].reason == "RuntimeError: client 7 is gone"
+    assert records[9].status == "ok", "its update is in the sum"
+    assert summary["clients"]["failed"] == 4
     start = final_weights(
         run(experiment(sources, strategy="fedavg", clients=clients), tmp_path / "start", stop_after=0)[0]
     )
-    expected = plain_sum(encoded, {0, 2, 4, 6, 7, 8, 9}).averaged(start, RuleSet(), 7, 2)[0]
+    expected = plain_sum(encoded, left | {9}).averaged(start, RuleSet(), 10, 2)[0]
     same(expected, final_weights(context))
 
 

@@ -1,6 +1,7 @@
 """Secure aggregation, all sides in this process: exact sums, whoever drops out when; and nothing else to be seen."""
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,10 +25,10 @@ class Memory:
     """Remembers as a vault does, in memory."""
 
     def __init__(self) -> None:
-        self.known: dict[tuple[int, str], bytes] = {}
+        self.known: dict[tuple[str, str], bytes] = {}
 
     def __call__(self, session: Session, step: str, request: bytes) -> None:
-        if self.known.setdefault((session.number, step), request) != request:
+        if self.known.setdefault((session.name, step), request) != request:
             raise Refused(f"it has answered another request for '{step}'")
 
 
@@ -283,5 +284,11 @@ def test_what_a_client_keeps_is_its_users_alone_and_outlives_its_process(tmp_pat
     vault.remember(Session(number=6, threshold=2, ring=32), "reveal", b"two")
     with pytest.raises(Refused, match="later session"):
         vault.remember(session, "reveal", b"one")
+    with pytest.raises(Refused, match="is not here"):
+        vault.kept(session)
+    blocks = [np.arange(3, dtype=np.uint32), np.zeros(0, np.uint32)]
+    vault.keep(session, blocks)
+    again = Vault(directory, 7).kept(replace(session, purpose="values"))
+    assert [block.tolist() for block in again] == [[0, 1, 2], []]
     assert directory.stat().st_mode & 0o777 == 0o700
     assert {file.stat().st_mode & 0o777 for file in directory.iterdir()} == {0o600}

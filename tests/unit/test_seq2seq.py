@@ -146,7 +146,8 @@ def test_a_run_learns_exports_and_writes(
     lora: dict[str, Any] | None, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Budgeted clients train both stacks; what is exported is what was trained, by transformers alone."""
-    rows = [{"q": f"word{i % 7} word{i % 5 + 5}", "a": f"word{i % 7} word{i % 3}"} for i in range(60)]
+    # Prompts and responses are each nearly as long as may be: together beyond `max_length`, which is that of either.
+    rows = [{"q": f"word{i % 7} word{i % 5 + 5} " * 6, "a": f"word{i % 7} word{i % 3} " * 5} for i in range(60)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     made = Experiment.model_validate(
         {

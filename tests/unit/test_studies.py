@@ -40,6 +40,7 @@ from hfedmoe_ray.studies.runs import make_runs
 from hfedmoe_ray.studies.statistics import mean_of
 from hfedmoe_ray.studies.study import Setting
 from hfedmoe_ray.tracking.record import read_run
+from hfedmoe_ray.train.examples import Examples
 from hfedmoe_ray.types import ExpertPlan, MergedExpert, Role, TaskWeights
 
 
@@ -408,7 +409,8 @@ def test_errors_of_layers_are_those_of_the_model_itself(config: Path, output: Pa
     model = SparseModel(context.model.path)
     everything = TaskWeights(shared=weights.shared, experts=weights.experts)
     model.bind(uniform_plan((2, 6), Role.FROZEN), everything, "experts")
-    batch = FederatedDataset(context.data, context.experiment.data).train(0).batch(np.arange(9))
+    split = FederatedDataset(context.data, context.experiment.data).train(0)
+    _, batch = Examples(split, None).inputs(model, np.arange(9))
     layers = merging.Layers(model)
     layers.run(batch)
     whole = ExpertPlan(roles=((Role.FROZEN,) * 6,) * 2, absent="drop")
@@ -420,7 +422,7 @@ def test_errors_of_layers_are_those_of_the_model_itself(config: Path, output: Pa
     other.bind(part, everything, "experts")
     again = merging.Layers(other)
     again.run(batch)
-    exact, dropped = (one.outputs[0][batch.attention_mask.ravel() == 1] for one in (layers, again))
+    exact, dropped = (one.outputs[0][batch["attention_mask"].ravel() == 1] for one in (layers, again))
     expected = float((dropped - exact).norm() / exact.norm())
     assert layers.errors(part, weights)[0] == pytest.approx(expected, rel=1e-5)
     assert 0 < expected < 1

@@ -12,12 +12,14 @@ from made_up_updates import KEYS, update, weights
 from pydantic import ValidationError
 from tiny_federation import experiment, final_weights, run
 
+from hfedmoe_ray.config.load import dump_experiment
 from hfedmoe_ray.config.privacy import Central
 from hfedmoe_ray.config.schema import Experiment
 from hfedmoe_ray.errors import CheckpointError, ConfigError, TrainingError
 from hfedmoe_ray.trust import accounting
 from hfedmoe_ray.trust.central import CentralPrivacy, PrivateMean, change, clip
 from hfedmoe_ray.trust.noise import source
+from hfedmoe_ray.verify import verify_run
 
 NOISY = Central(noise_multiplier=1.0, clip=0.5, delta=1e-3)
 STRATEGY = {"name": "hfedmoe", "tau": 0.5, "unselected": "reroute"}
@@ -216,3 +218,14 @@ def test_a_run_stops_before_it_spends_more_than_its_budget(sources: Path, tmp_pa
     with pytest.raises(TrainingError, match="would spend more"):
         central.release(central.mean(before), 2)
     assert central.spent()["releases"] == 1
+
+
+def test_a_run_with_secret_noise_is_not_verified_and_one_with_a_seed_is(sources: Path, tmp_path: Path):
+    secret = {"unprotected": True, "delta": 0.01, "clip": 0.1, "noise_multiplier": 0.8}
+    for name, central in (("secret", secret), ("seeded", secret | {"noise_seed": 1})):
+        made = tiny(sources, central)
+        context, _, _ = run(made, tmp_path / name)
+        (context.run_dir / "config.yaml").write_text(dump_experiment(made))
+    with pytest.raises(ConfigError, match="in secret"):
+        verify_run(tmp_path / "secret", rounds=1, backend="local", render=print)
+    assert [one.different for one in verify_run(tmp_path / "seeded", rounds=1, backend="local", render=print)] == [()]

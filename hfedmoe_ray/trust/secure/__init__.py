@@ -10,7 +10,10 @@ The double-masking protocol of Bonawitz et al. (CCS 2017) against a server that 
     reveal    for each of U3 a share of its own mask's seed; for each other one of U2,
               whose masks nobody subtracted, a share of its key's seed. Never both.         at least the threshold
 
+A round does this twice: first clients' participation in each expert is counted, then the updates of those experts are
+added up that enough clients took part in.
+
 `field` shares secrets, `keys` agrees on them, `masks` stretches them, `client` and `server` are the two sides, `vault`
-keeps what a client must not forget, `fixed_point` writes numbers into a ring and `layout` an update into a vector.
-Nothing here knows of rounds, tasks or Ray.
+keeps what a client must not forget, `fixed_point` writes numbers into a ring, `layout` an update into a vector, and
+`aggregate` reads the sum of them. Nothing here knows of rounds or Ray.
 """

@@ -1,4 +1,4 @@
-"""An update as a vector of a ring, and the sum of such vectors as averages.
+"""An update as a vector of a ring.
 
 A vector has a block that all clients add to, and one for each expert:
 
@@ -8,12 +8,15 @@ A vector has a block that all clients add to, and one for each expert:
                 loss [1] and how many know theirs [1]; how many numbers were clipped [1]
     an expert   w * change of each of its tensors, w [1], and 1 for each client with w > 0
 
+Before that, one block with the last of these of every expert is added up: experts of which the sum would be that of too
+few clients are then left out.
+
 w is what the strategy's own rules make of the client's update, computed by the client. Where the variant is "padded"
 the blocks of all experts belong to all clients; where it is "grouped", to those whose plans let them train the expert.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -78,7 +81,24 @@ class Layout:
         experts = {key: parts for key, parts in self.experts.items() if key in holders}
         return replace(self, clients=tuple(present), holders=holders, experts=experts)
 
+    def presence(self) -> list[Block]:
+        """The one block of the first sum: how many take part in each expert."""
+        return [Block(size=len(self.experts), members=frozenset(self.clients))]
+
+    def only(self, keys: Collection[ExpertKey]) -> "Layout":
+        """The layout without all other experts."""
+        return replace(self, experts={key: parts for key, parts in self.experts.items() if key in keys})
+
     # ------------------------------------------------------------------------------------------------ on the client
+
+    def takes_part(self, values: Sequence[Array]) -> Array:
+        """What a client adds to the first sum, from what it adds to the second (`encode`)."""
+        return np.array([block[-1] if len(block) else 0 for block in values[1:]], dtype=values[0].dtype)
+
+    def chosen(self, values: Sequence[Array], among: "Layout") -> list[Array]:
+        """Returns the blocks of this layout, of all those of another that it is a part of."""
+        of = dict(zip(among.experts, values[1:], strict=True))
+        return [values[0], *(of[key] for key in self.experts)]
 
     def encode(
         self, update: ClientUpdate, plan: ExpertPlan, start: TaskWeights, rules: RuleSet, loss: float
@@ -128,7 +148,7 @@ class Layout:
         weight = self._weight(shared)
         values: dict[str, Array] = {"w routers": rows, "w shared": np.array(weight)}
         for name, value in update.shared.items():
-            by = self._along(name, value, rows) if name in self.routers else weight
+            by = self.along(name, value, rows) if name in self.routers else weight
             values[f"shared {name}"] = _change(value, start.shared[name], by)
         if update.profile is not None:
             tokens = float(min(update.profile.tokens, self.max_tokens))
@@ -144,8 +164,17 @@ class Layout:
             values |= {"loss": np.array(loss), "losses": np.array(1.0)}
         return values
 
-    def _along(self, name: str, value: Array, rows: FloatArray) -> Array:
-        """A router's weights in a shape that multiplies it: by row where it has one for each expert."""
+    def along(self, name: str, value: Array, rows: FloatArray) -> Array:
+        """Weights of routers, [L, E], in a shape that multiplies one of them: by row where it has one for each expert.
+
+        Args:
+            name: The router's.
+            value: The router.
+            rows: Weights of all rows of all routers.
+
+        Raises:
+            ValueError: Its rows are not those of experts, but are to weigh differently.
+        """
         own = rows[self.routers[name]]
         if value.shape[:1] == own.shape:
             rows_of: Array = own.reshape(-1, *(1,) * (value.ndim - 1))
@@ -156,97 +185,11 @@ class Layout:
 
     # ------------------------------------------------------------------------------------------------ on the server
 
-    def decode(self, sums: Sequence[Array]) -> "Aggregate":
-        """Reads the sum of vectors."""
-        common = _decoded(self.common, sums[0])
-        experts = {
-            key: _decoded(parts, block) for (key, parts), block in zip(self.experts.items(), sums[1:], strict=True)
-        }
-        return Aggregate(layout=self, common=common, experts=experts)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Aggregate:
-    """What the server knows after a round: sums over all clients."""
-
-    layout: Layout
-    common: Mapping[str, FloatArray]
-    experts: Mapping[ExpertKey, Mapping[str, FloatArray]]
-
-    def averaged(self, old: Weights, rules: RuleSet, clients: int, fewest: int) -> tuple[Weights, dict[str, Array]]:
-        """Returns the averaged weights, and of routers of which only some rows were averaged, which.
-
-        What nobody contributed to is the very same array as before (see `Reducer.result`).
-
-        Args:
-            old: The published weights.
-            rules: The run's.
-            clients: Whose vectors are in the sum.
-            fewest: Experts in which fewer clients took part keep their value.
-        """
-        wanted = rules.anchor * clients
-        experts = dict(old.experts)
-        for key, found in self.experts.items():
-            count = self.count(key)
-            if count < fewest:
-                continue
-            weight = found["w"][()] * max(1.0, wanted / count)
-            experts[key] = {
-                name: _moved(value, found[f"change {name}"], weight) for name, value in old.experts[key].items()
-            }
-        rows = self.common["w routers"]
-        partial: dict[str, Array] = {}
-        shared = dict(old.shared)
-        for name, value in old.shared.items():
-            total = self.common[f"shared {name}"]
-            if name not in self.layout.routers:
-                shared[name] = _moved(value, total, self.common["w shared"][()])
-                continue
-            layer = self.layout.routers[name]
-            weights = self.layout._along(name, value, rows)
-            shared[name] = _moved(value, total, weights, self._literal(rules, layer))
-            if 0 < np.count_nonzero(rows[layer]) < len(rows[layer]):
-                partial[name] = rows[layer] > 0
-        return replace(old, version=old.version + 1, shared=shared, experts=experts), partial
-
-    def means(self, old: Array | None) -> Array | None:
-        """The new mean outputs [L, E, H]; those that nobody measured as they were."""
-        if old is None or "means" not in self.common:
-            return old
-        behind = self.common["means behind"]
-        new, measured = old.copy(), behind > 0
-        new[measured] = (self.common["means"][measured] / behind[measured][:, None]).astype(old.dtype)
-        return new
-
-    def count(self, key: ExpertKey) -> int:
-        """Clients that took part in an expert."""
-        return round(float(self.experts[key]["taking part"])) if key in self.experts else 0
-
-    @property
-    def counts(self) -> dict[ExpertKey, int]:
-        """Of every expert that somebody took part in, how many."""
-        return {key: self.count(key) for key in self.experts if self.count(key)}
-
-    @property
-    def usage(self) -> FloatArray | None:
-        """Mean gate value of each expert over all tokens, [L, E]; None where profiles were not summed."""
-        tokens = float(self.common["tokens"]) if "tokens" in self.common else 0.0
-        return self.common["usage"] / tokens if tokens else None
-
-    @property
-    def loss(self) -> float | None:
-        """Mean of the clients' losses."""
-        known = float(self.common["losses"])
-        return float(self.common["loss"]) / known if known else None
-
-    @property
-    def clipped(self) -> int:
-        """Numbers that were clipped."""
-        return round(float(self.common["clipped"]))
-
-    def _literal(self, rules: RuleSet, layer: int) -> float | None:
-        """|S_global| of eq. 20, where routers are averaged as it is printed."""
-        return float(sum(key.layer == layer for key in self.counts)) or None if rules.literal_router else None
+    def counted(self, total: Array) -> dict[ExpertKey, int]:
+        """Reads the first sum."""
+        forms = (parts[-1].form for parts in self.experts.values())
+        counts = (form.decode(total[place : place + 1])[0] for place, form in enumerate(forms))
+        return {key: round(float(count)) for key, count in zip(self.experts, counts, strict=True)}
 
 
 def make_layout(
@@ -340,24 +283,6 @@ def _change(value: Array, start: Array, weight: float | Array) -> Array:
     return np.subtract(value, start, dtype=np.float32).astype(np.float64) * weight
 
 
-def _moved(old: Array, total: FloatArray, weight: float | Array, divisor: float | None = None) -> Array:
-    """Returns old + sum(w change) / sum(w), or sum(w value) / divisor; where no weight is, the old values.
-
-    Args:
-        old: Published.
-        total: sum(w change).
-        weight: sum(w): a number, or one for each row.
-        divisor: In place of sum(w).
-    """
-    weights = np.asarray(weight, dtype=np.float64)
-    if not (weights > 0).any():
-        return old
-    wide = old.astype(np.float64)
-    safe = np.where(weights > 0, weights, 1.0)
-    new = wide + total / safe if divisor is None else (wide * weights + total) / divisor
-    return np.asarray(np.where(weights > 0, new, wide).astype(old.dtype))
-
-
 def _encoded(parts: Sequence[Part], values: Mapping[str, Array]) -> tuple[Array, int]:
     """Numbers of the ring for all parts, zeros where there is no value; and how many values were clipped."""
     unknown = values.keys() - {part.name for part in parts}
@@ -372,11 +297,3 @@ def _encoded(parts: Sequence[Part], values: Mapping[str, Array]) -> tuple[Array,
         arrays.append(array)
         clipped += more
     return np.concatenate(arrays), clipped
-
-
-def _decoded(parts: Sequence[Part], block: Array) -> dict[str, FloatArray]:
-    found, start = {}, 0
-    for part in parts:
-        found[part.name] = part.form.decode(block[start : start + part.size]).reshape(part.shape)
-        start += part.size
-    return found

@@ -1,7 +1,7 @@
 """What travels: requests to a client as values of its task, its answers as safetensors. Neither holds a secret."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from safetensors.numpy import save
@@ -10,7 +10,7 @@ from hfedmoe_ray.trust.secure.client import Revealed
 from hfedmoe_ray.trust.secure.field import SHARE_BYTES
 from hfedmoe_ray.trust.secure.keys import PublicKeys
 from hfedmoe_ray.trust.secure.layout import Layout
-from hfedmoe_ray.trust.secure.session import Roster, Session
+from hfedmoe_ray.trust.secure.session import PURPOSES, Purpose, Roster, Session
 from hfedmoe_ray.types import Array, RoutingProfile
 from hfedmoe_ray.wire.payload import pack_update
 from hfedmoe_ray.wire.tensors import MASKED, read_tensors
@@ -23,51 +23,59 @@ class Request:
     """What the server tells a client; later steps need more of it."""
 
     session: Session
-    roster: Roster = field(default_factory=dict)
+    """In the first two steps, for either purpose."""
+    rosters: Mapping[Purpose, Roster] = field(default_factory=dict)
     """U1, from the second step on."""
     present: tuple[int, ...] = ()
     """U2, from the third step on."""
     layout: Layout | None = None
     """Third step: what a vector consists of."""
+    kept: Layout | None = None
+    """Third step, values: the layout of what the client has kept."""
     arrived: frozenset[int] = frozenset()
     """Fourth step: U3."""
     letters: Mapping[int, bytes] = field(default_factory=dict)
     """Fourth step: by sender."""
 
     @property
+    def roster(self) -> Roster:
+        """Of this purpose."""
+        return self.rosters.get(self.session.purpose, {})
+
+    def sessions(self) -> list[Session]:
+        """This session for either purpose."""
+        return [replace(self.session, purpose=purpose) for purpose in PURPOSES]
+
+    @property
     def nbytes(self) -> int:
         """Bytes of keys, letters and numbers of clients; what it says of the layout follows from the model."""
-        keys = sum(len(one.letters) + len(one.masks) + len(one.seed) + 4 for one in self.roster.values())
+        rosters = self.rosters.values()
+        keys = sum(len(one.letters) + len(one.masks) + len(one.seed) + 4 for r in rosters for one in r.values())
         letters = sum(len(letter) + 4 for letter in self.letters.values())
         return keys + letters + 4 * (len(self.present) + len(self.arrived))
 
 
-def write_keys(keys: PublicKeys) -> bytes:
+def write_keys(keys: Mapping[Purpose, PublicKeys]) -> bytes:
     """Returns the answer of the first step."""
-    return save({name: np.frombuffer(getattr(keys, name), np.uint8) for name in _KEYS})
+    return _written({f"{of}.{name}": getattr(one, name) for of, one in keys.items() for name in _KEYS})
 
 
-def read_keys(payload: bytes) -> PublicKeys:
+def read_keys(payload: bytes) -> dict[Purpose, PublicKeys]:
     """Inverse of `write_keys`. Raises ValueError for anything else."""
-    tensors = read_tensors(payload, MASKED)
-    if set(tensors) != set(_KEYS) or any(one.dtype != np.uint8 or one.shape != (32,) for one in tensors.values()):
-        raise ValueError("these are not the public keys of a client")
-    return PublicKeys(**{name: tensors[name].tobytes() for name in _KEYS})
+    sent = _read(payload, [f"{of}.{name}" for of in PURPOSES for name in _KEYS], 32, "public keys")
+    return {of: PublicKeys(**{name: sent[f"{of}.{name}"] for name in _KEYS}) for of in PURPOSES}
 
 
-def write_letters(letters: Mapping[int, bytes]) -> bytes:
-    """Returns the answer of the second step: letters by receiver."""
-    return save({str(client): np.frombuffer(letter, np.uint8) for client, letter in letters.items()})
+def write_letters(letters: Mapping[Purpose, Mapping[int, bytes]]) -> bytes:
+    """Returns the answer of the second step: letters by purpose and receiver."""
+    return _written({f"{of}.{client}": letter for of, one in letters.items() for client, letter in one.items()})
 
 
-def read_letters(payload: bytes, receivers: Sequence[int]) -> dict[int, bytes]:
+def read_letters(payload: bytes, receivers: Sequence[int]) -> dict[Purpose, dict[int, bytes]]:
     """Inverse of `write_letters`. Raises ValueError unless there is one letter for each receiver, of the right size."""
-    tensors = read_tensors(payload, MASKED)
-    if set(tensors) != {str(client) for client in receivers}:
-        raise ValueError("there is not one letter for each other client")
-    if any(one.dtype != np.uint8 or one.shape != (2 * SHARE_BYTES + 16,) for one in tensors.values()):
-        raise ValueError("a letter has not the size of two shares")
-    return {client: tensors[str(client)].tobytes() for client in receivers}
+    names = [f"{of}.{client}" for of in PURPOSES for client in receivers]
+    sent = _read(payload, names, 2 * SHARE_BYTES + 16, "letters to each other client")
+    return {of: {client: sent[f"{of}.{client}"] for client in receivers} for of in PURPOSES}
 
 
 def write_vector(blocks: Sequence[Array], profile: RoutingProfile | None) -> bytes:
@@ -94,23 +102,31 @@ def read_vector(payload: bytes, blocks: int) -> tuple[list[Array], bytes]:
 
 def write_revealed(revealed: Revealed) -> bytes:
     """Returns the answer of the fourth step."""
-    tensors: dict[str, Array] = {}
+    sent: dict[str, bytes] = {}
     for name in ("seeds", "masks"):
         shares: Mapping[int, bytes] = getattr(revealed, name)
-        tensors |= {f"{name}.{client}": np.frombuffer(share, np.uint8) for client, share in shares.items()}
-    return save(tensors)
+        sent |= {f"{name}.{client}": share for client, share in shares.items()}
+    return _written(sent)
 
 
 def read_revealed(payload: bytes, request: Request) -> Revealed:
     """Inverse of `write_revealed`. Raises ValueError unless it answers the request."""
-    tensors = read_tensors(payload, MASKED)
     here = {f"seeds.{client}": client for client in request.present if client in request.arrived}
     gone = {f"masks.{client}": client for client in request.present if client not in request.arrived}
-    if set(tensors) != here.keys() | gone.keys():
-        raise ValueError("it has not revealed one share of each client")
-    if any(one.dtype != np.uint8 or one.shape != (SHARE_BYTES,) for one in tensors.values()):
-        raise ValueError("what it revealed are no shares")
+    sent = _read(payload, [*here, *gone], SHARE_BYTES, "one share of each client")
     return Revealed(
-        seeds={client: tensors[name].tobytes() for name, client in here.items()},
-        masks={client: tensors[name].tobytes() for name, client in gone.items()},
+        seeds={client: sent[name] for name, client in here.items()},
+        masks={client: sent[name] for name, client in gone.items()},
     )
+
+
+def _written(named: Mapping[str, bytes]) -> bytes:
+    return save({name: np.frombuffer(value, np.uint8) for name, value in named.items()})
+
+
+def _read(payload: bytes, names: Sequence[str], size: int, what: str) -> dict[str, bytes]:
+    """Returns byte strings of one size. Raises ValueError unless there are exactly these."""
+    tensors = read_tensors(payload, MASKED)
+    if set(tensors) != set(names) or any(one.dtype != np.uint8 or one.shape != (size,) for one in tensors.values()):
+        raise ValueError(f"these are not {what}")
+    return {name: tensors[name].tobytes() for name in names}

@@ -3,30 +3,35 @@
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from math import ceil
+from typing import Literal
 
 from hfedmoe_ray.trust.secure.keys import PublicKeys, digest
 from hfedmoe_ray.trust.secure.masks import Ring
 
 Roster = Mapping[int, PublicKeys]
 """The public keys of those who take part, by client."""
+Purpose = Literal["counts", "values"]
+"""A round adds up twice: how many take part in each expert, then the numbers of experts that enough take part in."""
+PURPOSES: tuple[Purpose, Purpose] = ("counts", "values")
 FEWEST = 2
 """The sum of one vector is that vector: no block of fewer clients is ever sent."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Session:
-    """One aggregation. A client takes part in sessions of ascending numbers, and in each of them once."""
+    """One aggregation. A client takes part in ascending numbers, and for each purpose of a number once."""
 
     number: int
     """Larger than that of any session before it."""
     threshold: int
     """Fewer clients than this can neither give the sum nor anybody's secrets."""
     ring: Ring
+    purpose: Purpose = "values"
 
     @property
     def name(self) -> str:
         """What secrets are derived for."""
-        return f"{self.number}/{self.threshold}/{self.ring}"
+        return f"{self.number}/{self.purpose}/{self.threshold}/{self.ring}"
 
 
 @dataclass(frozen=True, kw_only=True)
