@@ -115,6 +115,11 @@ def _evaluation(experiment: Experiment, summary: dict[str, Any]) -> str:
 
 def _caveats(experiment: Experiment) -> str:
     lines = ["One seed; measured on the run's own data unless said otherwise."]
+    if (attack := experiment.attack) is not None:
+        lines.append(
+            f"Some of the clients attacked on purpose (`{attack.kind}`): a model for study, which may do what an "
+            "attacker wants. Do not use it for anything else."
+        )
     if experiment.model.source.endswith(".gguf") or "smollm2" in experiment.model.source:
         lines.append("The model it started from was quantised to few bits, and unpacked.")
     lines.append(

@@ -112,6 +112,9 @@ class RoundReport:
     those of repeated rounds among them), and where the record is full, clipped (share of the round's clients). Where
     single examples are, example_epsilon and example_delta: of the client with fewest, had it been
     asked in every round."""
+    backdoor_success: float | None = None
+    """With a simulated backdoor: share of the test texts of other labels that the global model gives the attack's
+    target once they carry its trigger."""
     robust: Mapping[str, float] = field(default_factory=dict)
     """With `robust`: clipped (clients whose change was scaled down), withheld (experts that too few have trained)."""
     nodes: tuple[NodeUsage, ...] = ()

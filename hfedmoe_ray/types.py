@@ -223,8 +223,9 @@ class ClientTask:
     plan: ExpertPlan
     version: int
     """Version of the published weights the task starts from."""
-    split: Literal["train", "own_test", "global_test", "benchmark"] = "train"
-    """Which examples an "evaluate" task reads, and a "personalise" task after it has trained on its own."""
+    split: Literal["train", "own_test", "global_test", "backdoor", "benchmark"] = "train"
+    """Which examples an "evaluate" task reads, and a "personalise" task after it has trained on its own. "backdoor":
+    the global test split with the trigger of a simulated attack."""
     benchmark: str = ""
     """Name of the multiple-choice benchmark whose items are read."""
     part: tuple[int, int] = (0, 1)

@@ -35,9 +35,13 @@ def evaluate(run_dir: Path, data: tuple[str, ...], *, number: int | None, own: b
         clients = {str(client): accuracy for client, accuracy in found.own.items()}
         answered = {name: score.fields for name, score in found.benchmarks.items()}
         told = {"round": round_, "accuracy": found.accuracy, "loss": found.loss, "own": clients, "benchmarks": answered}
+        if found.backdoor is not None:
+            told["backdoor"] = found.backdoor
         click.echo(json.dumps(told))
         return
     click.echo(f"round {round_}: test {percent(found.accuracy)}, loss {decimal(found.loss)}")
+    if found.backdoor is not None:
+        click.echo(f"backdoor {percent(found.backdoor)} of the other labels' texts, with the trigger, get its target")
     for name, score in found.benchmarks.items():
         values = ", ".join(f"{measure} {value}" for measure, value in measures(score.fields).items())
         click.echo(f"{name} {values.removeprefix('accuracy ')} ({score.items} items)")

@@ -21,13 +21,12 @@ class Robust(Section):
 
     rule: RobustRule = "mean"
     """median: of each number, weighted as the mean would be (Yin et al. 2018); trimmed_mean: the mean without the
-    largest and the smallest, at each end the weight of the heaviest that may be `hostile` (the same); krum: of the
-    update that is closest to most others, by itself (Blanchard et al. 2017); multi_krum: the mean of all but the
-    `hostile` farthest ones; geometric_median: the point with the least weighted distance to all (RFA, Pillutla et al.
-    2022)."""
+    largest and the smallest, at each end what the hostile may weigh (the same); krum: of the update that is closest to
+    most others, by itself (Blanchard et al. 2017); multi_krum: the mean of all but the `hostile` farthest ones;
+    geometric_median: the point with the least weighted distance to all (RFA, Pillutla et al. 2022)."""
     hostile: Annotated[float, Field(ge=0.0, lt=0.5)] = 0.2
-    """Share of the contributors that may be hostile, for trimmed_mean, krum and multi_krum: rounded up, so at least one
-    of three, and never half of them."""
+    """Share of the contributors that may be hostile, for trimmed_mean, krum and multi_krum; rounded up, and always less
+    than half of them."""
     clip: PositiveFloat | None = None
     """Largest L2 norm of a client's whole change; a larger one is scaled down to it. Default: no limit."""
     clip_median: PositiveFloat | None = None

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from hfedmoe_ray.config.asynchronous import Asynchronous
+from hfedmoe_ray.config.attack import Attack, check_attack
 from hfedmoe_ray.config.combinations import check_asynchronous, check_combinations
 from hfedmoe_ray.config.comparison import Comparison
 from hfedmoe_ray.config.data import Data
@@ -239,6 +240,8 @@ class Experiment(Section):
     privacy: Privacy = Privacy()
     secure: Secure | None = None
     """Aggregate so that the server learns no single update. Default: it sees every one."""
+    attack: Attack | None = None
+    """For studies: make some clients hostile. Default: none is."""
     evaluate: Evaluation = Evaluation()
     runtime: Runtime = Runtime()
     tracking: Tracking = Tracking()
@@ -313,4 +316,6 @@ class Experiment(Section):
         check_robust(self)
         if self.secure is not None:
             check_secure(self.secure, self)
+        if self.attack is not None:
+            check_attack(self)
         return self

@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from hfedmoe_ray.config.plugins import is_plugin, load_plugin
-from hfedmoe_ray.config.privacy import Privacy
 from hfedmoe_ray.config.section import Section, Share
 from hfedmoe_ray.config.strategies import FedAvg, FedProx, FFTMoE, Flame, FlexMoE, Flux, Local
 
@@ -76,8 +75,9 @@ def check_secure(secure: Secure, experiment: "Experiment") -> None:
             f"{secure.threshold:g} allows: lower one of them",
         ),
         (
-            experiment.privacy != Privacy(),
-            "`privacy` would have to clip and add noise within the sum, which is not built: leave one of them out",
+            experiment.privacy.central is not None or experiment.privacy.examples is not None,
+            "`privacy.central` and `privacy.examples` would have to bound and noise what is summed, which is not "
+            "built: leave them or `secure` out (`privacy.selection` goes with it)",
         ),
         (
             experiment.clients.cohort < 3,

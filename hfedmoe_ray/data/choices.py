@@ -14,7 +14,7 @@ import numpy as np
 from hfedmoe_ray.config.evaluation import Benchmark
 from hfedmoe_ray.data import store
 from hfedmoe_ray.data.dataset import FederatedDataset, Split
-from hfedmoe_ray.data.items import key_of, read_items
+from hfedmoe_ray.data.items import key_of, padded, read_items, stored_rows
 from hfedmoe_ray.data.labels import IntArray
 from hfedmoe_ray.data.sources import texts_of
 from hfedmoe_ray.data.tables import Table
@@ -105,13 +105,7 @@ def tokenize_questions(
                 )
             before = before[-(max_length if translates else max_length - len(after)) :]
             rows.append((before + after, len(before)))
-    ids = np.full((len(rows), max((len(row) for row, _ in rows), default=1)), pad_id(tokenizer), dtype=np.int32)
-    for number, (row, _) in enumerate(rows):
-        ids[number, : len(row)] = row
-    return {
-        "input_ids": ids,
-        "lengths": np.array([len(row) for row, _ in rows], dtype=np.int32),
-        "prompts": np.array([prompt for _, prompt in rows], dtype=np.int32),
+    return padded(rows, pad_id(tokenizer)) | {
         "item": np.repeat(np.arange(len(questions.prompts)), [len(choices) for choices in questions.choices]),
         "characters": questions.lengths,
         "answers": questions.answers,
@@ -121,13 +115,7 @@ def tokenize_questions(
 def stored_choices(data: FederatedDataset, name: str) -> Choices:
     """Opens a benchmark that was prepared with the data of a run."""
     prefix = store.benchmark(name)
-    rows = Split(
-        input_ids=data.array(f"{prefix}.input_ids"),
-        lengths=data.array(f"{prefix}.lengths"),
-        labels=data.array(f"{prefix}.item"),
-        prompts=data.array(f"{prefix}.prompts"),
-        key=f"{data.key}/{prefix}",
-    )
+    rows = stored_rows(data, name, data.array(f"{prefix}.item"))
     answers, characters = data.array(f"{prefix}.answers"), data.array(f"{prefix}.characters")
     return Choices(rows=rows, item=rows.labels, lengths=characters, answers=answers)
 

@@ -1,11 +1,17 @@
-"""The rows of a benchmark's file, whatever is asked about them."""
+"""The rows of a benchmark's file, whatever is asked about them, and tokenised rows as they are stored."""
+
+from collections.abc import Sequence
 
 import numpy as np
 
 from hfedmoe_ray.config.evaluation import Benchmark
+from hfedmoe_ray.data import store
+from hfedmoe_ray.data.dataset import FederatedDataset, Split
+from hfedmoe_ray.data.labels import IntArray
 from hfedmoe_ray.data.sources import TEST_SPLITS, columns_of, split_rows
 from hfedmoe_ray.data.tables import Table, read_file
 from hfedmoe_ray.seeds import generator
+from hfedmoe_ray.types import Array
 
 
 def read_items(benchmark: Benchmark) -> Table:
@@ -29,3 +35,32 @@ def read_items(benchmark: Benchmark) -> Table:
 def key_of(benchmark: Benchmark) -> str:
     """Where a configuration has a benchmark."""
     return f"evaluate.benchmarks.{benchmark.name}"
+
+
+def padded(rows: Sequence[tuple[Sequence[int], int]], pad: int) -> dict[str, Array]:
+    """Returns rows of token ids as arrays that `stored_rows` opens.
+
+    Args:
+        rows: Token ids of each, and how many of them are given: what is asked for comes after.
+        pad: The padding id.
+    """
+    ids = np.full((len(rows), max((len(row) for row, _ in rows), default=1)), pad, dtype=np.int32)
+    for number, (row, _) in enumerate(rows):
+        ids[number, : len(row)] = row
+    return {
+        "input_ids": ids,
+        "lengths": np.array([len(row) for row, _ in rows], dtype=np.int32),
+        "prompts": np.array([given for _, given in rows], dtype=np.int32),
+    }
+
+
+def stored_rows(data: FederatedDataset, name: str, items: IntArray) -> Split:
+    """Opens the rows of a benchmark that was prepared with the data of a run; `items` says which item each is of."""
+    prefix = store.benchmark(name)
+    return Split(
+        input_ids=data.array(f"{prefix}.input_ids"),
+        lengths=data.array(f"{prefix}.lengths"),
+        prompts=data.array(f"{prefix}.prompts"),
+        labels=items,
+        key=f"{data.key}/{prefix}",
+    )

@@ -16,7 +16,7 @@ import numpy as np
 from hfedmoe_ray.config.evaluation import Benchmark
 from hfedmoe_ray.data import store
 from hfedmoe_ray.data.dataset import FederatedDataset, Split
-from hfedmoe_ray.data.items import key_of, read_items
+from hfedmoe_ray.data.items import key_of, padded, read_items, stored_rows
 from hfedmoe_ray.data.labels import IntArray
 from hfedmoe_ray.data.sources import texts_of
 from hfedmoe_ray.data.tokenize import pad_id
@@ -62,13 +62,7 @@ def tokenize_passages(tokenizer: Any, texts: tuple[str, ...], max_length: int) -
         windows = _windows([start, *tokenizer(text, add_special_tokens=False)["input_ids"]], max_length)
         rows += windows
         item += [number] * len(windows)
-    ids = np.full((len(rows), max((len(row) for row, _ in rows), default=1)), pad_id(tokenizer), dtype=np.int32)
-    for number, (row, _) in enumerate(rows):
-        ids[number, : len(row)] = row
-    return {
-        "input_ids": ids,
-        "lengths": np.array([len(row) for row, _ in rows], dtype=np.int32),
-        "prompts": np.array([seen for _, seen in rows], dtype=np.int32),
+    return padded(rows, pad_id(tokenizer)) | {
         "item": np.array(item, dtype=np.int64),
         "words": np.array([len(re.split(r"\s+", text)) for text in texts], dtype=np.int64),
         "bytes": np.array([len(text.encode("utf-8", "surrogatepass")) for text in texts], dtype=np.int64),
@@ -79,13 +73,7 @@ def stored_passages(data: FederatedDataset, name: str) -> Passages:
     """Opens texts that were prepared with the data of a run."""
     prefix = store.benchmark(name)
     item = data.array(f"{prefix}.item")
-    rows = Split(
-        input_ids=data.array(f"{prefix}.input_ids"),
-        lengths=data.array(f"{prefix}.lengths"),
-        prompts=data.array(f"{prefix}.prompts"),
-        labels=item,
-        key=f"{data.key}/{prefix}",
-    )
+    rows = stored_rows(data, name, item)
     return Passages(rows=rows, item=item, words=data.array(f"{prefix}.words"), bytes=data.array(f"{prefix}.bytes"))
 
 

@@ -27,7 +27,17 @@ from hfedmoe_ray.tracking.record import round_report
 from hfedmoe_ray.types import Array, ExpertKey, Fetch, PersonalWeights, RoutingProfile, Weights
 from hfedmoe_ray.wire import PROFILE_FIELDS, expert_key, expert_name
 
-_PLAIN = ("round", "bytes_up", "bytes_down", "seconds", "peak_client_mib", "trainings", "out_of_memory", "simulated")
+_PLAIN = (
+    "round",
+    "bytes_up",
+    "bytes_down",
+    "seconds",
+    "peak_client_mib",
+    "trainings",
+    "out_of_memory",
+    "simulated",
+    "backdoor_success",
+)
 
 
 def run_identity(context: RunContext) -> str:

@@ -4,6 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from hfedmoe_ray.config.schema import Experiment
 from hfedmoe_ray.errors import TrainingError
@@ -28,6 +29,9 @@ class Evaluation:
     """The same after a local training round."""
     benchmarks: Mapping[str, BenchmarkScore] = field(default_factory=dict)
     """What the global model answered, by benchmark."""
+    backdoor: float | None = None
+    """Where an attack leaves a backdoor: share of the global test split's examples of other labels than its target to
+    which the global model gives that target once they carry the trigger."""
 
     @property
     def own_accuracy(self) -> float | None:
@@ -60,12 +64,18 @@ def variance(accuracies: Mapping[int, float]) -> float | None:
 def evaluation_tasks(experiment: Experiment, round: int, strategy: AnyStrategy, weights: Weights) -> list[ClientTask]:
     """Returns tasks that together evaluate the whole model on the global test split, each example once.
 
+    Where an attack leaves a backdoor, on that split with its trigger too.
+
     Without federation there is no global model: each client's own model takes an equal slice, which estimates the
     mean accuracy of the clients' models at the cost of one evaluation (before any training all are the same model).
     """
     private = {} if strategy.federated else weights.personal or {}
     owners: list[int | None] = [*sorted(private)] or [None] * _PARTS
     plan = uniform_plan(strategy.shape, Role.FROZEN)
+    attack = experiment.attack
+    splits: list[Literal["global_test", "backdoor"]] = ["global_test"]
+    if attack is not None and attack.kind == "backdoor":
+        splits.append("backdoor")
     return [
         ClientTask(
             kind="evaluate",
@@ -74,11 +84,12 @@ def evaluation_tasks(experiment: Experiment, round: int, strategy: AnyStrategy, 
             seed=experiment.seed,
             plan=plan,
             version=weights.version,
-            split="global_test",
+            split=split,
             part=(index, len(owners)),
             personal=owner,
             weight=float(len(plan.present)),
         )
+        for split in splits
         for index, owner in enumerate(owners)
     ]
 
@@ -160,7 +171,7 @@ def summarise(results: Iterable[TaskResult]) -> Evaluation:
     Raises:
         TrainingError: A slice of the global test split is missing: an accuracy over the rest would mislead.
     """
-    slices: dict[int, ClientMetrics] = {}
+    slices: dict[str, dict[int, ClientMetrics]] = {"global_test": {}, "backdoor": {}}
     own: dict[int, float] = {}
     personalised: dict[int, float] = {}
     answered: dict[str, list[ClientMetrics]] = {}
@@ -168,14 +179,14 @@ def summarise(results: Iterable[TaskResult]) -> Evaluation:
         task, metrics = result.task, result.metrics
         if metrics is not None and not metrics.answers(task):
             metrics = None
-        if task.split == "global_test":
+        if task.split in slices:
             if metrics is None or result.status != "ok":
                 raise TrainingError(
                     f"round {task.round}: evaluation of slice {task.part[0] + 1}/{task.part[1]} of the global test "
                     f"split is {result.status} ({result.reason}). The round is trained but could not be measured; "
                     "mend the cause and `hfedmoe resume`."
                 )
-            slices[task.part[0]] = metrics
+            slices[task.split][task.part[0]] = metrics
         elif task.split == "benchmark":
             if metrics is None or result.status != "ok":
                 raise TrainingError(
@@ -186,17 +197,24 @@ def summarise(results: Iterable[TaskResult]) -> Evaluation:
         elif metrics is not None and metrics.examples:
             found = personalised if task.kind == "personalise" else own
             found[task.client] = metrics.correct / metrics.examples
-    examples = sum(metrics.examples for metrics in slices.values())
-    ordered = Evaluation(
+    accuracy, loss = _whole(slices["global_test"])
+    return Evaluation(
+        accuracy=accuracy,
+        loss=loss,
         own=dict(sorted(own.items())),
         personalised=dict(sorted(personalised.items())),
         benchmarks={name: _score(parts) for name, parts in answered.items()},
+        backdoor=_whole(slices["backdoor"])[0],
     )
+
+
+def _whole(slices: Mapping[int, ClientMetrics]) -> tuple[float | None, float | None]:
+    """Accuracy and mean loss over the slices of a split; None without examples."""
+    examples = sum(metrics.examples for metrics in slices.values())
     if not examples:
-        return ordered
-    total_loss = sum(slices[part].loss * slices[part].examples for part in sorted(slices) if slices[part].examples)
-    accuracy = sum(metrics.correct for metrics in slices.values()) / examples
-    return replace(ordered, accuracy=accuracy, loss=total_loss / examples)
+        return None, None
+    loss = sum(slices[part].loss * slices[part].examples for part in sorted(slices) if slices[part].examples)
+    return sum(metrics.correct for metrics in slices.values()) / examples, loss / examples
 
 
 def _score(parts: Iterable[ClientMetrics]) -> BenchmarkScore:

@@ -16,6 +16,7 @@ from hfedmoe_ray.federation.evaluation import Evaluation, mean_accuracy, varianc
 from hfedmoe_ray.federation.state import FederationState, model_sha256
 from hfedmoe_ray.moe import derived
 from hfedmoe_ray.records import ClientRecord, NodeUsage, RoundReport
+from hfedmoe_ray.trust.attacks import hostile_clients
 from hfedmoe_ray.types import (
     ClientTask,
     ClientUpdate,
@@ -172,6 +173,7 @@ def with_evaluation(report: RoundReport, found: Evaluation) -> RoundReport:
         own_accuracy=found.own_accuracy,
         personalised_accuracy=found.personalised_accuracy,
         benchmarks={name: score.fields for name, score in found.benchmarks.items()},
+        backdoor_success=found.backdoor,
     )
 
 
@@ -205,6 +207,7 @@ def run_facts(
         "data_sha256": context.data.sha256,
         "versions": {package: version(package) for package in _PACKAGES},
         "resumed_from": resumed_from,
+        "hostile": _hostile(context),
     }
 
 
@@ -237,7 +240,23 @@ def run_summary(context: RunContext, state: FederationState, status: str) -> dic
         "model_sha256": model_sha256(state.weights, context.model.sha256),
         "clients": {name: state.statuses[name] for name in _STATUSES},
         "training_failures": state.out_of_memory / max(state.trainings, 1),
+        **_of_attack(context, state),
     }
+
+
+def _hostile(context: RunContext) -> list[int]:
+    """Clients that attack, in a simulated attack."""
+    experiment = context.experiment
+    return sorted(hostile_clients(experiment.attack, experiment.clients.count, experiment.seed))
+
+
+def _of_attack(context: RunContext, state: FederationState) -> dict[str, Any]:
+    """That the run was attacked on purpose, and how far a backdoor came."""
+    attack = context.experiment.attack
+    if attack is None:
+        return {}
+    told = {"attack": {"simulated": attack.kind, "clients": _hostile(context)}}
+    return told | ({"backdoor_success": state.backdoor_success} if attack.kind == "backdoor" else {})
 
 
 def _over_clients(name: str, accuracies: Mapping[int, float]) -> dict[str, Any]:

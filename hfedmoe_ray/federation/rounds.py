@@ -35,7 +35,7 @@ from hfedmoe_ray.strategies import build_strategy
 from hfedmoe_ray.strategies.robust import class_means, mean_outputs
 from hfedmoe_ray.strategies.scores import uniform_plan
 from hfedmoe_ray.tracking.tracker import Tracker
-from hfedmoe_ray.trust import accounting
+from hfedmoe_ray.trust import accounting, attacks
 from hfedmoe_ray.trust.central import CentralPrivacy
 from hfedmoe_ray.trust.redaction import as_promised
 from hfedmoe_ray.types import (
@@ -127,6 +127,7 @@ class Federation:
         if central is not None and central.active:
             self.central = CentralPrivacy(self.experiment, self.checkpoints, rounds=self.resumed_from)
         accounting.check_examples(self.experiment, self.examples)
+        attacks.check_names(context)
         self.ladder = Ladder(
             self.experiment, self.executor, self.strategy, self.state, tiers=self.tiers, client_info=self.client_info
         )

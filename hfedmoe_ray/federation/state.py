@@ -51,6 +51,8 @@ class FederationState:
     """Those whose first attempt ran out of memory."""
     strategy: dict[str, Array] = field(default_factory=dict)
     """What the strategy has learned (`Strategy.state`)."""
+    backdoor_success: float | None = None
+    """The latest `Evaluation.backdoor`."""
     server: dict[str, Array] = field(default_factory=dict)
     """The server optimizer's moments."""
     bytes_up: int = 0
@@ -99,6 +101,8 @@ class FederationState:
         """Keeps what the evaluation of a round has found."""
         if evaluation.accuracy is not None:
             self.accuracies.append((round, evaluation.accuracy))
+        if evaluation.backdoor is not None:
+            self.backdoor_success = evaluation.backdoor
         self.own_accuracies |= evaluation.own
         self.personalised_accuracies |= evaluation.personalised
         if evaluation.benchmarks:

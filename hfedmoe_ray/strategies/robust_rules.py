@@ -6,12 +6,10 @@ others weigh whole vectors anew by the distances between them, for which their i
 
     median            of each number, half of the weight on either side (Yin et al., arXiv 1803.01498)
     trimmed_mean      of each number, without the weight of the f heaviest at either end (the same)
-    krum              x_i with the least sum of squared distances to its n - f - 2 closest, of those that have the same
-                      the one closest to all (Blanchard et al., NeurIPS 2017); its weights are not asked
+    krum              x_i with the least sum of squared distances to its n - f - 2 closest, f = `suspects`; of those
+                      that have the same the closest to all (Blanchard et al., NeurIPS 2017); weights are not asked
     multi_krum        the weighted mean of the n - f with the least such sums (the same; the weights are ours)
     geometric_median  argmin_z sum_i w_i |x_i - z|, by Weiszfeld's iteration, smoothed (RFA, arXiv 1912.13445)
-
-f is h n rounded up, and less than half of n (`suspects`): of three or four one is suspected, of two nobody can be.
 
 Of one contributor all give what it sent, of two the median and the geometric median something between them, and krum,
 which cannot tell two apart, the median (ours).

@@ -14,6 +14,7 @@ from hfedmoe_ray.studies import (
     merging,
     popularity,
     retention,
+    robustness,
     selection_privacy,
     simulated_time,
 )
@@ -28,6 +29,7 @@ _MODULES = (
     balance,
     merging,
     retention,
+    robustness,
     ablations,
     selection_privacy,
     simulated_time,

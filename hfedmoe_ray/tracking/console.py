@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hfedmoe_ray.records import ClientRecord, RoundReport
+from hfedmoe_ray.tracking.attacked import attacked
 from hfedmoe_ray.tracking.benchmarks import change
 from hfedmoe_ray.tracking.formatting import MISSING, decimal, duration, percent, plural, points, short, size
 from hfedmoe_ray.tracking.progress import Pace, Progress, tier_colour
@@ -190,7 +191,10 @@ class ConsoleRenderer:
             if tier in self._residents
         ]
         clients = f"{config['clients']['count']}: {', '.join(held)}" if held else str(config["clients"]["count"])
-        return [("model", model), ("data", words), ("clients", clients)]
+        told = [("model", model), ("data", words), ("clients", clients)]
+        if attack := config.get("attack"):
+            told.append(("attack", f"simulated: {attacked(attack, facts.get('hostile') or ())}"))
+        return told
 
     def _round_line(self, report: RoundReport) -> Text:
         trained = sum(count > 0 for layer in report.selected for count in layer)
@@ -200,6 +204,7 @@ class ConsoleRenderer:
             (f"loss {decimal(report.loss):>5}", ""),
             (f"test {percent(report.accuracy):>6}", "green" if report.accuracy is not None else ""),
             *([(f"own {percent(report.own_accuracy):>6}", "green")] if report.own_accuracy is not None else []),
+            *([(f"backdoor {percent(found):>6}", "yellow")] if (found := report.backdoor_success) is not None else []),
             *([(f"experts {trained:>{len(str(total))}}/{total}", "")] if report.clients or not report.privacy else []),
             (f"up {_mib(report.bytes_up)} down {_mib(report.bytes_down)} MiB", ""),
             *([(f"eps {spent:.2f}", "")] if (spent := report.privacy.get("epsilon")) is not None else []),
@@ -270,6 +275,11 @@ class ConsoleRenderer:
                 words += f" ({points(own, after)}); the worst tenth of them {percent(summary.get('own_worst_tenth'))} "
                 words += f"before and {percent(summary.get('personalised_worst_tenth'))} after"
             lines.append(("", words))
+        if attack := summary.get("attack"):
+            words = f"simulated, {attack['simulated']} by {plural(len(attack['clients']), 'client')}"
+            if (success := summary.get("backdoor_success")) is not None:
+                words += f"; with the trigger, {percent(success)} of the other labels' test texts get its target"
+            lines.append(("attack", words))
         for name, moments in (summary.get("benchmarks") or {}).items():
             lines.append((name, change(moments["before"], moments["after"])))
         spent = summary.get("privacy") or {}

@@ -51,6 +51,8 @@ class RunRecord:
     labels: tuple[str, ...]
     partition: tuple[tuple[int, ...], ...]
     """Training examples by [client][class]; empty when unknown."""
+    hostile: tuple[int, ...]
+    """Clients of a simulated attack."""
     shape: Mapping[str, Any]
     versions: Mapping[str, str]
     ended: str
@@ -112,6 +114,7 @@ def read_run(run_dir: Path) -> RunRecord:
         summary=_read_json(run_dir / SUMMARY),
         labels=tuple(map(str, facts.get("labels") or ())),
         partition=tuple(tuple(row) for row in facts.get("partition") or ()),
+        hostile=tuple(facts.get("hostile") or ()),
         shape=facts.get("shape") or {},
         versions=facts.get("versions") or {},
         ended=str(lines[-1]["time"]) if lines else "",

@@ -10,9 +10,11 @@ from html import escape
 from importlib.resources import files
 from pathlib import Path
 
+from hfedmoe_ray.tracking.attacked import attacked
 from hfedmoe_ray.tracking.formatting import MISSING, duration, percent, plural, points, size
 from hfedmoe_ray.tracking.jsonl import write_atomic
 from hfedmoe_ray.tracking.record import RunRecord, read_run
+from hfedmoe_ray.tracking.sections.attack import attack
 from hfedmoe_ray.tracking.sections.budgets import budgets
 from hfedmoe_ray.tracking.sections.clients import clients
 from hfedmoe_ray.tracking.sections.experts import balance, selection
@@ -51,6 +53,7 @@ def render(run: RunRecord) -> str:
     """Returns the page. It is a function of the record alone: the same run gives the same page."""
     parts = (
         learning,
+        attack,
         privacy,
         partition,
         selection,
@@ -109,7 +112,15 @@ def _lede(run: RunRecord) -> str:
 
 
 def _alarm(run: RunRecord) -> str:
-    """A banner where the run did not end well."""
+    """Banners where the run was attacked on purpose, or did not end well."""
+    told = ""
+    if options := run.config.get("attack"):
+        words = escape(attacked(options, run.hostile))
+        told = f'<div class="alarm"><p><b>Simulated attack:</b> {words}.</p></div>'
+    return told + _ended(run)
+
+
+def _ended(run: RunRecord) -> str:
     if error := run.summary.get("error"):
         return f'<div class="alarm"><p><b>The run failed.</b> {escape(str(error))}</p></div>'
     if run.summary.get("status") == "stopped":

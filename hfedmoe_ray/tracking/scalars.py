@@ -36,6 +36,7 @@ class RoundScalars:
             "round": report.round,
             "global/accuracy": report.accuracy,
             "global/loss": report.test_loss,
+            "attack/backdoor_success": report.backdoor_success,
             "own/accuracy": report.own_accuracy,
             "own/personalised_accuracy": report.personalised_accuracy,
             "train/loss": report.loss,

@@ -13,6 +13,7 @@ from hfedmoe_ray.data.benchmarks import stored_benchmark
 from hfedmoe_ray.data.dataset import FederatedDataset, Split
 from hfedmoe_ray.moe.subset import SparseModel
 from hfedmoe_ray.seeds import generator
+from hfedmoe_ray.train.hostile import HostileClients
 from hfedmoe_ray.train.prefix import PrefixStates, prefix_states
 from hfedmoe_ray.types import Array, ClientTask
 
@@ -37,7 +38,13 @@ class Examples:
 
 
 def task_examples(
-    model: SparseModel, model_key: str, data: FederatedDataset, experiment: Experiment, task: ClientTask
+    model: SparseModel,
+    model_key: str,
+    data: FederatedDataset,
+    experiment: Experiment,
+    task: ClientTask,
+    *,
+    hostile: HostileClients | None,
 ) -> Examples:
     """Returns a task's part of its split, with states where those are cached; left in evaluation mode then.
 
@@ -47,18 +54,21 @@ def task_examples(
         data: Of all clients.
         experiment: Says what is trained and cached.
         task: Whose examples.
+        hostile: Shows them to hostile clients as those would have them, where there are any.
     """
     match task.split:
         case "train":
             split = data.train(task.client)
         case "own_test":
             split = data.own_test(task.client)
-        case "global_test":
+        case "global_test" | "backdoor":
             split = data.global_test()
         case "benchmark":
             benchmark = experiment.evaluate.named(task.benchmark)
             return Examples(stored_benchmark(data, benchmark).part(*task.part).rows, None)
     split = split.part(*task.part)
+    if hostile is not None:
+        split = hostile.examples(task, split)
     local = experiment.local
     cached = local.cache == "auto" and model.supports_prefix and experiment.model.trainable != "full"
     if not cached or len(split) == 0:

@@ -43,6 +43,7 @@ from hfedmoe_ray.train.engine import Engine, RankedEngine
 from hfedmoe_ray.train.examples import Examples, batches, task_examples
 from hfedmoe_ray.train.explore import squared_gradients
 from hfedmoe_ray.train.frozen import check_unwritten, frozen_versions
+from hfedmoe_ray.train.hostile import hostile_clients
 from hfedmoe_ray.train.likelihood import answer, surprise
 from hfedmoe_ray.train.memory import PeakMemory, return_freed_memory
 from hfedmoe_ray.train.private_steps import PrivateSteps, poisson_batches, step_noise
@@ -99,6 +100,7 @@ class ClientWorker:
             self._data = FederatedDataset(context.data, context.experiment.data)
         self._strategy = build_strategy(self._experiment.strategy, context.model.shape, self._experiment.seed)
         self._secure = _secure_clients(context)
+        self._hostile = hostile_clients(context)
         self._specific = self._experiment.strategy.specific if isinstance(self._experiment.strategy, HFedMoE) else "max"
         # An engine is freed by the garbage collector; what has been loaded so far it need not search each time.
         gc.collect()
@@ -226,10 +228,14 @@ class ClientWorker:
         done, peak_mib = self._local_steps(task, weights, examples, should_stop)
         done.signals.add_estimates(explored)
         measured = done.profile.profile()
-        moved: dict[ExpertKey, dict[str, Array]] = {
+        moved: Mapping[ExpertKey, Mapping[str, Array]] = {
             key: model.read_expert(key) for key, steps in done.trained.items() if steps
         }
-        means, shared = done.profile.means(), model.read_shared()
+        means, after = done.profile.means(), self._checksums(keys)
+        shared: Mapping[str, Array] = model.read_shared()
+        if self._hostile is not None:
+            moved, shared = self._hostile.update(task, weights, moved, shared)
+            after |= {expert_name(key): checksum(tensors) for key, tensors in moved.items()}
         told, sent = self._told(task, measured, _without_counts(means))
         upload = Upload(payload=b"")
         if task.secure is None:
@@ -250,7 +256,7 @@ class ClientWorker:
             examples=done.predictions,
             trained={expert_name(key): done.trained[key] for key in moved},
             before=before,
-            after=self._checksums(keys),
+            after=after,
             rebuilt=upload.rebuilt,
             step_seconds=done.seconds,
             peak_mib=peak_mib,
@@ -266,7 +272,7 @@ class ClientWorker:
                 profile=measured,
                 means=means,
             )
-            payload, metrics = self._secure.take_part(task, weights, update, metrics)
+            payload, metrics = self._secure.take_part(task, weights, update, told, metrics)
             upload = Upload(payload=payload)
         return upload, metrics
 
@@ -403,7 +409,8 @@ class ClientWorker:
         return done, peak.mib
 
     def _examples(self, task: ClientTask) -> Examples:
-        return task_examples(self._model, self._context.model.sha256, self._data, self._experiment, task)
+        model_key = self._context.model.sha256
+        return task_examples(self._model, model_key, self._data, self._experiment, task, hostile=self._hostile)
 
     def _batches(self, task: ClientTask, count: int) -> Iterator[Array]:
         private = self._experiment.privacy.examples

@@ -12,7 +12,7 @@ from hfedmoe_ray.trust.secure.client import Participant
 from hfedmoe_ray.trust.secure.messages import Request, write_keys, write_letters, write_revealed, write_vector
 from hfedmoe_ray.trust.secure.session import Session
 from hfedmoe_ray.trust.secure.vault import Vault
-from hfedmoe_ray.types import ClientMetrics, ClientTask, ClientUpdate, TaskWeights
+from hfedmoe_ray.types import ClientMetrics, ClientTask, ClientUpdate, RoutingProfile, TaskWeights
 
 HIDDEN: dict[str, Any] = {
     "tokens": 0,
@@ -70,11 +70,23 @@ class SecureClients:
         return payload, metrics
 
     def take_part(
-        self, task: ClientTask, start: TaskWeights, update: ClientUpdate, metrics: ClientMetrics
+        self,
+        task: ClientTask,
+        start: TaskWeights,
+        update: ClientUpdate,
+        told: RoutingProfile,
+        metrics: ClientMetrics,
     ) -> tuple[bytes, ClientMetrics]:
         """Keeps what was trained on this node, and masks which experts that is.
 
         The proof of what was trained, which the server asks for where updates are in the clear, is checked here.
+
+        Args:
+            task: The client's.
+            start: The published weights it started from.
+            update: What it has trained and measured.
+            told: The routing profile that is sent where profiles are in the clear.
+            metrics: What it would tell of itself.
 
         Returns:
             The payload, and the metrics without what is not the server's to know.
@@ -92,7 +104,7 @@ class SecureClients:
         presence = [request.layout.takes_part(values)]
         participant = self._participant(task, request.session)
         participant.mask(request.roster, request.present, request.layout.presence(), presence)
-        profile = update.profile if self._options.profiles == "clear" else None
+        profile = told if self._options.profiles == "clear" else None
         return write_vector(presence, profile), replace(metrics, **HIDDEN)
 
     def _upload(self, task: ClientTask, request: Request) -> bytes:

@@ -19,6 +19,7 @@ from tiny_federation import HFEDMOE, Recorder, experiment, final_weights, run
 from hfedmoe_ray.config.secure import Secure
 from hfedmoe_ray.context import RunContext
 from hfedmoe_ray.errors import TrainingError
+from hfedmoe_ray.federation.checkpoint import load_checkpoint, run_identity
 from hfedmoe_ray.federation.executor import Executor
 from hfedmoe_ray.runtime.local import LocalExecutor
 from hfedmoe_ray.strategies import build_strategy
@@ -312,9 +313,26 @@ def test_a_run_repeats_to_the_last_bit_in_either_variant_and_resumes(sources: Pa
     assert run(made, tmp_path / "cut", resume=True)[1]["model_sha256"] == whole["model_sha256"]
 
 
+def test_where_the_choice_is_private_too_one_answer_is_all_that_is_told_in_the_clear(sources: Path, tmp_path: Path):
+    made = experiment(
+        sources,
+        strategy={"name": "hfedmoe", "tau": 0.5, "unselected": "reroute"},
+        secure={"profiles": "clear"},
+        privacy={"selection": {"how": "response", "epsilon": 1.0, "noise_seed": 3}},
+    )
+    context, _, _ = run(made, tmp_path / "run")
+    profiles = load_checkpoint(context.run_dir / "checkpoints", run_identity(context)).profiles
+    assert profiles and all(set(np.unique(one.usage)) <= {0.0, 1.0} for one in profiles.values())
+
+
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
+        (
+            {"privacy": {"central": {"epsilon": 4.0, "clip": 1.0, "delta": 0.01}}, "evaluate": {"own": "never"}},
+            "is not built",
+        ),
+        ({"robust": {"rule": "median"}}, "sees no single update"),
         ({"strategy": "hfedmoe"}, "plans by each client's routing profile: write `secure.profiles: clear`"),
         ({"strategy": "flex_moe"}, "learns from what each client measures"),
         ({"strategy": "local"}, "averages nothing"),
