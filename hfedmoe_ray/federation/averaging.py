@@ -20,7 +20,7 @@ from hfedmoe_ray.federation.state import FederationState
 from hfedmoe_ray.records import ClientRecord
 from hfedmoe_ray.strategies import AnyStrategy
 from hfedmoe_ray.strategies.aggregation import MeanOutputs, Reducer
-from hfedmoe_ray.strategies.robust import RobustMeanOutputs, RobustReducer
+from hfedmoe_ray.strategies.robust import RobustReducer, mean_outputs
 from hfedmoe_ray.strategies.server import ServerOptimizer
 from hfedmoe_ray.trust.central import CentralPrivacy
 from hfedmoe_ray.types import ClientUpdate, ExpertPlan, PersonalWeights, TaskResult, Weights
@@ -139,7 +139,7 @@ class Averaging:
             average=self._lora_average,
             options=options,
         )
-        return robust, MeanOutputs() if options.rule == "mean" else RobustMeanOutputs(options)
+        return robust, mean_outputs(options)
 
     def _fold_private(
         self, central: CentralPrivacy, accepted: Iterable[ClientUpdate], records: list[ClientRecord]

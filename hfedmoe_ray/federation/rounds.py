@@ -32,7 +32,7 @@ from hfedmoe_ray.federation.stream import Stream
 from hfedmoe_ray.moe.prepare import head_parameters, initial_weights, router_layers
 from hfedmoe_ray.records import ClientRecord, RoundReport
 from hfedmoe_ray.strategies import build_strategy
-from hfedmoe_ray.strategies.aggregation import ClassMeans, MeanOutputs
+from hfedmoe_ray.strategies.robust import class_means, mean_outputs
 from hfedmoe_ray.strategies.scores import uniform_plan
 from hfedmoe_ray.tracking.tracker import Tracker
 from hfedmoe_ray.trust import accounting, attacks
@@ -242,7 +242,7 @@ class Federation:
         tasks = [self.task("profile", round, client, plan) for client in newcomers]
         results = self.collector.collect(tasks, present=len(cohort) - len(newcomers))
         records: list[ClientRecord] = []
-        means, classes = MeanOutputs(), ClassMeans()
+        means, classes = mean_outputs(self.experiment.robust), class_means(self.experiment.robust)
         for update in self.collector.accepted(results, dict.fromkeys(newcomers, plan), records, self.state):
             assert update.profile is not None
             self.state.profiles[update.client] = update.profile

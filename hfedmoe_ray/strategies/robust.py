@@ -13,9 +13,9 @@ from statistics import median
 import numpy as np
 
 from hfedmoe_ray.config.robust import Robust
-from hfedmoe_ray.strategies.aggregation import MeanOutputs, Reducer
+from hfedmoe_ray.strategies.aggregation import ClassMeans, MeanOutputs, Reducer
 from hfedmoe_ray.strategies.robust_rules import Contribution, combined
-from hfedmoe_ray.types import Array, ClientUpdate, ExpertKey, ExpertPlan, FloatArray, Weights
+from hfedmoe_ray.types import Array, ClientUpdate, ExpertKey, ExpertPlan, FloatArray, Prototypes, Weights
 
 _Group = tuple[ExpertKey | None, tuple[str, ...]]
 
@@ -209,3 +209,41 @@ class RobustMeanOutputs(MeanOutputs):
         for key, contributions in self._kept.items():
             means[key] = combined(contributions, {"mean": means[key]}, self._options)["mean"]
         return means
+
+
+class RobustClassMeans(ClassMeans):
+    """The task head of class prototypes, each class's mean feature by the same rule, clients weighing their examples.
+
+    As a plain sum one client that lies about its features decides the head that every round starts from.
+    """
+
+    def __init__(self, options: Robust) -> None:
+        """Starts empty."""
+        super().__init__()
+        self._options = options
+        self._kept: list[Prototypes] = []
+
+    def add(self, prototypes: Prototypes) -> None:
+        """See `ClassMeans.add`."""
+        super().add(prototypes)
+        self._kept.append(prototypes)
+
+    def head(self, weight: Array, bias: Array) -> tuple[Array, Array]:
+        """See `ClassMeans.head`."""
+        if self._sums is not None:
+            origin = {"mean": np.zeros(self._sums.shape[1])}
+            for label in np.flatnonzero(self._counts > 0):
+                own = [(one.sums[label].astype(np.float64), float(one.counts[label])) for one in self._kept]
+                means = [Contribution(tensors={"mean": total / n}, weight=n) for total, n in own if n > 0]
+                self._sums[label] = combined(means, origin, self._options)["mean"] * self._counts[label]
+        return super().head(weight, bias)
+
+
+def mean_outputs(options: Robust) -> MeanOutputs:
+    """What a round's mean outputs are folded by."""
+    return MeanOutputs() if options.rule == "mean" else RobustMeanOutputs(options)
+
+
+def class_means(options: Robust) -> ClassMeans:
+    """What clients' class prototypes are folded by."""
+    return ClassMeans() if options.rule == "mean" else RobustClassMeans(options)

@@ -16,7 +16,7 @@ from tiny_federation import experiment, final_weights, run
 
 from hfedmoe_ray.config.robust import Robust
 from hfedmoe_ray.strategies.aggregation import Reducer
-from hfedmoe_ray.strategies.robust import RobustMeanOutputs, RobustReducer, change_norm
+from hfedmoe_ray.strategies.robust import RobustMeanOutputs, RobustReducer, change_norm, class_means
 from hfedmoe_ray.strategies.robust_rules import (
     Contribution,
     combined,
@@ -27,7 +27,7 @@ from hfedmoe_ray.strategies.robust_rules import (
     weiszfeld,
 )
 from hfedmoe_ray.strategies.rules import PlainExperts, RuleSet, TrainedExperts, WithTheirExpert
-from hfedmoe_ray.types import Weights
+from hfedmoe_ray.types import Prototypes, Weights
 from hfedmoe_ray.wire import checksum
 
 RULES = ["median", "trimmed_mean", "krum", "multi_krum", "geometric_median"]
@@ -146,6 +146,28 @@ def test_krum_does_not_follow_who_weighs_most():
     largest = max(abs(tensor).max() for one in updates[:2] for tensor in tensors_of(one))
     for rule in ("krum", "multi_krum"):
         assert max(abs(tensor).max() for tensor in tensors_of(reduced(updates, Robust(rule=rule))[1])) <= largest
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_one_client_cannot_take_over_the_head_of_class_prototypes(rule):
+    rng = np.random.default_rng(0)
+    centres = rng.normal(size=(4, 8))
+    labels = np.repeat(np.arange(4), 50)
+    features = centres[labels] + 0.3 * rng.normal(size=(200, 8))
+
+    def right(options: Robust, lie: float) -> float:
+        classes = class_means(options)
+        for client in range(5):
+            mine = slice(client, None, 5)
+            sums = np.stack([features[mine][labels[mine] == label].sum(axis=0) for label in range(4)])
+            sums *= lie if client == 0 else 1.0
+            classes.add(Prototypes(sums=sums.astype(np.float32), counts=np.full(4, 10, np.float32)))
+        weight, bias = classes.head(np.zeros((4, 8), np.float32), np.zeros(4, np.float32))
+        return float(((features @ weight.T + bias).argmax(axis=1) == labels).mean())
+
+    assert right(Robust(), 1.0) > 0.95
+    assert right(Robust(), -1e3) < 0.5
+    assert right(Robust(rule=rule), -1e3) > 0.95
 
 
 def test_krum_takes_one_update_whole_for_each_expert():
