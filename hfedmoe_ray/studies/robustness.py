@@ -31,17 +31,18 @@ ATTACKS: Mapping[str, Sequence[str]] = {
 }
 PLAIN = "mean"
 _CLIP = "robust.clip_median=1"
+_BOUNDS = (_CLIP, "robust.min_contributors=3")
 DEFENCES: Mapping[str, Sequence[str]] = {
     PLAIN: (),
     "mean, clipped": (_CLIP,),
-    "median": (_CLIP, "robust.rule=median"),
-    "trimmed mean": (_CLIP, "robust.rule=trimmed_mean"),
-    "krum": (_CLIP, "robust.rule=krum"),
-    "multi-krum": (_CLIP, "robust.rule=multi_krum"),
-    "geometric median": (_CLIP, "robust.rule=geometric_median"),
+    "median": (*_BOUNDS, "robust.rule=median"),
+    "trimmed mean": (*_BOUNDS, "robust.rule=trimmed_mean"),
+    "krum": (*_BOUNDS, "robust.rule=krum"),
+    "multi-krum": (*_BOUNDS, "robust.rule=multi_krum"),
+    "geometric median": (*_BOUNDS, "robust.rule=geometric_median"),
 }
-"""All but the plain mean bound every change by the median of the round's: an expert has few contributors, and of two no
-rule can tell the hostile one."""
+"""All but the plain mean bound every change by the median of the round's, and the rules leave experts of fewer than
+three contributors as they are: of two, no rule can tell the hostile one."""
 _WITHIN = 0.03
 """A rule holds that ends so close to the run without attack or defence."""
 
