@@ -1,10 +1,11 @@
 """What `hfedmoe plan` says a client's process will need of memory, against what one is seen to need, tier by tier.
 
-    hfedmoe bench prediction [CONFIG ...] [--json FILE]
+    hfedmoe bench prediction [CONFIG [key=value ...]] [--json FILE]
 
 For every tier of every experiment a client with the tier's experts trains a round in a fresh process, after having been
-profiled and evaluated as in a run, and the kernel's peak of its own memory is compared with the arithmetic. Without
-CONFIG: the quickstart and a random language model of 117 million parameters, by LoRA and by QLoRA.
+profiled and evaluated as in a run, and the kernel's peak of its own memory is compared with the arithmetic, which is
+told how long the texts really are. Without CONFIG: the quickstart, the same by LoRA on experts and attention, and a
+random language model of 117 million parameters by LoRA and by QLoRA (int8).
 """
 
 import multiprocessing
@@ -31,21 +32,23 @@ BAR = 0.15
 STEPS = 6
 """Optimizer steps: from the second on everything is alive together; memory still grows a little for some more."""
 WRITES = ("model.task=causal", "data.prompt=label", "data.response=text", "model.trainable=experts")
+ADAPTED = ("model.trainable=experts", "model.lora={rank: 8, attention: true}")
+QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 TIERS = [model.tier(share, 0.5) for share in (0.25, 1.0)]
 
 
-def experiments(configs: tuple[Path, ...]) -> Iterator[tuple[str, RunContext]]:
+def experiments(config: Path | None, overrides: tuple[str, ...]) -> Iterator[tuple[str, RunContext]]:
     """Name and prepared run of everything that is measured."""
-    for config in configs or (Path("configs/quickstart.yaml"),):
-        experiment = load_experiment(config)
-        yield config.stem, prepare_run(experiment, cache_dir() / "benchmark" / "run")
-    if configs:
+    directory = cache_dir() / "benchmark" / "run"
+    if config is not None:
+        yield config.stem, prepare_run(load_experiment(config, overrides), directory)
         return
+    for name, changes in (("quickstart", ()), ("quickstart, LoRA", ADAPTED)):
+        yield name, prepare_run(load_experiment(QUICKSTART, changes), directory)
     tiers = f"clients.tiers={TIERS}".replace("'", '"')
     for name, lora in (("LoRA", "{rank: 8}"), ("QLoRA", "{rank: 8, base: int8, attention: true}")):
-        yield f"random Mixtral, {name}", model.prepared(
-            *WRITES, tiers, f"model.lora={lora}", "local.batch_size=16", writes=True
-        )
+        keys = (*WRITES, tiers, f"model.lora={lora}", "local.batch_size=16")
+        yield f"random Mixtral, {name}", model.prepared(*keys, writes=True)
 
 
 def seen(context: RunContext, tier: Tier) -> float:
@@ -68,12 +71,13 @@ def _row(name: str, one: Forecast, peak: float) -> tuple[Row, dict[str, Any]]:
 
 
 @click.command()
-@click.argument("configs", nargs=-1, type=click.Path(exists=True, path_type=Path))
+@click.argument("config", required=False, type=click.Path(exists=True, path_type=Path))
+@click.argument("overrides", nargs=-1)
 @json_option
-def main(configs: tuple[Path, ...], json_file: Path | None) -> None:
+def main(config: Path | None, overrides: tuple[str, ...], json_file: Path | None) -> None:
     """Predicted against measured memory of a client, by tier."""
     found: list[tuple[Row, dict[str, Any]]] = []
-    for name, context in experiments(configs):
+    for name, context in experiments(config, overrides):
         tiers = {tier.name: tier for tier in tier_of(context.experiment.clients)}
         lengths = typical_lengths(context)
         said = forecast(context.experiment, context.model.shape, gpus_available=False, lengths=lengths, measured=False)
