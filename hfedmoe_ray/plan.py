@@ -26,13 +26,17 @@ PEFT_BYTES = 60 * 2**20
 CONTEXT_BYTES = 512 * 2**20
 """What CUDA keeps on a device for each process (typical)."""
 DENSE_VECTORS = 24
-"""Activations of a token outside experts that the backward pass of a layer needs, in vectors of H (measured)."""
+"""Memory of a token outside experts in a layer, in vectors of H. Autograd keeps 8 for the backward pass (counted: what
+enters attention, queries, keys, values, what attention gives, both norms' inputs, what enters the router). The others
+are holes (measured on MiniLM, a classifier): blocks below 4 MiB come from the heap, where a temporary that is freed
+below something kept leaves a hole, which the C library (glibc 2.36) does not give to an aligned block of the same size.
+So larger blocks, and a GPU's allocator, are expected to need less than is told here; that was not measured."""
 FROZEN_VECTORS = 14
-"""The same in a language model of which experts and routers alone train: maps that are frozen need no input kept
-(measured on one, SmolLM2-135M)."""
+"""The same in a language model of which experts and routers alone train: maps and norms that are frozen need no input
+kept, which leaves 7; the others are holes (measured on SmolLM2-135M)."""
 LORA_VECTORS, LORA_ATTENTION_VECTORS = 12, 16
 """What they become more where experts, or attention too, train by low-rank factors: the products of W and of B A, the
-second scaled, and their sums (measured; the first with a top-k of `LORA_TOP_K`)."""
+second scaled, and their sums. Nearly all are holes (measured; the first with a top-k of `LORA_TOP_K`)."""
 LORA_TOP_K = 4
 LOGIT_COPIES = 3
 """Of a response token's logits, a number for each word: themselves, their softmax, and its gradient."""
@@ -298,12 +302,15 @@ def _process_bytes(experiment: Experiment) -> int:
 def _activation_bytes(
     experiment: Experiment, shape: ModelShape, tier: Tier, present: int, lengths: Lengths | None
 ) -> int:
-    """Activations that the backward pass needs, from a transformer block's main tensors.
+    """Activations that the backward pass needs, from a transformer block's main tensors, and the heap's holes.
 
     Per token and MoE layer `DENSE_VECTORS` of H, and those of LoRA, and for each of its top-k experts that is present
     (re-routed tokens find K that are, and merged experts compute for all their members) the input and output (H) and
     two vectors of the expert's inner size F, where an expert is about 2 H F numbers. With activation checkpointing, one
     such layer and the inputs of all.
+
+    The experts' part is an approximation: autograd keeps 3 H + 2 F of a plain expert's token and 3 H + 4 F of a gated
+    one's, of about 3 H F numbers, where 2 H + 2 F and 2 H + 3 F are told; but of real tokens, and padding is told too.
     """
     strategy, causal = experiment.strategy, experiment.model.task == "causal"
     computed = isinstance(strategy, Flux) or (isinstance(strategy, Placement) and strategy.unselected == "reroute")
