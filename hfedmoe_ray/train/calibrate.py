@@ -131,7 +131,10 @@ def train_once(context: RunContext, tier: Tier, steps: int) -> float:
             tuple(Role.TRAIN if expert < each + (layer < more) else rest for expert in range(shape.experts))
             for layer in range(shape.layers)
         )
-        task = replace(task, plan=replace(task.plan, roles=roles))
+        # One batch of the client's examples is enough to evaluate: it reads as much as any.
+        batches = max(1, sum(context.data.counts[client]) // experiment.evaluate.batch_size)
+        part = (0, batches) if kind == "evaluate" else task.part
+        task = replace(task, plan=replace(task.plan, roles=roles), part=part)
         needed = TaskWeights(
             shared=weights.shared,
             experts={key: weights.experts[key] for key in task.plan.present},
