@@ -12,6 +12,7 @@ from math import ceil
 from hfedmoe_ray import budget, calibration
 from hfedmoe_ray.config.schema import Experiment, Tier
 from hfedmoe_ray.config.strategies import ActiveExperts, Flux, Placement
+from hfedmoe_ray.data.lengths import Lengths
 from hfedmoe_ray.errors import CapacityError
 from hfedmoe_ray.packing import GIB, NodeCapacity, ResourceSpec
 from hfedmoe_ray.types import ModelShape
@@ -25,13 +26,17 @@ PEFT_BYTES = 60 * 2**20
 CONTEXT_BYTES = 512 * 2**20
 """What CUDA keeps on a device for each process (typical)."""
 DENSE_VECTORS = 24
-"""Activations of a token outside experts that the backward pass of a layer needs, in vectors of H (measured)."""
+"""Memory of a token outside experts in a layer, in vectors of H. Autograd keeps 8 for the backward pass (counted: what
+enters attention, queries, keys, values, what attention gives, both norms' inputs, what enters the router). The others
+are holes (measured on MiniLM, a classifier): blocks below 4 MiB come from the heap, where a temporary that is freed
+below something kept leaves a hole, which the C library (glibc 2.36) does not give to an aligned block of the same size.
+So larger blocks, and a GPU's allocator, are expected to need less than is told here; that was not measured."""
 FROZEN_VECTORS = 14
-"""The same in a language model of which experts and routers alone train: maps that are frozen need no input kept
-(measured on one, SmolLM2-135M)."""
+"""The same in a language model of which experts and routers alone train: maps and norms that are frozen need no input
+kept, which leaves 7; the others are holes (measured on SmolLM2-135M)."""
 LORA_VECTORS, LORA_ATTENTION_VECTORS = 12, 16
 """What they become more where experts, or attention too, train by low-rank factors: the products of W and of B A, the
-second scaled, and their sums (measured; the first with a top-k of `LORA_TOP_K`)."""
+second scaled, and their sums. Nearly all are holes (measured; the first with a top-k of `LORA_TOP_K`)."""
 LORA_TOP_K = 4
 LOGIT_COPIES = 3
 """Of a response token's logits, a number for each word: themselves, their softmax, and its gradient."""
@@ -135,8 +140,23 @@ def _busiest(experiment: Experiment, slots: Sequence[budget.SlotSpec], cost: Map
     return max(busy)
 
 
-def forecast(experiment: Experiment, shape: ModelShape, *, gpus_available: bool) -> tuple[Forecast, ...]:
-    """Predicts what the clients of every tier that has any need, in the order of the configuration."""
+def forecast(
+    experiment: Experiment,
+    shape: ModelShape,
+    *,
+    gpus_available: bool,
+    lengths: Lengths | None = None,
+    measured: bool = True,
+) -> tuple[Forecast, ...]:
+    """Predicts what the clients of every tier that has any need, in the order of the configuration.
+
+    Args:
+        experiment: The experiment.
+        shape: Of its model.
+        gpus_available: Whether clients compute on GPUs.
+        lengths: Of its texts. Default: every text is as long as `data.max_length` allows.
+        measured: Whether what was measured on this machine counts, where there is something.
+    """
     tier_of_client = budget.tier_of(experiment.clients)
     forecasts = []
     for tier in experiment.clients.tiers:
@@ -153,8 +173,10 @@ def forecast(experiment: Experiment, shape: ModelShape, *, gpus_available: bool)
                     resident=resident,
                     present=present,
                     batch=batch,
-                    memory_bytes=predict_memory(experiment, shape, tier, resident, present, gpu=gpu),
-                    measured=calibration.read(experiment, tier, shape, gpu=gpu) is not None,
+                    memory_bytes=predict_memory(experiment, shape, tier, resident, present, gpu=gpu)
+                    if measured
+                    else estimate_memory(experiment, shape, tier, resident, present, gpu=gpu, lengths=lengths),
+                    measured=measured and calibration.read(experiment, tier, shape, gpu=gpu) is not None,
                     train_seconds=predict_seconds(experiment, shape, tier, resident, present, gpu=gpu),
                     bytes_down=shape.shared_bytes
                     + present * shape.expert_bytes
@@ -169,19 +191,34 @@ def forecast(experiment: Experiment, shape: ModelShape, *, gpus_available: bool)
 def predict_memory(
     experiment: Experiment, shape: ModelShape, tier: Tier, resident: int, present: int, *, gpu: bool
 ) -> int:
-    """Returns the predicted peak of a client's own memory in bytes, by measurement where there is one.
-
-    By arithmetic: the process, everything that trains `TRAINED_COPIES` times, and activations. What is frozen is mapped
-    from a file or the object store and shared by the processes of a node; only a GPU holds a copy for each.
-    """
+    """Returns the predicted peak of a client's own memory in bytes, by measurement where there is one."""
     measured = calibration.read(experiment, tier, shape, gpu=gpu)
-    process = (0 if measured else CONTEXT_BYTES) if gpu else _process_bytes(experiment)
-    if measured:
-        share = present / shape.total_experts * _activated(experiment, shape, tier)
-        return process + round(measured.peak.of(resident, share, calibration.examples_at_once(experiment, tier)))
+    if measured is None:
+        return estimate_memory(experiment, shape, tier, resident, present, gpu=gpu)
+    share = present / shape.total_experts * _activated(experiment, shape, tier)
+    peak = measured.peak.of(resident, share, calibration.examples_at_once(experiment, tier))
+    return (0 if gpu else _process_bytes(experiment)) + round(peak)
+
+
+def estimate_memory(
+    experiment: Experiment,
+    shape: ModelShape,
+    tier: Tier,
+    resident: int,
+    present: int,
+    *,
+    gpu: bool,
+    lengths: Lengths | None = None,
+) -> int:
+    """Returns the same by arithmetic: the process, everything that trains `TRAINED_COPIES` times, and activations.
+
+    What is frozen is mapped from a file or the object store and shared by the processes of a node; only a GPU holds a
+    copy for each.
+    """
+    process = CONTEXT_BYTES if gpu else _process_bytes(experiment)
     trained = shape.shared_bytes + resident * shape.expert_bytes
     frozen = shape.frozen_bytes + (present - resident) * shape.expert_bytes + present * shape.base_expert_bytes
-    activations = _activation_bytes(experiment, shape, tier, present)
+    activations = _activation_bytes(experiment, shape, tier, present, lengths)
     return process + (frozen if gpu else 0) + TRAINED_COPIES * trained + activations
 
 
@@ -262,13 +299,18 @@ def _process_bytes(experiment: Experiment) -> int:
     return PROCESS_BYTES + (PEFT_BYTES if lora and lora.attention else 0)
 
 
-def _activation_bytes(experiment: Experiment, shape: ModelShape, tier: Tier, present: int) -> int:
-    """Activations that the backward pass needs, from a transformer block's main tensors.
+def _activation_bytes(
+    experiment: Experiment, shape: ModelShape, tier: Tier, present: int, lengths: Lengths | None
+) -> int:
+    """Activations that the backward pass needs, from a transformer block's main tensors, and the heap's holes.
 
     Per token and MoE layer `DENSE_VECTORS` of H, and those of LoRA, and for each of its top-k experts that is present
     (re-routed tokens find K that are, and merged experts compute for all their members) the input and output (H) and
     two vectors of the expert's inner size F, where an expert is about 2 H F numbers. With activation checkpointing, one
     such layer and the inputs of all.
+
+    The experts' part is an approximation: autograd keeps 3 H + 2 F of a plain expert's token and 3 H + 4 F of a gated
+    one's, of about 3 H F numbers, where 2 H + 2 F and 2 H + 3 F are told; but of real tokens, and padding is told too.
     """
     strategy, causal = experiment.strategy, experiment.model.task == "causal"
     computed = isinstance(strategy, Flux) or (isinstance(strategy, Placement) and strategy.unselected == "reroute")
@@ -283,9 +325,14 @@ def _activation_bytes(experiment: Experiment, shape: ModelShape, tier: Tier, pre
     layer = vectors * shape.hidden + share * shape.top_k * 2 * (shape.hidden + inner)
     per_token = layer + shape.layers * shape.hidden if tier.checkpoint_activations else shape.layers * layer
     bf16 = (tier.precision or experiment.local.precision) == "bf16"
-    tokens = calibration.examples_at_once(experiment, tier) * experiment.data.max_length
-    logits = WRITTEN_SHARE * LOGIT_COPIES * shape.vocabulary if causal else 0.0
-    return int(tokens * (per_token * (BF16_SHARE if bf16 else 1.0) + logits) * BYTES)
+    examples = calibration.examples_at_once(experiment, tier)
+    tokens = float(examples * experiment.data.max_length)
+    written = WRITTEN_SHARE * tokens if causal else 0.0
+    if lengths is not None:
+        passes = ceil(experiment.local.steps * experiment.local.batch_size / tier.ranks / examples)
+        tokens, written = lengths.batch(examples, passes)
+    logits = written * LOGIT_COPIES * shape.vocabulary if causal else 0.0
+    return int((tokens * per_token * (BF16_SHARE if bf16 else 1.0) + logits) * BYTES)
 
 
 def _means_bytes(experiment: Experiment, shape: ModelShape, present: int) -> int:

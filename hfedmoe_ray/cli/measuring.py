@@ -12,6 +12,7 @@ from hfedmoe_ray.errors import ConfigError
 
 BENCHMARKS = {
     "memory": "a client's private memory at 12.5, 25, 50 and 100 % of the experts, and ten clients on a node",
+    "prediction": "what plan says a client will need of memory, against what it is seen to need, by tier",
     "step": "DeepSpeed against bare PyTorch, what absent and masked experts save, selection, the prefix cache",
     "orchestration": "a round without the clients' work, of 8 and of 300 clients, and clients at work at once",
     "efficiency": "the share of a round's time that is training, against bare PyTorch",

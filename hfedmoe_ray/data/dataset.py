@@ -132,6 +132,10 @@ class FederatedDataset:
         """Returns the training examples of a client."""
         return self._of_client(client)[0]
 
+    def all_train(self) -> Split:
+        """Returns what all clients train and test on (empty where they read their own files)."""
+        return self._train
+
     def own_test(self, client: int) -> Split:
         """Returns the examples that a client keeps to test on (none if `own_test` is 0)."""
         return self._of_client(client)[1]

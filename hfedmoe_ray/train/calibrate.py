@@ -93,6 +93,58 @@ def measure(context: RunContext, tier: Tier) -> list[Point]:
     return points
 
 
+def train_once(context: RunContext, tier: Tier, steps: int) -> float:
+    """Returns the peak of the own memory, in MiB, of a client of a tier that trains what the tier's budget holds.
+
+    Measured in this process, which should be a fresh one with a client's environment: its first task of each kind.
+
+    Args:
+        context: A prepared run.
+        tier: Of the client.
+        steps: Optimizer steps, at most those of a round.
+    """
+    from hfedmoe_ray.moe.prepare import initial_weights
+    from hfedmoe_ray.train.local import ClientWorker
+    from hfedmoe_ray.train.memory import MIB, private_bytes
+
+    experiment, shape, client = context.experiment, context.model.shape, _client(context, tier)
+    local = experiment.local.model_copy(update={"steps": min(experiment.local.steps, steps)})
+    worker = ClientWorker(replace(context, experiment=experiment.model_copy(update={"local": local})))
+    before = private_bytes()
+    weights = initial_weights(context.model, experiment.model.trainable, experiment.model.lora, experiment.seed)
+    published = private_bytes() - before  # which clients read from the object store
+    unselected, (resident, _) = _unselected(experiment), expert_counts(tier, shape)
+    top_k = None
+    if isinstance(experiment.strategy, ActiveExperts):
+        resident, top_k = shape.total_experts, active_experts(experiment.strategy, resident, shape)
+    peak = 0.0
+    kinds: tuple[tuple[TaskKind, int, Role], ...] = (
+        ("profile", 0, Role.FROZEN),
+        ("evaluate", 0, Role.FROZEN),
+        ("train", resident, unselected),
+    )
+    for kind, held, rest in kinds:
+        task = _task(experiment, shape, client, 0, kind=kind, absent=rest, top_k=top_k)
+        # Spread over the layers: as many in each, and the first layers one more.
+        each, more = divmod(held, shape.layers)
+        roles = tuple(
+            tuple(Role.TRAIN if expert < each + (layer < more) else rest for expert in range(shape.experts))
+            for layer in range(shape.layers)
+        )
+        # One batch of the client's examples is enough to evaluate: it reads as much as any.
+        batches = max(1, sum(context.data.counts[client]) // experiment.evaluate.batch_size)
+        part = (0, batches) if kind == "evaluate" else task.part
+        task = replace(task, plan=replace(task.plan, roles=roles), part=part)
+        needed = TaskWeights(
+            shared=weights.shared,
+            experts={key: weights.experts[key] for key in task.plan.present},
+            means=weights.means,
+        )
+        _, answer, _ = worker.execute(task, needed, lambda: False)
+        peak = parse_metrics(answer).peak_mib
+    return peak - published / MIB
+
+
 def fit(points: Sequence[Point]) -> Calibration:
     """The numbers, none of them negative, that explain the points best."""
     rows = np.array([(1, one.resident, one.examples, one.examples * one.share) for one in points], float)

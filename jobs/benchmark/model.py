@@ -36,13 +36,14 @@ SHARES = (0.125, 0.25, 0.5, 1.0)
 """Budgets that are compared: shares of the experts. Each is a tier of the experiment."""
 
 
-def experiment(*overrides: str) -> Experiment:
+def experiment(*overrides: str, writes: bool = False) -> Experiment:
     """The experiment benchmarks are variations of: ten clients, no cache, one step a round.
 
     Args:
         overrides: `key=value`, as on the command line.
+        writes: Whether the model has a language head, instead of one for classes.
     """
-    source, texts = random_mixtral(SIZES), random_texts(CLIENTS * EXAMPLES_PER_CLIENT, TEXT_WORDS)
+    source, texts = random_mixtral(SIZES, writes=writes), random_texts(CLIENTS * EXAMPLES_PER_CLIENT, TEXT_WORDS)
     tiers = [tier(share, 1 / len(SHARES)) for share in SHARES]
     keys = {
         "name": "benchmark",
@@ -65,19 +66,24 @@ def tier(experts: float, share: float) -> dict[str, Any]:
     return {"name": name, "share": share, "experts": experts, "device": 0.2, "memory_gib": 0.5 + 3.5 * experts}
 
 
-def prepared(*overrides: str) -> RunContext:
-    """The run context of `experiment(*overrides)`: model and data lie in the cache, some 15 s the first time."""
-    return prepare_run(experiment(*overrides), cache_dir() / "benchmark" / "run")
+def prepared(*overrides: str, writes: bool = False) -> RunContext:
+    """The run context of `experiment`: model and data lie in the cache, some 15 s the first time."""
+    return prepare_run(experiment(*overrides, writes=writes), cache_dir() / "benchmark" / "run")
 
 
-def random_mixtral(sizes: Mapping[str, int]) -> Path:
+def random_mixtral(sizes: Mapping[str, int], *, writes: bool = False) -> Path:
     """Directory of a Mixtral with random weights, as transformers saves it, with a tokenizer of random words."""
-    directory = cache_dir() / "benchmark" / f"mixtral-{_digest(sizes)}"
+    directory = cache_dir() / "benchmark" / f"mixtral-{_digest(sizes)}{'-writes' if writes else ''}"
     if directory.is_dir():
         return directory
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import MixtralConfig, MixtralForSequenceClassification, PreTrainedTokenizerFast
+    from transformers import (
+        MixtralConfig,
+        MixtralForCausalLM,
+        MixtralForSequenceClassification,
+        PreTrainedTokenizerFast,
+    )
 
     from hfedmoe_ray.moe.quiet import quiet_transformers
 
@@ -90,7 +96,7 @@ def random_mixtral(sizes: Mapping[str, int]) -> Path:
         with torch.random.fork_rng():
             torch.manual_seed(0)
             config = MixtralConfig(**sizes, num_labels=CLASSES, pad_token_id=0, bos_token_id=None, eos_token_id=None)
-            MixtralForSequenceClassification(config).save_pretrained(complete)
+            (MixtralForCausalLM if writes else MixtralForSequenceClassification)(config).save_pretrained(complete)
         complete.rename(directory)
     return directory
 
