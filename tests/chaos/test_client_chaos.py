@@ -86,7 +86,10 @@ def test_clients_killed_amid_their_steps_change_nothing(sources: Path, tmp_path:
 def test_what_must_not_be_averaged_is_as_if_it_had_never_been_sent(sources: Path, tmp_path: Path):
     """In one round every liar sends something else; in the next all are honest again."""
     count = len(LIES) + 3
-    config = made(sources, rounds=2, clients={"count": count, "tiers": TIERS}, runtime={"slots": 2, "quorum": 0.2})
+    data = made(sources).data.model_dump(mode="json")
+    data["partition"]["min_examples"] = 4  # there are that many lies
+    clients = {"count": count, "tiers": TIERS}
+    config = made(sources, rounds=2, clients=clients, data=data, runtime={"slots": 2, "quorum": 0.1})
     lies = {(1, 2 + client): lie for client, lie in enumerate(LIES)}
     summary, recorder = run_with(lies, on_ray, config, tmp_path / "lies")
     assert summary["clients"] == {
