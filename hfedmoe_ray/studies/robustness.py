@@ -70,8 +70,8 @@ def measure(setting: Setting) -> Findings:
         numbers={"accuracy": accuracy, "backdoor_success": opened, "lost_to_sign_flip": lost, "share": SHARE},
         headline=(
             f"With {percent(SHARE, 0)} sign-flipping clients the mean ends at {percent(accuracy[PLAIN][FLIP].mean)} "
-            f"instead of {percent(clean.mean)}; {len(holding)} of {len(DEFENCES) - 1} defences stay within "
-            f"{100 * _WITHIN:.0f} points."
+            f"instead of {percent(clean.mean)}; of {len(DEFENCES) - 1} defences {len(holding)} stay within "
+            f"{100 * _WITHIN:.0f} points of that."
         ),
         paragraph=(
             f"Within {100 * _WITHIN:.0f} points: {', '.join(holding) or 'none'}. A backdoor is opened for "
@@ -94,7 +94,7 @@ def measure(setting: Setting) -> Findings:
                     [name, *(interval(accuracy[name][attack]) for attack in ATTACKS), interval(opened[name])]
                     for name in DEFENCES
                 ],
-                note=f"Mean ± half of the 95 % interval over {len(setting.seeds)} seeds, after the last round.",
+                note=f"Mean ± half of the 95 % interval over seeds ({len(setting.seeds)}), after the last round.",
             )
         ],
     )

@@ -31,6 +31,7 @@ from hfedmoe_ray.studies import (
     failures,
     merging,
     retention,
+    robustness,
     simulated_time,
 )
 from hfedmoe_ray.studies.devices import DEVICES, Device, Work, bound, seconds
@@ -438,3 +439,29 @@ def test_errors_of_layers_are_those_of_the_model_itself(config: Path, output: Pa
     one = MergedExpert(layer=0, members=(1, 3, 5), shares=(0.5, 0.2, 0.3))
     assert layers.errors(replace(part, absent="merge", merged=(one,)), twins)[0] < 1e-5
     assert layers.errors(part, twins)[0] > 0.1
+
+
+def test_robustness_tells_what_the_runs_were_attacked_with_and_came_to(
+    config: Path, output: Path, monkeypatch: pytest.MonkeyPatch
+):
+    defences = {"mean": (), "median": ("robust.rule=median", "robust.clip_median=1")}
+    monkeypatch.setattr(robustness, "DEFENCES", defences)
+    found = studied("robustness", config, output, "rounds=1", "--seeds", "0")
+    runs = [read_run(path.parent) for path in (output / "runs").glob("*/summary.json")]
+    for defence, by_attack in found["accuracy"].items():
+        for attack, value in by_attack.items():
+            kind = {"no attack": None, "sign flip": "sign_flip", "backdoor": "backdoor"}[attack]
+            rule = "median" if defence == "median" else "mean"
+            (run,) = [
+                run
+                for run in runs
+                if run.config["rounds"] == 1
+                and run.config["robust"]["rule"] == rule
+                and (run.config["attack"] or {}).get("kind") == kind
+                and run.config["evaluate"]["own"] == "never"
+            ]
+            assert value["mean"] == run.summary["accuracy"]
+            if kind == "backdoor":
+                assert found["backdoor_success"][defence]["mean"] == run.summary["backdoor_success"]
+    lost = found["accuracy"]["mean"]["sign flip"]["mean"] - found["accuracy"]["mean"]["no attack"]["mean"]
+    assert found["lost_to_sign_flip"]["mean"]["mean"] == pytest.approx(lost)
