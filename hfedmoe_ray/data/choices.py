@@ -140,8 +140,13 @@ def _answers(table: Table, benchmark: Benchmark, key: str) -> IntArray:
     """The number of each item's right choice, from 0."""
     answers = []
     for row, value in enumerate(table.column(benchmark.answer, f"{key}.answer"), start=1):
-        whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
-        number = int(value) if whole or (isinstance(value, str) and value.isdecimal()) else -1  # type: ignore[call-overload]
+        number = -1
+        if (
+            isinstance(value, int)
+            or (isinstance(value, float) and value.is_integer())
+            or (isinstance(value, str) and value.isdecimal())
+        ):
+            number = int(value)
         if not 0 <= number < len(benchmark.choices):
             raise DataError(
                 f"{table.where}, row {row}: the answer {value!r} is no number of one of the {len(benchmark.choices)} "

@@ -26,7 +26,7 @@ from hfedmoe_ray.federation.evaluation import Evaluation
 from hfedmoe_ray.federation.evaluator import Evaluator
 from hfedmoe_ray.federation.executor import Executor
 from hfedmoe_ray.federation.phases import Phases
-from hfedmoe_ray.federation.secure import SecureAggregation, secure_aggregation
+from hfedmoe_ray.federation.secure import SecureAggregation
 from hfedmoe_ray.federation.state import FederationState
 from hfedmoe_ray.federation.stream import Stream
 from hfedmoe_ray.moe.prepare import head_parameters, initial_weights, router_layers
@@ -150,15 +150,17 @@ class Federation:
             notify=tracker.event,
         )
         routers = router_layers(context.model)
-        self.secure: SecureAggregation | None = secure_aggregation(
-            self.experiment,
-            self.strategy,
-            self.state,
-            collector=self.collector,
-            router_layers=routers,
-            make_task=self.task,
-            notify=tracker.event,
-        )
+        self.secure: SecureAggregation | None = None
+        if self.experiment.secure is not None:
+            self.secure = SecureAggregation(
+                self.experiment,
+                self.strategy,
+                self.state,
+                collector=self.collector,
+                router_layers=routers,
+                make_task=self.task,
+                notify=tracker.event,
+            )
         self.averaging = Averaging(
             self.experiment,
             self.strategy,

@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from hfedmoe_ray.config.schema import Experiment
@@ -39,42 +40,6 @@ MakeTask = Callable[[TaskKind, int, int, ExpertPlan], ClientTask]
 """(kind, round, client, plan) -> task."""
 
 
-def secure_aggregation(
-    experiment: Experiment,
-    strategy: AnyStrategy,
-    state: FederationState,
-    *,
-    collector: "Collector",
-    router_layers: Mapping[str, int],
-    make_task: MakeTask,
-    notify: Notify,
-) -> "SecureAggregation | None":
-    """Returns the server's side of secure aggregation; None where the configuration asks for none.
-
-    Raises:
-        ConfigError: The package cryptography is missing.
-    """
-    if experiment.secure is None:
-        return None
-    try:
-        import cryptography
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            "secure: needs the package cryptography, which is not installed. Install hfedmoe-ray[privacy], here and on "
-            "every node, or leave `secure` out."
-        ) from error
-    del cryptography
-    return SecureAggregation(
-        experiment,
-        strategy,
-        state,
-        collector=collector,
-        router_layers=router_layers,
-        make_task=make_task,
-        notify=notify,
-    )
-
-
 class SecureAggregation:
     """Knows one round at a time. Nothing of it is part of a checkpoint: a round repeated is another session."""
 
@@ -99,8 +64,16 @@ class SecureAggregation:
             router_layers: Router parameter name -> its MoE layer.
             make_task: Makes the tasks.
             notify: Is told what happens.
+
+        Raises:
+            ConfigError: The package cryptography is missing.
         """
         assert experiment.secure is not None
+        if find_spec("cryptography") is None:
+            raise ConfigError(
+                "secure: needs the package cryptography, which is not installed. Install hfedmoe-ray[privacy], here "
+                "and on every node, or leave `secure` out."
+            )
         self.options: Secure = experiment.secure
         self._experiment = experiment
         self._strategy = strategy

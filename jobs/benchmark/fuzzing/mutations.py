@@ -13,6 +13,7 @@ from random import Random
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from fuzzing.cases import CLASSES, EXPERTS, HIDDEN, LAYERS, Case, Sent
@@ -300,7 +301,7 @@ def _tensors(sent: Sent) -> dict[str, Array]:
     """Of a payload that can still be read; else none."""
     try:
         return dict(sorted(load(sent.payload).items()))  # the library has them in another order each time
-    except Exception:  # whatever an earlier mutation has made of it: then there is nothing here to change
+    except (SafetensorError, KeyError, ValueError, OverflowError, MemoryError):  # an earlier mutation has spoilt it
         return {}
 
 
