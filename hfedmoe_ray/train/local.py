@@ -18,16 +18,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from hfedmoe_ray.budget import expert_counts, tier_of
+from hfedmoe_ray.budget import tier_of
 from hfedmoe_ray.config.section import Precision
 from hfedmoe_ray.config.strategies import HFedMoE
 from hfedmoe_ray.context import RunContext
 from hfedmoe_ray.data.batches import Batch
 from hfedmoe_ray.data.benchmarks import stored_benchmark
-from hfedmoe_ray.data.choices import Choices
 from hfedmoe_ray.data.dataset import FederatedDataset, Split
-from hfedmoe_ray.data.exercises import Prompts
-from hfedmoe_ray.data.passages import Passages
 from hfedmoe_ray.data.tokenize import load_tokenizer
 from hfedmoe_ray.errors import ModelError
 from hfedmoe_ray.moe.routing import ProfileAccumulator
@@ -36,22 +33,20 @@ from hfedmoe_ray.moe.subset import SparseModel
 from hfedmoe_ray.moe.threads import one_thread
 from hfedmoe_ray.seeds import derive_seed, generator
 from hfedmoe_ray.strategies import build_strategy
-from hfedmoe_ray.strategies.hfedmoe import HFedMoE as HFedMoEStrategy
 from hfedmoe_ray.train.activations import checkpointed_layers
+from hfedmoe_ray.train.answering import answered
 from hfedmoe_ray.train.deepspeed_config import deepspeed_config
 from hfedmoe_ray.train.engine import Engine, RankedEngine
 from hfedmoe_ray.train.examples import Examples, batches, task_examples
 from hfedmoe_ray.train.explore import squared_gradients
 from hfedmoe_ray.train.frozen import check_unwritten, frozen_versions
 from hfedmoe_ray.train.hostile import hostile_clients
-from hfedmoe_ray.train.likelihood import answer, surprise
 from hfedmoe_ray.train.memory import PeakMemory, return_freed_memory
 from hfedmoe_ray.train.private_steps import PrivateSteps, poisson_batches, step_noise
 from hfedmoe_ray.train.proximal import Proximity
 from hfedmoe_ray.train.ranks import JoinedRanks, Ranks
 from hfedmoe_ray.train.steps import LocalSteps, Run, batch_labels
-from hfedmoe_ray.train.written import answer_by_writing
-from hfedmoe_ray.trust import selection
+from hfedmoe_ray.train.telling import Telling
 from hfedmoe_ray.types import (
     Array,
     ClientMetrics,
@@ -60,7 +55,6 @@ from hfedmoe_ray.types import (
     ExpertKey,
     Prototypes,
     Role,
-    RoutingProfile,
     TaskWeights,
 )
 from hfedmoe_ray.wire import Upload, checksum, dump_metrics, expert_name, make_upload, pack_update
@@ -101,6 +95,7 @@ class ClientWorker:
         self._strategy = build_strategy(self._experiment.strategy, context.model.shape, self._experiment.seed)
         self._secure = _secure_clients(context)
         self._hostile = hostile_clients(context)
+        self._telling = Telling(self._experiment, self._strategy, self._tiers, self._model.shape)
         self._specific = self._experiment.strategy.specific if isinstance(self._experiment.strategy, HFedMoE) else "max"
         # An engine is freed by the garbage collector; what has been loaded so far it need not search each time.
         gc.collect()
@@ -214,7 +209,7 @@ class ClientWorker:
                     np.add.at(prototypes.counts, batch.labels, 1)
         measured = profile.profile()
         means = _without_counts(profile.means())
-        told, means = self._told(task, measured, means)
+        told, means = self._telling.told(task, measured, means)
         payload = pack_update({}, {}, told, means, prototypes, lossy=self._experiment.wire.lossy)
         return payload, _metrics(task, split, tokens=measured.tokens, loss=loss / predictions, examples=predictions)
 
@@ -236,7 +231,7 @@ class ClientWorker:
         if self._hostile is not None:
             moved, shared = self._hostile.update(task, weights, moved, shared)
             after |= {expert_name(key): checksum(tensors) for key, tensors in moved.items()}
-        told, sent = self._told(task, measured, _without_counts(means))
+        told, sent = self._telling.told(task, measured, _without_counts(means))
         upload = Upload(payload=b"")
         if task.secure is None:
             upload = make_upload(
@@ -299,19 +294,16 @@ class ClientWorker:
         benchmark = self._experiment.evaluate.named(task.benchmark)
         asked = stored_benchmark(self._data, benchmark).part(*task.part)
         self._model.module.eval()
-        size, poll = self._experiment.evaluate.batch_size, partial(self._poll, should_stop)
-        forward = partial(self._forward, examples)
-        match asked:
-            case Choices():
-                found = answer(asked, forward, size, poll)
-            case Passages():
-                found = surprise(asked, forward, size, poll)
-            case Prompts():
-                tokenizer = load_tokenizer(self._context.model.path)
-                computing = self._computing(self._local.precision)
-                found = answer_by_writing(
-                    self._model, tokenizer, asked, benchmark, size=size, precision=computing, poll=poll
-                )
+        found = answered(
+            asked,
+            self._model,
+            benchmark,
+            forward=partial(self._forward, examples),
+            tokenizer=lambda: load_tokenizer(self._context.model.path),
+            size=self._experiment.evaluate.batch_size,
+            precision=self._computing(self._local.precision),
+            poll=partial(self._poll, should_stop),
+        )
         return b"", _metrics(task, examples.split, **found)
 
     def _personalise(
@@ -327,22 +319,6 @@ class ClientWorker:
         return payload, replace(metrics, trained=trained, step_seconds=done.seconds, peak_mib=peak_mib)
 
     # ------------------------------------------------------------------------------------------------- the parts
-
-    def _told(
-        self, task: ClientTask, measured: RoutingProfile, means: dict[ExpertKey, Array]
-    ) -> tuple[RoutingProfile, dict[ExpertKey, Array]]:
-        """What the server is told of a client's routing: all, or where that is private nothing but one answer."""
-        privacy, strategy = self._experiment.privacy, self._experiment.strategy
-        options = privacy.selection
-        if options is None and privacy.examples is None:
-            return measured, means
-        if task.kind != "profile" or options is None:
-            return selection.nothing(self._strategy.shape), {}
-        assert isinstance(strategy, HFedMoE)
-        assert isinstance(self._strategy, HFedMoEStrategy)
-        residents, _ = expert_counts(self._tiers[task.client], self._model.shape)
-        score = self._strategy.score(measured)
-        return selection.answer(options, measured, score, residents, strategy.scope, client=task.client), {}
 
     def _explore(self, task: ClientTask, examples: Examples, should_stop: ShouldStop) -> dict[ExpertKey, float]:
         """Estimates the squared gradient of FROZEN experts on the round's first batch, if the strategy asks for it."""
