@@ -1,12 +1,30 @@
-"""Tasks that clients run while the server is busy with what came back before."""
+"""What is done while something else is: clients' tasks while the server works, and the server's work in threads."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any
+from itertools import islice
+from typing import Any, TypeVar
 
 from hfedmoe_ray.federation.executor import Executor, Notify
 from hfedmoe_ray.types import ClientTask, TaskResult
+
+AHEAD = 2
+"""So many updates are read and checked beside the one that is folded: what is in memory at once is bounded by it."""
+Item = TypeVar("Item")
+Found = TypeVar("Found")
+
+
+def in_order(work: Callable[[Item], Found], items: Iterable[Item]) -> Iterator[Found]:
+    """Yields what `work` makes of each item, in order, the next `AHEAD` being worked on in threads meanwhile."""
+    coming = iter(items)
+    with ThreadPoolExecutor(AHEAD) as threads:
+        begun = deque(threads.submit(work, item) for item in islice(coming, AHEAD))
+        while begun:
+            found = begun.popleft().result()
+            begun.extend(threads.submit(work, item) for item in islice(coming, 1))
+            yield found
 
 
 @contextmanager
