@@ -1,11 +1,23 @@
 """What processes of clients are started with stays theirs."""
 
 import gc
+import importlib.util
 import os
+import subprocess
+import sys
 
 import pytest
 
-from hfedmoe_ray.train.environment import ENVIRONMENT, inherited, quick_imports
+from hfedmoe_ray.train.environment import ENVIRONMENT, UNUSED, inherited, quick_imports
+
+CLIENT = """
+import sys
+from hfedmoe_ray.train.environment import UNUSED, lean_imports
+with lean_imports():
+    import hfedmoe_ray.train.local
+print(*(name for name in UNUSED if name in sys.modules))
+import scipy.optimize
+"""
 
 
 @pytest.mark.parametrize("collecting", [True, False])
@@ -25,3 +37,10 @@ def test_a_client_s_variables_are_those_of_processes_started_meanwhile():
     with inherited():
         assert ENVIRONMENT.items() <= os.environ.items()
     assert dict(os.environ) == before
+
+
+def test_a_client_imports_no_library_that_it_never_calls_and_a_plugin_still_can():
+    assert importlib.util.find_spec("scipy"), "is to be found again afterwards"
+    done = subprocess.run([sys.executable, "-c", CLIENT], capture_output=True, text=True, check=True)
+    assert UNUSED
+    assert done.stdout.split() == []
