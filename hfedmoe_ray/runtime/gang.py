@@ -20,7 +20,7 @@ from hfedmoe_ray.budget import SlotSpec
 from hfedmoe_ray.context import RunContext
 from hfedmoe_ray.errors import ClusterError
 from hfedmoe_ray.runtime import timeouts
-from hfedmoe_ray.runtime.client import NOTHING, Answer, ClientActor, Loading, RemoteClient, answered
+from hfedmoe_ray.runtime.client import NOTHING, ClientActor, Loading, RemoteClient, Reply, answered
 from hfedmoe_ray.runtime.transfer import Directory
 from hfedmoe_ray.runtime.weights import TaskRefs
 from hfedmoe_ray.runtime.worker import Worker, WorkerFactory, last_line, out_of_memory
@@ -125,8 +125,8 @@ class Leader(ClientActor):
     def _loads(self, directories: Mapping[str, Directory]) -> list[Any]:
         return [one.load.remote(directories) for one in self._followers]
 
-    @ray.method(num_returns=3)
-    def execute(self, task: ClientTask, refs: TaskRefs) -> tuple[Array, Array, Answer]:
+    @ray.method(num_returns=2)
+    def execute(self, task: ClientTask, refs: TaskRefs) -> tuple[Array, Reply]:
         """Runs one task, with the others where its client is a gang. See `ClientActor.execute`.
 
         The answers "failed" and "memory" leave the ranks apart: the gang is of no more use.
@@ -147,14 +147,14 @@ class Leader(ClientActor):
             ray.get(following, timeout=timeouts.GANG_STEP)
         except Stopped as error:
             # All ranks have agreed to it, between two steps.
-            return NOTHING, NOTHING, ("stopped", b"", last_line(error))
+            return NOTHING, (NOTHING, ("stopped", b"", last_line(error)))
         except Exception as error:
             if canceled():
                 # Nobody would read the answer of a task that was to stop, nor learn from it that this gang is done.
                 os._exit(1)
             told = _first_cause(error, self._ranks, following)
             status: Literal["failed", "memory"] = "memory" if out_of_memory(error) else "failed"
-            return NOTHING, NOTHING, (status, told.encode(), told.strip().splitlines()[-1])
+            return NOTHING, (NOTHING, (status, told.encode(), told.strip().splitlines()[-1]))
         return answered(done)
 
     @ray.method(concurrency_group="lifeline")
