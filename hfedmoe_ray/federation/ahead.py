@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any, TypeVar
@@ -16,15 +16,29 @@ Item = TypeVar("Item")
 Found = TypeVar("Found")
 
 
-def in_order(work: Callable[[Item], Found], items: Iterable[Item]) -> Iterator[Found]:
-    """Yields what `work` makes of each item, in order, the next `AHEAD` being worked on in threads meanwhile."""
-    coming = iter(items)
-    with ThreadPoolExecutor(AHEAD) as threads:
-        begun = deque(threads.submit(work, item) for item in islice(coming, AHEAD))
-        while begun:
-            found = begun.popleft().result()
-            begun.extend(threads.submit(work, item) for item in islice(coming, 1))
-            yield found
+class Ahead:
+    """Works on the next few of a row of items, in threads that are the same for all rows.
+
+    (New ones for each row would each have a heap of its own, and leave it behind.)
+    """
+
+    def __init__(self) -> None:
+        """Starts a thread when there is work for it; without this object they end."""
+        self._threads = ThreadPoolExecutor(AHEAD)
+
+    def in_order(self, work: Callable[[Item], Found], items: Iterable[Item]) -> Iterator[Found]:
+        """Yields what `work` makes of each item, in order, the next `AHEAD` being worked on meanwhile."""
+        coming = iter(items)
+        begun = deque(self._threads.submit(work, item) for item in islice(coming, AHEAD))
+        try:
+            while begun:
+                found = begun.popleft().result()
+                begun.extend(self._threads.submit(work, item) for item in islice(coming, 1))
+                yield found
+        finally:
+            for one in begun:
+                one.cancel()
+            wait(begun)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import Any
 from hfedmoe_ray.config.schema import Experiment, Tier
 from hfedmoe_ray.errors import TrainingError
 from hfedmoe_ray.federation import reporting
-from hfedmoe_ray.federation.ahead import in_order
+from hfedmoe_ray.federation.ahead import Ahead
 from hfedmoe_ray.federation.clock import Clock
 from hfedmoe_ray.federation.demotion import Ladder
 from hfedmoe_ray.federation.dropout import with_dropped
@@ -66,6 +66,7 @@ class Collector:
         self._clock = clock
         self._notify = notify
         self._durations = Durations()
+        self._ahead = Ahead()
         self.waited = 0.0
         """Seconds of the last `collect` in which slots had nothing to do but others were still at work."""
 
@@ -135,7 +136,7 @@ class Collector:
     ) -> Iterator[ClientUpdate]:
         """Yields the updates that may be used, and records how each client fared.
 
-        The next few are read and checked meanwhile (`ahead.in_order`), so that memory does not grow with the cohort.
+        The next few are read and checked meanwhile (`ahead.Ahead`), so that memory does not grow with the cohort.
 
         The state a client returned is kept with its update, or discarded with it: what an update that was late, failed
         or rejected says was sent has not arrived.
@@ -155,7 +156,7 @@ class Collector:
             return delivered, *self._accept(delivered, plans[delivered.task.client], state)
 
         proofs: list[Proof] = []
-        for delivered, result, update, proof in in_order(read, results):
+        for delivered, result, update, proof in self._ahead.in_order(read, results):
             client = delivered.task.client
             if proof is not None:
                 proofs.append(proof)
