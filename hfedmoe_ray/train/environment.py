@@ -2,6 +2,7 @@
 
 import gc
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -48,3 +49,14 @@ def quick_imports() -> Iterator[None]:
     finally:
         if collecting:
             gc.enable()
+
+
+@contextmanager
+def absent(module: str) -> Iterator[None]:
+    """Nothing that is imported in this block takes a module along, unless somebody has imported it before."""
+    loaded = sys.modules.setdefault(module, None)  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        if loaded is None:
+            del sys.modules[module]
