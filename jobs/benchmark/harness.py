@@ -21,7 +21,7 @@ from hfedmoe_ray.config.evaluation import Benchmark
 from hfedmoe_ray.data.batches import Batch
 from hfedmoe_ray.data.choices import Choices, Questions, read_questions, tokenize_questions
 from hfedmoe_ray.data.dataset import Split
-from hfedmoe_ray.data.exercises import Prompts, is_right, read_exercises, tokenize_exercises
+from hfedmoe_ray.data.exercises import Prompts, is_right, read_exercises, tokenize_exercises, until_stopped
 from hfedmoe_ray.moe.quiet import quiet_transformers
 from hfedmoe_ray.moe.sources import resolve
 from hfedmoe_ray.train.likelihood import likelihoods, right_answers
@@ -70,8 +70,8 @@ def theirs(harness: Any, questions: Questions) -> FloatArray:
     return np.array([likelihood for likelihood, _ in harness.loglikelihood(asked, disable_tqdm=True)])
 
 
-def written_alike(model: Any, tokenizer: Any, harness: Any, file: Path, items: int) -> tuple[int, int, int, int]:
-    """Items of GSM8K, those judged alike, and those right here and by the harness."""
+def written_alike(model: Any, tokenizer: Any, harness: Any, file: Path, items: int) -> dict[str, int]:
+    """Of items of GSM8K: those to which the same is written, those judged alike, and those right on either side."""
     from lm_eval.api.instance import Instance
     from lm_eval.api.metrics import exact_match_fn
     from lm_eval.filters.extraction import RegexFilter
@@ -82,17 +82,18 @@ def written_alike(model: Any, tokenizer: Any, harness: Any, file: Path, items: i
     made = tokenize_exercises(tokenizer, exercises, MOST_TOKENS)
     rows = Split(input_ids=made["input_ids"], lengths=made["lengths"], labels=np.arange(items), key="gsm8k")
     asked = Prompts(rows=rows, answers=exercises.answers)
-    ours = np.zeros(items, dtype=bool)
+    ours, answers = np.zeros(items, dtype=bool), [""] * items
     with torch.inference_mode():
         for row, text, _ in written(model, tokenizer, asked, benchmark, size=BATCH, poll=lambda: None):
             ours[row] = is_right(text, exercises.answers[row], benchmark)
+            answers[row] = until_stopped(text, benchmark)
     stops = {"until": [*benchmark.until], "do_sample": False, "max_gen_toks": benchmark.max_tokens}
     requests = [
         Instance(request_type="generate_until", doc={}, arguments=(prompt, dict(stops)), idx=number)
         for number, prompt in enumerate(exercises.prompts)
     ]
-    texts = [[text] for text in harness.generate_until(requests, disable_tqdm=True)]
-    found = RegexFilter(regex_pattern=GSM8K["extract"]).apply(texts, [{}] * items)
+    texts = harness.generate_until(requests, disable_tqdm=True)
+    found = RegexFilter(regex_pattern=GSM8K["extract"]).apply([[text] for text in texts], [{}] * items)
     ignored = [",", r"\$", "(?s).*#### ", r"\.$"]
     theirs = [
         bool(
@@ -102,7 +103,13 @@ def written_alike(model: Any, tokenizer: Any, harness: Any, file: Path, items: i
         )
         for (one,), answer in zip(found, raw, strict=True)
     ]
-    return items, int((ours == np.array(theirs)).sum()), int(ours.sum()), sum(theirs)
+    return {
+        "items": items,
+        "same_texts": sum(one.strip() == other.strip() for one, other in zip(answers, texts, strict=True)),
+        "judged_alike": int((ours == np.array(theirs)).sum()),
+        "right": int(ours.sum()),
+        "harness_right": sum(theirs),
+    }
 
 
 @click.command()
@@ -154,10 +161,10 @@ def main(json_file: Path | None, items: int, gsm8k: Path | None, answers: int, *
         told = f"{same} of {len(choices)}, accuracy {accuracies[0]:.3f} and {accuracies[1]:.3f}"
         rows.append(Row(what=f"{name}: the same choice", measured=told, bar="all", ok=same == len(choices)))
     if gsm8k is not None:
-        count, alike, right, rights = written_alike(model, tokenizer, harness, gsm8k, answers)
-        figures["gsm8k"] = {"items": count, "judged_alike": alike, "right": right, "harness_right": rights}
-        told = f"{alike} of {count}, right {right} and {rights}"
-        rows.append(Row(what="gsm8k: judged alike", measured=told, bar="all", ok=alike == count))
+        found = figures["gsm8k"] = written_alike(model, tokenizer, harness, gsm8k, answers)
+        for what, key in (("the same text", "same_texts"), ("judged alike", "judged_alike")):
+            told = f"{found[key]} of {found['items']}, right {found['right']} and {found['harness_right']}"
+            rows.append(Row(what=f"gsm8k: {what}", measured=told, bar="all", ok=found[key] == found["items"]))
     publish("Scores against lm-evaluation-harness", figures, rows, json_file)
 
 
