@@ -1,10 +1,11 @@
 """How long an experiment's texts are, before anything is prepared: of a sample, where data and tokenizer are at hand.
 
-What is found is kept in the cache (`lengths/<key>.npy`), so that a second look needs no tokenizer, nor the torch that
-comes with it.
+What is found is kept in the cache (`lengths/<key>.npy`), so that a second look at prompts and responses needs no torch
+(which comes with the tokenizers that write them).
 """
 
 import os
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from hfedmoe_ray.data.tokenize import load_tokenizer, tokenizer_hash
 from hfedmoe_ray.errors import ModelError
 from hfedmoe_ray.moe.sources import tokenizer_here
 from hfedmoe_ray.seeds import generator
+from hfedmoe_ray.types import Array
 
 TEXTS = 512
 """Texts that are looked at."""
@@ -69,10 +71,25 @@ def sampled_lengths(experiment: Experiment) -> Lengths:
     facts = [_FORMAT, texts, prompts, data.max_length, data.template, translates, tokenizer_hash(directory)]
     path = cache_dir() / "lengths" / f"{store.content_hash({}, facts)[:24]}.npy"
     if not path.is_file():
-        made, _ = tokenized(load_tokenizer(directory), texts, prompts, data, translates=translates)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{os.getpid()}-{path.name}")
-        np.save(partial, np.stack([made[name] for name in ("lengths", "prompts") if name in made]))
+        file = directory / "tokenizer.json"
+        if prompts is None and file.is_file():
+            found = [_classified(file, texts, data.max_length)]
+        else:
+            made, _ = tokenized(load_tokenizer(directory), texts, prompts, data, translates=translates)
+            found = [made[name] for name in ("lengths", "prompts") if name in made]
+        np.save(partial, np.stack(found))
         partial.replace(path)
     whole, *before = np.load(path)  # [1 or 2, N]
     return Lengths(texts=whole, prompts=before[0] if before else None)
+
+
+def _classified(tokenizer: Path, texts: Sequence[str], max_length: int) -> Array:
+    """Returns the lengths that `data.tokenize.tokenize` gives texts [N], without the imports of transformers."""
+    from tokenizers import Tokenizer
+
+    made = Tokenizer.from_file(str(tokenizer))
+    made.no_padding()
+    made.enable_truncation(max_length)
+    return np.array([max(1, len(one.ids)) for one in made.encode_batch(list(texts))], dtype=np.int32)

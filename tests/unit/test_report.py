@@ -86,6 +86,17 @@ def test_every_client_is_in_the_table_with_what_it_had(page: Page) -> None:
     assert rows[1]["Own accuracy"] == "65.0 %"
 
 
+def test_peak_memory_stands_beside_what_was_predicted(page: Page, tmp_path: Path) -> None:
+    rows = page.table("Tier", "Peak memory", "Predicted")
+    assert [(row["Tier"], row["Peak memory"], row["Predicted"]) for row in rows] == [
+        ("phone", "323 MiB", "350 MiB (+8 %)"),
+        ("laptop", "336 MiB", "350 MiB (+4 %)"),
+        ("server", "363 MiB", "350 MiB (−4 %)"),
+    ]
+    unknown = page_of(recorded(tmp_path, [round_report(1)], facts(predicted_mib={})))
+    assert "Predicted" not in unknown.table("Tier", "Peak memory")[0]
+
+
 def test_the_pictures_hold_every_value(page: Page) -> None:
     counts = facts()["partition"]
     for client, row in enumerate(counts):
