@@ -23,7 +23,7 @@ def robust(run: RunRecord) -> str:
     for kind, drawn, caption, note in _kinds(options):
         points = [(float(round), counts[kind]) for round, counts in told]
         image = charts.line_chart(
-            [Series(name=drawn, points=points)], label=f"{caption} over rounds", write=short, over="round"
+            [Series(name=drawn, points=points)], label=f"{caption} over rounds", write=short, counts=True
         )
         total = sum(count for _, count in points)
         figures += figure(
