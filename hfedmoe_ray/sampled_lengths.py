@@ -24,7 +24,7 @@ from hfedmoe_ray.moe.sources import tokenizer_here
 from hfedmoe_ray.seeds import generator
 from hfedmoe_ray.types import Array
 
-TEXTS = 512
+TEXTS = 1024
 """Texts that are looked at."""
 _QUICK_BYTES = 2**28
 """A larger file is not read for this: it would take more than some seconds."""
