@@ -83,12 +83,24 @@ def judged(texts: Sequence[str], raw: Sequence[str]) -> list[bool]:
     return [bool(score["exact_match"]) for score in scores]
 
 
-def written_alike(model: Any, tokenizer: Any, harness: Any, file: Path, items: int) -> dict[str, int]:
-    """Of items of GSM8K: those to which the same is written, those judged alike, and those right on either side.
+def judged_alike(file: Path, items: int) -> dict[str, int]:
+    """Of GSM8K's worked solutions, each given as an answer to its own item and to the next one: those judged alike.
 
-    A small model is hardly ever right, so worked solutions are judged too: each as an answer to its own item and to
-    the next one.
+    A small model is hardly ever right, so what it writes would not tell whether the right answers are found.
     """
+    benchmark = Benchmark(name="gsm8k", source=str(file), examples=items, **GSM8K)
+    answers = read_exercises(benchmark).answers
+    raw = read_exercises(benchmark.model_copy(update={"prompt": "answer"})).prompts
+    alike = right = 0
+    for given in (raw, [*raw[-1:], *raw[:-1]]):
+        ours = [is_right(text, answer, benchmark) for text, answer in zip(given, answers, strict=True)]
+        alike += sum(one == other for one, other in zip(ours, judged(given, raw), strict=True))
+        right += sum(ours)
+    return {"given": 2 * items, "given_judged_alike": alike, "given_right": right}
+
+
+def written_alike(model: Any, tokenizer: Any, harness: Any, file: Path, items: int) -> dict[str, int]:
+    """Of items of GSM8K: those to which the same is written, those judged alike, and those right on either side."""
     from lm_eval.api.instance import Instance
 
     benchmark = Benchmark(name="gsm8k", source=str(file), examples=items, **GSM8K)
@@ -108,22 +120,14 @@ def written_alike(model: Any, tokenizer: Any, harness: Any, file: Path, items: i
     ]
     theirs = harness.generate_until(requests, disable_tqdm=True)
 
-    def right(texts: Sequence[str]) -> list[bool]:
-        return [is_right(one, answer, benchmark) for one, answer in zip(texts, asked.answers, strict=True)]
-
-    def alike(texts: Sequence[str]) -> int:
-        return sum(one == other for one, other in zip(right(texts), judged(texts, raw), strict=True))
-
-    given = [list(raw), [*raw[-1:], *raw[:-1]]]
+    right = [is_right(one, answer, benchmark) for one, answer in zip(ours, asked.answers, strict=True)]
+    rights = judged(theirs, raw)
     return {
         "items": items,
         "same_texts": sum(one.strip() == other.strip() for one, other in zip(ours, theirs, strict=True)),
-        "judged_alike": sum(one == other for one, other in zip(right(ours), judged(theirs, raw), strict=True)),
-        "right": sum(right(ours)),
-        "harness_right": sum(judged(theirs, raw)),
-        "given": 2 * items,
-        "given_judged_alike": sum(map(alike, given)),
-        "given_right": sum(sum(right(texts)) for texts in given),
+        "judged_alike": sum(one == other for one, other in zip(right, rights, strict=True)),
+        "right": sum(right),
+        "harness_right": sum(rights),
     }
 
 
@@ -176,7 +180,8 @@ def main(json_file: Path | None, items: int, gsm8k: Path | None, answers: int, *
         told = f"{same} of {len(choices)}, accuracy {accuracies[0]:.3f} and {accuracies[1]:.3f}"
         rows.append(Row(what=f"{name}: the same choice", measured=told, bar="all", ok=same == len(choices)))
     if gsm8k is not None:
-        found = figures["gsm8k"] = written_alike(model, tokenizer, harness, gsm8k, answers)
+        found = judged_alike(gsm8k, items) | written_alike(model, tokenizer, harness, gsm8k, answers)
+        figures["gsm8k"] = found
         for what, key, count in (
             ("the same text", "same_texts", "items"),
             ("judged alike", "judged_alike", "items"),
