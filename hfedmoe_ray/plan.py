@@ -211,7 +211,11 @@ def predict_memory(
     if measured is None:
         return estimate_memory(experiment, shape, tier, resident, present, gpu=gpu, lengths=lengths)
     share = present / shape.total_experts * _activated(experiment, shape, tier)
-    peak = measured.peak.of(resident, share, calibration.examples_at_once(experiment, tier))
+    examples: float = calibration.examples_at_once(experiment, tier)
+    if lengths is not None:
+        tokens, _ = lengths.batch(round(examples), _passes(experiment, tier))
+        examples = tokens / measured.tokens
+    peak = measured.peak.of(resident, share, examples)
     return (0 if gpu else _process_bytes(experiment)) + round(peak)
 
 
@@ -346,10 +350,15 @@ def _activation_bytes(
     tokens = float(examples * experiment.data.max_length)
     written = WRITTEN_SHARE * tokens if causal else 0.0
     if lengths is not None:
-        passes = ceil(experiment.local.steps * experiment.local.batch_size / tier.ranks / examples)
-        tokens, written = lengths.batch(examples, passes)
+        tokens, written = lengths.batch(examples, _passes(experiment, tier))
     logits = written * LOGIT_COPIES * shape.vocabulary if causal else 0.0
     return int((tokens * per_token * (BF16_SHARE if bf16 else 1.0) + logits) * BYTES)
+
+
+def _passes(experiment: Experiment, tier: Tier) -> int:
+    """Batches that pass through the model of each of a client's ranks in a round."""
+    examples = experiment.local.steps * experiment.local.batch_size / tier.ranks
+    return ceil(examples / calibration.examples_at_once(experiment, tier))
 
 
 def _means_bytes(experiment: Experiment, shape: ModelShape, present: int) -> int:
