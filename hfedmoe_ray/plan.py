@@ -95,14 +95,22 @@ class Plan:
     GPU, to itself; None where nothing was measured."""
 
 
-def plan_experiment(experiment: Experiment, shape: ModelShape, nodes: Sequence[NodeCapacity]) -> Plan:
+def plan_experiment(
+    experiment: Experiment, shape: ModelShape, nodes: Sequence[NodeCapacity], lengths: Lengths | None = None
+) -> Plan:
     """Predicts what every client needs, and places the client actors on the nodes.
+
+    Args:
+        experiment: The experiment.
+        shape: Of its model.
+        nodes: Where it is to run.
+        lengths: Of its texts. Default: every text is as long as `data.max_length` allows.
 
     Raises:
         CapacityError: a tier is predicted to need more than its `memory_gib`, or the actors do not fit the nodes.
     """
-    forecasts = forecast(experiment, shape, gpus_available=any(node.gpus for node in nodes))
-    check_memory(experiment, shape, forecasts)
+    forecasts = forecast(experiment, shape, gpus_available=any(node.gpus for node in nodes), lengths=lengths)
+    check_memory(experiment, shape, forecasts, lengths)
     share = experiment.round_size / experiment.clients.count
     slots = budget.plan_actors(experiment, nodes) if experiment.backend == "ray" else ()
     steps = {one.tier: one.train_seconds for one in forecasts}
@@ -173,7 +181,7 @@ def forecast(
                     resident=resident,
                     present=present,
                     batch=batch,
-                    memory_bytes=predict_memory(experiment, shape, tier, resident, present, gpu=gpu)
+                    memory_bytes=predict_memory(experiment, shape, tier, resident, present, gpu=gpu, lengths=lengths)
                     if measured
                     else estimate_memory(experiment, shape, tier, resident, present, gpu=gpu, lengths=lengths),
                     measured=measured and calibration.read(experiment, tier, shape, gpu=gpu) is not None,
@@ -189,14 +197,25 @@ def forecast(
 
 
 def predict_memory(
-    experiment: Experiment, shape: ModelShape, tier: Tier, resident: int, present: int, *, gpu: bool
+    experiment: Experiment,
+    shape: ModelShape,
+    tier: Tier,
+    resident: int,
+    present: int,
+    *,
+    gpu: bool,
+    lengths: Lengths | None = None,
 ) -> int:
     """Returns the predicted peak of a client's own memory in bytes, by measurement where there is one."""
     measured = calibration.read(experiment, tier, shape, gpu=gpu)
     if measured is None:
-        return estimate_memory(experiment, shape, tier, resident, present, gpu=gpu)
+        return estimate_memory(experiment, shape, tier, resident, present, gpu=gpu, lengths=lengths)
     share = present / shape.total_experts * _activated(experiment, shape, tier)
-    peak = measured.peak.of(resident, share, calibration.examples_at_once(experiment, tier))
+    examples: float = calibration.examples_at_once(experiment, tier)
+    if lengths is not None:
+        tokens, _ = lengths.batch(round(examples), _passes(experiment, tier))
+        examples = tokens / measured.tokens
+    peak = measured.peak.of(resident, share, examples)
     return (0 if gpu else _process_bytes(experiment)) + round(peak)
 
 
@@ -252,7 +271,9 @@ def predict_upload(experiment: Experiment, shape: ModelShape, resident: int, pre
     return ceil(trained / BYTES * number) + 4 * 8 * shape.total_experts + present * shape.hidden * mean
 
 
-def check_memory(experiment: Experiment, shape: ModelShape, forecasts: Sequence[Forecast]) -> None:
+def check_memory(
+    experiment: Experiment, shape: ModelShape, forecasts: Sequence[Forecast], lengths: Lengths | None = None
+) -> None:
     """Compares predictions with the tiers' `memory_gib`.
 
     Raises:
@@ -260,7 +281,7 @@ def check_memory(experiment: Experiment, shape: ModelShape, forecasts: Sequence[
     """
     position = {tier.name: number for number, tier in enumerate(experiment.clients.tiers)}
     advice = [
-        _memory_advice(experiment, shape, one, position[one.tier])
+        _memory_advice(experiment, shape, one, position[one.tier], lengths)
         for one in forecasts
         if one.memory_bytes > experiment.clients.tiers[position[one.tier]].memory_gib * GIB
     ]
@@ -329,10 +350,15 @@ def _activation_bytes(
     tokens = float(examples * experiment.data.max_length)
     written = WRITTEN_SHARE * tokens if causal else 0.0
     if lengths is not None:
-        passes = ceil(experiment.local.steps * experiment.local.batch_size / tier.ranks / examples)
-        tokens, written = lengths.batch(examples, passes)
+        tokens, written = lengths.batch(examples, _passes(experiment, tier))
     logits = written * LOGIT_COPIES * shape.vocabulary if causal else 0.0
     return int((tokens * per_token * (BF16_SHARE if bf16 else 1.0) + logits) * BYTES)
+
+
+def _passes(experiment: Experiment, tier: Tier) -> int:
+    """Batches that pass through the model of each of a client's ranks in a round."""
+    examples = experiment.local.steps * experiment.local.batch_size / tier.ranks
+    return ceil(examples / calibration.examples_at_once(experiment, tier))
 
 
 def _means_bytes(experiment: Experiment, shape: ModelShape, present: int) -> int:
@@ -354,7 +380,9 @@ def _profiling_bytes(experiment: Experiment, shape: ModelShape) -> int:
 # ------------------------------------------------------------------------------------------------------------ fit
 
 
-def _memory_advice(experiment: Experiment, shape: ModelShape, one: Forecast, position: int) -> str:
+def _memory_advice(
+    experiment: Experiment, shape: ModelShape, one: Forecast, position: int, lengths: Lengths | None
+) -> str:
     """Who needs too much, and the two changes that would mend it."""
     tier = experiment.clients.tiers[position]
     key = f"clients.tiers.{position}"
@@ -379,6 +407,7 @@ def _memory_advice(experiment: Experiment, shape: ModelShape, one: Forecast, pos
             fewer,
             one.present if one.present > one.resident else fewer,
             gpu=one.asked.num_gpus > 0,
+            lengths=lengths,
         )
         <= tier.memory_gib * GIB
     ]
