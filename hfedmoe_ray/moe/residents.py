@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from hfedmoe_ray.moe.adapters import AdaptedExperts, frozen_parts
 from hfedmoe_ray.moe.derived import SCALE, bits_of, quantised_shapes
+from hfedmoe_ray.moe.grouped import GroupedExperts
 from hfedmoe_ray.moe.layout import MoELayout, Routing
 from hfedmoe_ray.moe.quantised import Int4, Int8
 from hfedmoe_ray.moe.routing import RoutingTape
@@ -72,6 +73,8 @@ class ResidentExperts(nn.Module):
         self._weights: dict[int, Mapping[str, Any]] = {}
         """What the layout computes with (a `Weight` by name): the same tensors, or frozen ones under their factors.
         Merged experts are here too, by unit."""
+        self._grouped: GroupedExperts | None = None
+        """The same experts computed together."""
         self._is_present = torch.zeros(self._layout.num_experts + 1, dtype=torch.bool)  # [E + 1]; E is no expert
         self._unit: Tensor | None = None  # [E + 1]: what computes each expert where some are merged
         self._absent_means: Tensor | None = None  # [E, H], zero where present
@@ -117,10 +120,10 @@ class ResidentExperts(nn.Module):
             else:
                 tensors = _aliased(arrays, device)
             self._tensors[expert] = tensors
-            if bits is not None:
-                self._weights[expert] = _dequantised(tensors, bits, self._layout)
-            else:
-                self._weights[expert] = self._adapted.weights(key, tensors) if self._adapted else tensors
+            self._weights[expert] = tensors if bits is None else _dequantised(tensors, bits, self._layout)
+        if self._adapted:
+            adapted, self._grouped = self._adapted.layer(self.layer, self._tensors)
+            self._weights.update(adapted)
         present = torch.tensor([role is not Role.ABSENT for role in roles])
         self._is_present = torch.cat([present, torch.tensor([False])]).to(device)
         self._top_k = min(plan.top_k or self._layout.top_k, self._layout.num_experts)
@@ -212,13 +215,21 @@ class ResidentExperts(nn.Module):
             token = pairs // top_k
             weight = top_k_weights.flatten().index_select(0, pairs)
             # index_select rather than [token]: the same gradient by one index_add.
-            inputs = torch.split(hidden_states.index_select(0, token), counts)
-            outputs = torch.cat([self._compute(e, x) for e, x in enumerate(inputs) if len(x)])  # [P, H]
+            outputs = self._computed(hidden_states.index_select(0, token), counts)  # [P, H]
             combined = combined.index_add(0, token, (outputs * weight[:, None]).to(combined.dtype))
         if self._absent_means is not None:
             shares = top_k_weights.new_zeros(tokens, len(self._is_present)).scatter(1, top_k_index, top_k_weights)
             combined = combined + (shares[:, :-1] @ self._absent_means.to(shares.dtype)).to(combined.dtype)
         return combined if self.scale is None else (combined * self.scale).to(combined.dtype)
+
+    def _computed(self, tokens: Tensor, counts: list[int]) -> Tensor:
+        """What each expert makes of its tokens, which are sorted by expert, [P, H]."""
+        if self._grouped is not None and self._grouped.computes(tokens):
+            outputs = self._grouped.forward(tokens, counts, self._layout)
+            self._tape.record_outputs(self.layer, counts, outputs)
+            return outputs
+        inputs = torch.split(tokens, counts)
+        return torch.cat([self._compute(e, x) for e, x in enumerate(inputs) if len(x)])
 
     def _compute(self, expert: int, tokens: Tensor) -> Tensor:
         outputs = self._layout.expert_forward(tokens, self._weights[expert])
