@@ -66,6 +66,8 @@ class Forecast:
     """Experts that get gradients in one batch, at most."""
     memory_bytes: int
     """Peak of the memory that a client's process has to itself while it trains; on a GPU, of the device's."""
+    shared_bytes: int
+    """What a GPU holds besides, once for all its clients: the frozen weights, where clients have shares of GPUs."""
     measured: bool
     """Whether that follows from measurements on this machine, or from arithmetic."""
     train_seconds: float | None
@@ -176,6 +178,7 @@ def forecast(
                     memory_bytes=predict_memory(experiment, shape, tier, resident, present, gpu=gpu)
                     if measured
                     else estimate_memory(experiment, shape, tier, resident, present, gpu=gpu, lengths=lengths),
+                    shared_bytes=_frozen_bytes(experiment, shape) if gpu and budget.shares_gpu(tier) else 0,
                     measured=measured and calibration.read(experiment, tier, shape, gpu=gpu) is not None,
                     train_seconds=predict_seconds(experiment, shape, tier, resident, present, gpu=gpu),
                     bytes_down=shape.shared_bytes
@@ -212,14 +215,22 @@ def estimate_memory(
 ) -> int:
     """Returns the same by arithmetic: the process, everything that trains `TRAINED_COPIES` times, and activations.
 
-    What is frozen is mapped from a file or the object store and shared by the processes of a node; only a GPU holds a
-    copy for each.
+    What is frozen is mapped from a file or the object store and shared by the processes of a node, and so it is on a
+    GPU that clients share, but for what travels: of that, and of everything where it has a GPU to itself, a client has
+    its own copy there.
     """
     process = CONTEXT_BYTES if gpu else _process_bytes(experiment)
     trained = shape.shared_bytes + resident * shape.expert_bytes
-    frozen = shape.frozen_bytes + (present - resident) * shape.expert_bytes + present * shape.base_expert_bytes
+    frozen = (present - resident) * shape.expert_bytes if gpu else 0
+    if gpu and not budget.shares_gpu(tier):
+        frozen += shape.frozen_bytes + present * shape.base_expert_bytes
     activations = _activation_bytes(experiment, shape, tier, present, lengths)
-    return process + (frozen if gpu else 0) + TRAINED_COPIES * trained + activations
+    return process + frozen + TRAINED_COPIES * trained + activations
+
+
+def _frozen_bytes(experiment: Experiment, shape: ModelShape) -> int:
+    """What a GPU's clients share (`moe.sharing`): all that never trains outside experts, and with LoRA all experts."""
+    return shape.frozen_bytes + (shape.total_experts * shape.base_expert_bytes if experiment.model.lora else 0)
 
 
 def predict_seconds(

@@ -119,12 +119,15 @@ def _plan_lines(plan: "Plan", rounds: int, cohort: int) -> list[str]:
     slots = Counter(str(slot.resources) for slot in plan.slots)
     actors = ", ".join(f"{count} x ({asked})" for asked, count in slots.items()) or "clients run in this one process"
     total = plan.round_down + plan.round_up
+    shared = max(one.shared_bytes for one in plan.tiers)
+    once = [f"each GPU holds {size(shared)} of frozen weights besides, once for all its clients"] if shared else []
     source = "measured on this machine" if all(one.measured for one in plan.tiers) else "estimated; --measure it"
     how_long = "" if plan.seconds is None else f"about {duration(plan.seconds)} of training at this machine's speed, "
     return [
         "",
         "(experts held, and trained in a batch; the process's own memory at its peak; bytes a round, up at most)",
         f"memory: {source}; a client that runs out of it gets fewer examples at once, then fewer experts",
+        *once,
         "",
         offered,
         f"it fits: {plural(len(plan.slots), 'client actor')} at once: {actors}" if plan.slots else f"it fits: {actors}",

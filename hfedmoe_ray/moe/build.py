@@ -44,7 +44,9 @@ _TEXT_TOKENS = 64
 """Tokens of a calibration text that are read."""
 _BATCH_TEXTS = 32
 _MEAN_TEXTS = 64
-"""Calibration texts from which the experts' first mean outputs are measured."""
+"""Calibration texts from which the experts' first mean outputs are measured, at most."""
+_MEAN_OPERATIONS = 1e12
+"""Floating-point operations that may take, on one thread: large models read fewer texts."""
 _HEAD_STD = 0.02
 _PLAIN_DTYPES = {"F64", "F32", "F16", "BF16"}
 """Of a safetensors file: weights that are numbers by themselves."""
@@ -92,7 +94,7 @@ def build(*, source: Path, model: Model, num_labels: int, seed: int, texts: Sequ
             module.config.pad_token_id = pad_id(tokenizer)
         layout = layout_of(module.eval())
         head = _new_head(layout, torch.Generator().manual_seed(derive_seed(seed, "head")))
-        means = mean_outputs(layout, _batches(tokenizer, texts[:_MEAN_TEXTS]))
+        means = mean_outputs(layout, _batches(tokenizer, texts[: _mean_texts(layout)]))
     module.config.dtype = torch.float32  # of what is built of it again: what trains of it does so in fp32
     module.config.to_json_file(directory / CONFIG)
     groups = {name: group for name, group in layout.groups.items() if group != "expert"}
@@ -159,6 +161,13 @@ def mean_outputs(layout: MoELayout, batches: Iterator[tuple[Tensor, Tensor]]) ->
         handle.remove()
     means: Array = (totals / counts.clamp_min(1)).float().numpy()
     return means
+
+
+def _mean_texts(layout: MoELayout) -> int:
+    """How many texts the experts' first mean outputs are measured from: two operations a parameter and token."""
+    rest = sum(one.numel() for name, one in layout.model.named_parameters() if layout.groups[name] != "expert")
+    active = rest + layout.layers * layout.top_k * layout.expert_bytes // 4
+    return min(_MEAN_TEXTS, max(1, int(_MEAN_OPERATIONS / (2 * active * _TEXT_TOKENS))))
 
 
 def _full_precision(source: Path, **fields: Any) -> PreTrainedConfig:

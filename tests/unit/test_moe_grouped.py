@@ -32,8 +32,7 @@ ALL = plan("TFTFTT", "FTTTTF")
 @pytest.fixture(scope="module", params=["mixtral", "deepseek_v2", "gpt_oss"])
 def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     inner = {"moe_intermediate_size": 24} if "moe_intermediate_size" in FAMILIES[request.param] else {}
-    path = save_family(request.param, tmp_path_factory.mktemp(request.param) / "source", **SIZES, **inner)
-    return path
+    return save_family(request.param, tmp_path_factory.mktemp(request.param) / "source", **SIZES, **inner)
 
 
 def prepared_as(source: Path, form: str) -> tuple[PreparedModel, Lora]:
