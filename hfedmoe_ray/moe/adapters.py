@@ -7,7 +7,7 @@ in the page cache, and those of an absent expert are never read.
 Legend: T tokens, r rank.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,6 +85,8 @@ class AdaptedExperts:
         self._frozen = FrozenExperts(
             prepared, lora.base, layout.expert_shapes, transposed=layout.transposed, device=device, held=held
         )
+        self._kept: dict[int, tuple[tuple[int, ...], tuple[dict[str, Frozen], Sequence[int]]]] = {}
+        """By layer, the experts last asked for together and their stacks."""
         self.factor_shapes = factor_shapes(layout.expert_shapes, layout.transposed, lora.rank)
         """Shapes of one expert's factors."""
 
@@ -107,7 +109,7 @@ class AdaptedExperts:
             factors: Factors of each present expert by number.
         """
         if factors and groups_on(self._device):
-            stacks, order = self._frozen.stacks(layer, sorted(factors))
+            stacks, order = self._stacks_of(layer, tuple(sorted(factors)))
             grouped = GroupedExperts(order, stacks, factors, scale=self._lora.scale, transposed=self._transposed)
             if grouped.aligned:
                 places = {expert: place for place, expert in enumerate(order)}
@@ -116,6 +118,15 @@ class AdaptedExperts:
                 }
                 return {expert: self._adapted(single[expert], own) for expert, own in factors.items()}, grouped
         return {expert: self.weights(ExpertKey(layer, expert), own) for expert, own in factors.items()}, None
+
+    def _stacks_of(self, layer: int, experts: tuple[int, ...]) -> tuple[dict[str, Frozen], Sequence[int]]:
+        """The stacks of those experts, kept until others are asked for: clients that hold all are alike in this."""
+        asked, found = self._kept.get(layer, ((), None))
+        if found is None or asked != experts:
+            self._kept.pop(layer, None)  # before others take its room
+            found = self._frozen.stacks(layer, experts)
+            self._kept[layer] = (experts, found)
+        return found
 
     def _adapted(self, frozen: Mapping[str, Frozen], factors: Mapping[str, Tensor]) -> dict[str, Any]:
         return {
