@@ -6,12 +6,14 @@ stacked for each forward pass, and torch's grouped product multiplies each exper
 stay one tensor for each expert, so that an optimizer can skip any of them.
 
 Each expert's tokens are filled up with rows of zeros to a multiple of `ROWS`, at least so many: the kernels want
-aligned groups, and what they give for an empty one is not told.
+aligned groups, and what they give for an empty one is not told. For the backward pass what enters and leaves the
+experts is kept once, in the type that is computed in; torch's index_copy and index_add would keep it again, in fp32.
 
-Legend: U experts of the stack, P pairs of a token and an expert sorted by expert, R rows after filling up, r rank.
+Legend: T tokens, H hidden, U experts of the stack, P pairs of a token and an expert sorted by expert, R rows after
+filling up, r rank.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,31 +65,46 @@ class GroupedExperts:
         """Whether all factors have sizes that the kernels take."""
         return all(size % ROWS == 0 for factor in self._nothing.values() for size in factor.shape)
 
-    def computes(self, tokens: Tensor) -> bool:
+    def computes(self, hidden: Tensor) -> bool:
         """Whether products with these tokens are of a type that the kernels take."""
-        return tokens.device.type == "cpu" or computing_dtype(tokens) == torch.bfloat16
+        return hidden.device.type == "cpu" or computing_dtype(hidden) == torch.bfloat16
 
-    def forward(self, tokens: Tensor, counts: Sequence[int], layout: MoELayout) -> Tensor:
-        """Returns what each expert makes of its tokens, [P, H].
+    def forward(
+        self,
+        hidden: Tensor,
+        token: Tensor,
+        weight: Tensor,
+        *,
+        counts: Sequence[int],
+        layout: MoELayout,
+        record: Callable[[Tensor], None],
+    ) -> Tensor:
+        """Returns the weighted sum of each token's experts, [T, H].
 
         Args:
-            tokens: Sorted by expert, [P, H].
-            counts: How many are each expert's, by number.
+            hidden: Tokens, [T, H].
+            token: Of each pair, sorted by expert, [P].
+            weight: Gate weight of each pair, [P].
+            counts: How many pairs are each expert's, by number.
             layout: Says what an expert computes.
+            record: Told what each pair's expert made of its token, [P, H].
         """
         held = [counts[expert] for expert in self._order]
         sizes = [max(ROWS, -(-count // ROWS) * ROWS) for count in held]
-        device = tokens.device
-        count, size = (torch.tensor(numbers, device=device) for numbers in (held, sizes))
+        count, size = (torch.tensor(numbers, device=hidden.device) for numbers in (held, sizes))
         ends = size.cumsum(0)
         # Row of each pair: as far behind the end of the groups before its own as it is in its own.
-        shift = torch.repeat_interleave((ends - size) - (count.cumsum(0) - count), count, output_size=len(tokens))
-        row = torch.arange(len(tokens), device=device) + shift
-        rows = tokens.new_zeros(sum(sizes), tokens.shape[1]).index_copy(0, row, tokens)
-        group = torch.repeat_interleave(torch.arange(len(sizes), device=device), size, output_size=sum(sizes))
+        shift = torch.repeat_interleave((ends - size) - (count.cumsum(0) - count), count, output_size=len(token))
+        row = torch.arange(len(token), device=hidden.device) + shift
+        group = torch.repeat_interleave(torch.arange(len(sizes), device=hidden.device), size, output_size=sum(sizes))
         offsets = ends.to(torch.int32)
         weights = {name: self._weight(name, stack, offsets, group) for name, stack in self._stacks.items()}
-        return layout.expert_forward(rows, weights).index_select(0, row)
+        rows = _Spread.apply(hidden, token, row, sum(sizes))  # type: ignore[no-untyped-call]
+        outputs = layout.expert_forward(rows, weights)
+        with torch.no_grad():
+            record(outputs.index_select(0, row))
+        combined: Tensor = _Combined.apply(outputs, weight, (token, row), hidden)  # type: ignore[no-untyped-call]
+        return combined
 
     def _weight(self, name: str, stack: Frozen, offsets: Tensor, group: Tensor) -> Any:
         if f"{name}.{LORA_A}" not in self._nothing:
@@ -122,6 +139,42 @@ class GroupedLowRank:
         product: Tensor = _Product.apply(tokens, self.base, self.offsets, self.transposed)  # type: ignore[no-untyped-call]
         low = _grouped(tokens, self.a.to(tokens.dtype).transpose(-2, -1), self.offsets)
         return product + self.scale * _grouped(low, self.b.to(tokens.dtype).transpose(-2, -1), self.offsets)
+
+
+class _Spread(torch.autograd.Function):
+    """Each pair's token in its row, in the type that is computed in; other rows are zeros: [T, H] to [R, H]."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, token: Tensor, row: Tensor, rows: int) -> Tensor:
+        ctx.save_for_backward(token, row)
+        ctx.tokens, ctx.dtype = len(hidden), hidden.dtype
+        hidden = hidden.to(computing_dtype(hidden))
+        return hidden.new_zeros(rows, hidden.shape[1]).index_copy_(0, row, hidden.index_select(0, token))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        token, row = ctx.saved_tensors
+        back = gradient.new_zeros(ctx.tokens, gradient.shape[1], dtype=ctx.dtype)
+        return back.index_add_(0, token, gradient.index_select(0, row).to(ctx.dtype)), None, None, None
+
+
+class _Combined(torch.autograd.Function):
+    """The weighted sum of each token's rows, in the tokens' own type: [R, H] to [T, H]."""
+
+    @staticmethod
+    def forward(ctx: Any, outputs: Tensor, weight: Tensor, places: tuple[Tensor, Tensor], hidden: Tensor) -> Tensor:
+        token, row = places
+        ctx.save_for_backward(outputs, weight, token, row)
+        pairs = outputs.index_select(0, row) * weight[:, None]
+        return torch.zeros_like(hidden).index_add_(0, token, pairs.to(hidden.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        outputs, weight, token, row = ctx.saved_tensors
+        pairs = gradient.index_select(0, token)
+        to_weight = (pairs * outputs.index_select(0, row)).sum(dim=-1).to(weight.dtype)
+        back = torch.zeros_like(outputs).index_copy_(0, row, (pairs * weight[:, None]).to(outputs.dtype))
+        return back, to_weight, None, None
 
 
 class _Product(torch.autograd.Function):

@@ -141,7 +141,7 @@ class NF4(Quantised):
         state = functional.QuantState(
             absmax=self._scale.flatten(),
             shape=torch.Size((self._scale.numel(), NF4_BLOCK)),
-            dtype=torch.float32,
+            dtype=dtype if self._values.is_cuda else torch.float32,  # no wider copy of a whole layer on the way
             blocksize=NF4_BLOCK,
             quant_type="nf4",
             code=functional.get_4bit_type("nf4", device=self._values.device),

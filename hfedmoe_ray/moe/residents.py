@@ -14,6 +14,7 @@ Legend: T tokens, H hidden, E experts, K top-k, P pairs of a token and a present
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -214,22 +215,20 @@ class ResidentExperts(nn.Module):
         if len(pairs):
             token = pairs // top_k
             weight = top_k_weights.flatten().index_select(0, pairs)
-            # index_select rather than [token]: the same gradient by one index_add.
-            outputs = self._computed(hidden_states.index_select(0, token), counts)  # [P, H]
-            combined = combined.index_add(0, token, (outputs * weight[:, None]).to(combined.dtype))
+            if self._grouped is not None and self._grouped.computes(hidden_states):
+                record = partial(self._tape.record_outputs, self.layer, counts)
+                combined = self._grouped.forward(
+                    hidden_states, token, weight, counts=counts, layout=self._layout, record=record
+                )
+            else:
+                # index_select rather than [token]: the same gradient by one index_add.
+                inputs = torch.split(hidden_states.index_select(0, token), counts)
+                outputs = torch.cat([self._compute(e, x) for e, x in enumerate(inputs) if len(x)])  # [P, H]
+                combined = combined.index_add(0, token, (outputs * weight[:, None]).to(combined.dtype))
         if self._absent_means is not None:
             shares = top_k_weights.new_zeros(tokens, len(self._is_present)).scatter(1, top_k_index, top_k_weights)
             combined = combined + (shares[:, :-1] @ self._absent_means.to(shares.dtype)).to(combined.dtype)
         return combined if self.scale is None else (combined * self.scale).to(combined.dtype)
-
-    def _computed(self, tokens: Tensor, counts: list[int]) -> Tensor:
-        """What each expert makes of its tokens, which are sorted by expert, [P, H]."""
-        if self._grouped is not None and self._grouped.computes(tokens):
-            outputs = self._grouped.forward(tokens, counts, self._layout)
-            self._tape.record_outputs(self.layer, counts, outputs)
-            return outputs
-        inputs = torch.split(tokens, counts)
-        return torch.cat([self._compute(e, x) for e, x in enumerate(inputs) if len(x)])
 
     def _compute(self, expert: int, tokens: Tensor) -> Tensor:
         outputs = self._layout.expert_forward(tokens, self._weights[expert])

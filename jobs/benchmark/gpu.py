@@ -7,7 +7,7 @@ tiers, method, form and data are its own. After two federated rounds on Ray, one
 package's worker and by the loop a PyTorch user writes around the same sub-model (AdamW, no engine, no selection, no
 profile), once with experts computed together and once one by one, and, where the frozen weights are exact, the whole
 model by transformers and peft, factors on the same matrices. Memory is what torch's allocator of each client reserved
-at its peak, against what `hfedmoe plan` says without what CUDA keeps for a process.
+at its peak, against what `hfedmoe plan` says, told how long the texts are, without what CUDA keeps for a process.
 """
 
 import gc
@@ -35,6 +35,7 @@ from hfedmoe_ray.config.load import load_experiment
 from hfedmoe_ray.config.schema import Experiment, Tier
 from hfedmoe_ray.context import RunContext, cache_dir
 from hfedmoe_ray.data.dataset import FederatedDataset
+from hfedmoe_ray.data.lengths import typical_lengths
 from hfedmoe_ray.data.sources import load_raw
 from hfedmoe_ray.moe import adapters
 from hfedmoe_ray.moe.prepare import initial_weights
@@ -258,7 +259,8 @@ def timed(what: str, seconds: dict[str, float]) -> Iterator[None]:
 def memory(context: RunContext, results: list[ClientRecord]) -> dict[str, dict[str, float]]:
     """Predicted and seen peak of a client's memory in MiB, by tier; without what CUDA keeps for its process."""
     gpu = DEVICE == "cuda"
-    told = forecast(context.experiment, context.model.shape, gpus_available=gpu, measured=False)
+    lengths = typical_lengths(context)
+    told = forecast(context.experiment, context.model.shape, gpus_available=gpu, lengths=lengths, measured=False)
     found = {}
     for one in told:
         peaks = [result.peak_mib for result in results if result.tier == one.tier]

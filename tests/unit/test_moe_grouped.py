@@ -77,7 +77,9 @@ def test_together_they_compute_what_each_computes_alone(
     logits, gradients, outputs = trained_by(prepared, lora, roles, held)
     called = []
     forward = grouped.GroupedExperts.forward
-    monkeypatch.setattr(grouped.GroupedExperts, "forward", lambda *all_: called.append(1) or forward(*all_))
+    monkeypatch.setattr(
+        grouped.GroupedExperts, "forward", lambda *all_, **named: called.append(1) or forward(*all_, **named)
+    )
     monkeypatch.setattr(adapters, "groups_on", lambda _: True)
     together, again, seen = trained_by(prepared, lora, roles, held)
     assert called
