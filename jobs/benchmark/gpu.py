@@ -62,7 +62,8 @@ FIXED = (
     "tracking.wandb.mode=disabled",
 )
 TOLD = ("client", "tier", "tokens", "step_seconds", "seconds", "peak_mib")
-WARM_UP = 2
+WARM_UP, COUNTED = 2, 5
+"""Steps of a loop."""
 VOCABULARY = 8000
 """Words of the tokenizer, which is made from the data."""
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -220,7 +221,7 @@ class Alone:
         optimizer = torch.optim.AdamW(parameters, lr=local.learning_rate, weight_decay=local.weight_decay, fused=True)
         size = min(self._tier.micro_batch or local.batch_size, local.batch_size)
         speeds = []
-        for _ in range(local.steps):
+        for _ in range(WARM_UP + COUNTED):
             started, tokens = time.perf_counter(), 0
             indices = rng.permutation(len(examples.split))[: local.batch_size]
             optimizer.zero_grad()
@@ -309,7 +310,10 @@ def main(config: Path, overrides: tuple[str, ...], keep: Path | None, json_file:
                 free()
         if experiment.model.lora and experiment.model.lora.base == "exact":
             with timed("transformers and peft", seconds):
-                speeds["peft"] = round(alone.peft(source), 1)
+                try:
+                    speeds["peft"] = round(alone.peft(source), 1)
+                except torch.OutOfMemoryError as error:
+                    click.echo(f"transformers and peft need more than the GPU has: {error}", err=True)
         if keep is None:
             shutil.rmtree(source)
     last = followed.reports[-1]
