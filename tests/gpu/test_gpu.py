@@ -51,9 +51,13 @@ def trained(prepared, device: str) -> tuple[torch.Tensor, dict[str, torch.Tensor
     return first.detach().cpu(), {name: torch.from_numpy(array) for name, array in model.read_expert(key).items()}
 
 
-def test_training_on_the_gpu_is_training_on_the_cpu_within_rounding(tmp_path: Path):
+def test_training_on_the_gpu_is_training_on_the_cpu_within_rounding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The latter in a process that sees no GPU, as a CPU client's does not: DeepSpeed would move the model to it."""
     prepared = prepare(save_bert(tmp_path / "bert"), tmp_path / "cache")
-    (cpu_loss, cpu), (gpu_loss, gpu) = trained(prepared, "cpu"), trained(prepared, "cuda")
+    gpu_loss, gpu = trained(prepared, "cuda")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as hidden:
+        cpu_loss, cpu = hidden.submit(trained, prepared, "cpu").result()
     torch.testing.assert_close(gpu_loss, cpu_loss, rtol=1e-4, atol=1e-5)
     for name, expected in cpu.items():
         torch.testing.assert_close(gpu[name], expected, rtol=1e-3, atol=1e-3)
