@@ -130,11 +130,14 @@ def _plan_lines(plan: "Plan", experiment: "Experiment", unknown: str) -> list[st
     else:
         source = "estimated from how long the texts are; --measure it"
     rounds, cohort = experiment.rounds, experiment.round_size
+    shared = max(one.shared_bytes for one in plan.tiers)
+    once = [f"each GPU holds {size(shared)} of frozen weights besides, once for all its clients"] if shared else []
     how_long = "" if plan.seconds is None else f"about {duration(plan.seconds)} of training at this machine's speed, "
     return [
         "",
         "(experts held, and trained in a batch; the process's own memory at its peak; bytes a round, up at most)",
         f"memory: {source}; a client that runs out of it gets fewer examples at once, then fewer experts",
+        *once,
         "",
         offered,
         f"it fits: {plural(len(plan.slots), 'client actor')} at once: {actors}" if plan.slots else f"it fits: {actors}",

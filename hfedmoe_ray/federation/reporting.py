@@ -71,6 +71,7 @@ def client_record(result: TaskResult, tier: Tier, update: ClientUpdate | None, w
         attempts=result.attempts,
         demotions=result.demotions,
         samples=metrics.samples if metrics else 0,
+        tokens=metrics.tokens if metrics else 0,
         loss=metrics.loss if metrics and math.isfinite(metrics.loss) else None,
         resident=len(result.task.plan.present) + len(result.task.plan.merged),
         trained=len(update.trained) if update else 0,

@@ -216,15 +216,20 @@ def test_what_decides_activations_changes_the_prediction(quickstart: Path, overr
 
 
 def test_frozen_weights_count_only_where_every_client_has_its_own(quickstart: Path):
-    experiment = load_experiment(quickstart)
-    tier = experiment.clients.tiers[0]
+    """On a GPU of its own; on one that clients share they are held once, and told apart."""
     huge = replace(SHAPE, frozen_bytes=SHAPE.frozen_bytes + GIB)
-    cpu, gpu = (
-        [predict_memory(experiment, shape, tier, 6, 6, gpu=on_gpu) for shape in (SHAPE, huge)]
-        for on_gpu in (False, True)
-    )
-    assert cpu[0] == cpu[1]
-    assert gpu[1] - gpu[0] == GIB
+
+    def more(device: float, gpu: bool) -> int:
+        experiment = load_experiment(quickstart, [f"clients.tiers.0.device={device}"])
+        tier = experiment.clients.tiers[0]
+        without, with_ = (predict_memory(experiment, shape, tier, 6, 6, gpu=gpu) for shape in (SHAPE, huge))
+        return with_ - without
+
+    assert [more(device, gpu) for device, gpu in ((0.5, False), (1, False), (0.5, True), (1, True))] == [0, 0, 0, GIB]
+    shared = [
+        forecast(load_experiment(quickstart), shape, gpus_available=True)[0].shared_bytes for shape in (SHAPE, huge)
+    ]
+    assert shared == [SHAPE.frozen_bytes, huge.frozen_bytes]
 
 
 def test_what_was_measured_takes_the_place_of_the_arithmetic(quickstart: Path, tmp_path: Path, monkeypatch):
