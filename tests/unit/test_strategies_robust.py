@@ -334,11 +334,10 @@ def test_what_too_few_have_measured_is_not_published(rule):
 
     sums = np.random.default_rng(1).normal(size=(2, 3, 4)).astype(np.float32)
     classes, without = class_means(options), class_means(Robust())
-    for client, counts in enumerate([[5, 5, 5], [5, 5, 0]]):
-        counts = np.array(counts, np.float32)
+    for client, counts in enumerate(np.array([[5, 5, 5], [5, 5, 0]], np.float32)):
         classes.add(Prototypes(sums=sums[client] * (counts > 0)[:, None], counts=counts))
-        counts = counts * np.array([1, 1, 0], np.float32)
-        without.add(Prototypes(sums=sums[client] * (counts > 0)[:, None], counts=counts))
+        shared = np.array([True, True, False])
+        without.add(Prototypes(sums=sums[client] * shared[:, None], counts=counts * shared))
     heads = [one.head(np.zeros((3, 4), np.float32), np.zeros(3, np.float32)) for one in (classes, without)]
     assert (heads[0][0][2] == 0.0).all()
     for a, b in zip(*heads, strict=True):
