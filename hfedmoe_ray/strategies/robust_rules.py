@@ -218,8 +218,10 @@ def _anew(contributions: Sequence[Contribution], old: Tensors, weights: FloatArr
     if mixture is not None:
         products = np.einsum("ik,kl,jl->ij", mixture, products, mixture, optimize=False)
         products = (products + products.T) / 2
-    of_mixed = _of_vectors(products, weights, options)
-    return of_mixed if mixture is None else np.einsum("i,ij->j", of_mixed, mixture, optimize=False)
+    shares = _of_vectors(products, weights, options)
+    if mixture is not None:
+        shares = np.einsum("i,ij->j", shares, mixture, optimize=False)
+    return shares
 
 
 def _of_vectors(products: FloatArray, weights: FloatArray, options: Robust) -> FloatArray:
