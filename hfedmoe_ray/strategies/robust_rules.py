@@ -210,7 +210,8 @@ def _mixed(values: Array, mixture: Mixture) -> Array:
 def _anew(contributions: Sequence[Contribution], old: Tensors, weights: FloatArray, options: Robust) -> FloatArray:
     """The weights that a rule gives whole contributions, summing to 1."""
     if len(weights) == 1 or options.rule == "mean":
-        return weights / weights.sum()
+        alone: FloatArray = weights / weights.sum()
+        return alone
     mixture = _mixture(contributions, old, weights, options)
     # Once they are mixed nobody's length is left to tell.
     unclipped = mixture is None and options.rule != "geometric_median"
