@@ -47,8 +47,10 @@ def pair(patience: float = TIMEOUT, *, gpus: bool = False) -> Iterator[Pair]:
         patience: Seconds that a rank waits for the other.
         gpus: Whether each has a GPU of its own.
     """
-    spawn = multiprocessing.get_context("spawn")
-    with inherited(), ProcessPoolExecutor(1, spawn) as first, ProcessPoolExecutor(1, spawn) as second:
+    # Without a GPU, which a fork cannot share, all of them are forks of one process that has imported what they need.
+    ways = multiprocessing.get_context("spawn" if gpus else "forkserver")
+    ways.set_forkserver_preload(["hfedmoe_ray.train.local"])
+    with inherited(), ProcessPoolExecutor(1, ways) as first, ProcessPoolExecutor(1, ways) as second:
         if gpus:
             for rank, one in enumerate((first, second)):
                 one.submit(os.environ.update, {"CUDA_VISIBLE_DEVICES": str(rank)}).result(timeout=TIMEOUT)

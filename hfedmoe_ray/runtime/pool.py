@@ -68,9 +68,8 @@ class RayExecutor:
         self._queue = Queue(self._runtime.scale_up_s)
         self._stranded = Stranded(self._runtime.scale_up_s)
         self.slots = tuple(Slot(number, spec, self._recipe) for number, spec in enumerate(specs))
-        room = FreeRoom()
-        for slot in self.slots:
-            slot.start(self._offer(slot), queue=not room.take(slot.spec))
+        self.has_gpus = any(slot.spec.resources.num_gpus for slot in self.slots)
+        self._start_all()
         self._meters = NodeMeters()
 
     def publish(self, weights: Weights, keep: frozenset[int] = frozenset()) -> None:
@@ -123,6 +122,20 @@ class RayExecutor:
         self._store.clear()
         if self._runtime.scale_up_s:
             release()
+
+    def _start_all(self) -> None:
+        """Starts an actor in every slot; where other work leaves no room for all of them, in the order of the plan.
+
+        That puts first what no other slot can stand in for. Asked for at the same time, a smaller slot's room can be
+        given first, and then be what the larger one lacks: so each has its room before the next one asks.
+        """
+        room = FreeRoom()
+        fitting = [room.take(slot.spec) for slot in self.slots]
+        in_turn = crowded = not all(fitting)
+        for slot, fits in zip(self.slots, fitting, strict=True):
+            slot.start(self._offer(slot), queue=crowded)
+            if in_turn and fits:
+                in_turn = slot.look_for_room(timeouts.ROOM_GIVEN)
 
     # ------------------------------------------------------------------------------------------------- the loop
 

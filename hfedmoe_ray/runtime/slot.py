@@ -159,11 +159,12 @@ class Slot:
         """Whether its actors wait, as far as is known, for room that something else on the node holds."""
         return self.state is State.STARTING and not self._placed
 
-    def look_for_room(self) -> None:
-        """Sees whether Ray has given queued actors their room: from then on they are starting."""
-        if self.processes is not None and self.processes.group is not None and self.processes.group.wait(0):
+    def look_for_room(self, patience: float = 0.0) -> bool:
+        """Returns whether Ray has given queued actors their room, or does soon: from then on they are starting."""
+        if self.processes is not None and self.processes.group is not None and self.processes.group.wait(patience):
             self._placed = True
             self._enter(State.STARTING, timeouts.CLIENT_START)
+        return self._placed
 
     def load(self, directories: Mapping[str, Directory], holder: Any = None) -> None:
         """Asks the actor to load (again, with files it lacked, or with the holder of its GPU's frozen tensors)."""

@@ -20,6 +20,8 @@ CLUSTER_POLL = 1.0
 ROOM = 60.0
 """How long clients may wait for room that other work on the cluster holds while none of their actors has any, or
 `runtime.scale_up_s` where that is longer. Starting is not waiting: it begins when Ray has given an actor its room."""
+ROOM_GIVEN = 5.0
+"""For Ray to give an actor room that was free a moment ago; the next one asks then."""
 ROOM_TOLD = 5.0
 """From an actor's waiting for room until that is told: what a dead actor held is free only a moment later."""
 STOP_GRACE = 10.0

@@ -27,14 +27,17 @@ from torch.autograd.function import once_differentiable
 
 from hfedmoe_ray.config.schema import LocalTraining
 from hfedmoe_ray.train.alone import join_own_world
+from hfedmoe_ray.train.environment import absent
 from hfedmoe_ray.train.ranks import Ranks
 from hfedmoe_ray.types import ExpertKey
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
 
-import deepspeed  # after DS_ACCELERATOR is set: it is read on import
-import deepspeed.ops
+# DeepSpeed's autotuner, which nobody calls, would import MLflow where it is installed: a second of each client's start.
+with absent("mlflow"):
+    import deepspeed  # after DS_ACCELERATOR is set: it is read on import
+    import deepspeed.ops
 
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 # This op is compiled when the first engine is built, for up to a minute, and serves bfloat16 between CPU ranks; what

@@ -132,6 +132,7 @@ def test_a_run_goes_on_with_the_slots_that_have_room_and_uses_the_others_later(
     expected: dict[int, tuple[str, bytes]],
     monkeypatch: pytest.MonkeyPatch,
 ):
+    """Room for either slot, not for both: the larger one has it, which serves every client, whoever asks Ray sooner."""
     monkeypatch.setattr(timeouts, "ROOM", 0.1)
     executor, log = executors(**TWO), Log()
     assert outcome(list(executor.run(TASKS, log))) == expected

@@ -1,7 +1,7 @@
 """Preparing a model: cached, reproducible, refused in one paragraph; its first weights and its export."""
 
 import json
-import os
+import multiprocessing
 import subprocess
 import sys
 from pathlib import Path
@@ -106,17 +106,23 @@ def test_without_calibration_texts_the_model_is_still_complete(bert: Path, tmp_p
 
 
 def test_concurrent_preparers_agree(bert: Path, tmp_path: Path) -> None:
-    program = (
-        "import sys; from pathlib import Path; from moe_models import prepare; "
-        "print(prepare(Path(sys.argv[1]), Path(sys.argv[2])).sha256)"
-    )
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
-    command = [sys.executable, "-c", program, str(bert), str(tmp_path)]
-    running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) for _ in range(2)]
-    outputs = [process.communicate(timeout=240)[0].strip() for process in running]
-    assert [process.returncode for process in running] == [0, 0]
-    assert len(set(outputs)) == 1
-    assert len(outputs[0]) == 64
+    context = multiprocessing.get_context("fork")
+    together, results = context.Barrier(2), context.Queue()
+
+    def prepared() -> None:
+        torch.set_num_threads(1)
+        together.wait(60)
+        results.put(prepare(bert, tmp_path).sha256)
+
+    running = [context.Process(target=prepared) for _ in range(2)]
+    for process in running:
+        process.start()
+    one, other = (results.get(timeout=120) for _ in running)
+    for process in running:
+        process.join(60)
+    assert [process.exitcode for process in running] == [0, 0]
+    assert one == other == prepare(bert, tmp_path).sha256
+    assert len(one) == 64
     assert len(list((tmp_path / "models").iterdir())) == 1
 
 

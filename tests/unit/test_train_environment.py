@@ -1,14 +1,14 @@
 """What processes of clients are started with stays theirs."""
 
 import gc
-import importlib.util
+import importlib
 import os
 import subprocess
 import sys
 
 import pytest
 
-from hfedmoe_ray.train.environment import ENVIRONMENT, UNUSED, inherited, quick_imports
+from hfedmoe_ray.train.environment import ENVIRONMENT, UNUSED, absent, inherited, quick_imports
 
 CLIENT = """
 import sys
@@ -40,7 +40,18 @@ def test_a_client_s_variables_are_those_of_processes_started_meanwhile():
 
 
 def test_a_client_imports_no_library_that_it_never_calls_and_a_plugin_still_can():
-    assert importlib.util.find_spec("scipy"), "is to be found again afterwards"
     done = subprocess.run([sys.executable, "-c", CLIENT], capture_output=True, text=True, check=True)
     assert UNUSED
-    assert done.stdout.split() == []
+    assert done.stdout.split() == [], "and scipy was found again afterwards"
+
+
+def test_an_absent_module_cannot_be_imported_and_is_then_as_it_was(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delitem(sys.modules, "this", raising=False)
+    with absent("this"), pytest.raises(ImportError):
+        with absent("this"):
+            pass
+        importlib.import_module("this")
+    assert "this" not in sys.modules
+    with absent("gc"):
+        assert importlib.import_module("gc") is gc
+    assert sys.modules["gc"] is gc
