@@ -48,6 +48,12 @@ def resources(tier: Tier, gpus_available: bool) -> ResourceSpec:
     )
 
 
+def shares_gpu(tier: Tier) -> bool:
+    """Whether the clients of a tier, where they get GPUs, have less than a whole one each, and share it with others."""
+    num_gpus = tier.num_gpus if tier.num_gpus is not None else tier.device
+    return 0 < num_gpus < 1
+
+
 def tier_of(clients: Clients) -> tuple[Tier, ...]:
     """The tier of every client, by client number.
 

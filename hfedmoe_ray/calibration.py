@@ -8,6 +8,9 @@ with r experts that train, n examples that pass at once, and s the share of all 
 budgets set a client's top-k instead of the experts it holds: that as a multiple of the model's own): bytes of an
 expert's weights, gradient and optimizer state, and bytes of activations per example. Four measurements give the four
 numbers. The seconds of an optimizer step are taken to be a sum of the same form.
+
+One client's texts were measured, of a few batches. Where it is known how long those of the experiment are, its examples
+count by the tokens that they have in the largest batch of a round, against those they had then.
 """
 
 import hashlib
@@ -22,7 +25,7 @@ from hfedmoe_ray.config.strategies import ActiveExperts, Placement, StrategyConf
 from hfedmoe_ray.context import cache_dir
 from hfedmoe_ray.types import ModelShape
 
-FORMAT = 2
+FORMAT = 3
 """Raised when a file's meaning changes; what was measured before is then measured again."""
 
 
@@ -37,7 +40,7 @@ class Cost:
     routed: float
     """Of the experts' part of an example, were all experts present."""
 
-    def of(self, resident: int, share: float, examples: int) -> float:
+    def of(self, resident: int, share: float, examples: float) -> float:
         """What so many experts that train cost, with that share of all experts present and so many examples."""
         return self.fixed + resident * self.expert + examples * (self.example + share * self.routed)
 
@@ -50,6 +53,8 @@ class Calibration:
     """Bytes above an idle process."""
     step: Cost
     """Seconds of an optimizer step of a process that has a core, or a GPU, to itself."""
+    tokens: float
+    """Of an example, padding included, in the largest batch that was measured."""
 
 
 def setting(experiment: Experiment, tier: Tier, shape: ModelShape, *, gpu: bool) -> dict[str, object]:
@@ -97,7 +102,7 @@ def read(experiment: Experiment, tier: Tier, shape: ModelShape, *, gpu: bool) ->
     if not path.is_file():
         return None
     found = json.loads(path.read_text())["measured"]
-    return Calibration(peak=Cost(**found["peak"]), step=Cost(**found["step"]))
+    return Calibration(peak=Cost(**found["peak"]), step=Cost(**found["step"]), tokens=found["tokens"])
 
 
 def write(experiment: Experiment, tier: Tier, shape: ModelShape, measured: Calibration, *, gpu: bool) -> None:

@@ -50,9 +50,11 @@ def fits(experiment: Experiment, nodes: Sequence[NodeCapacity]) -> Finding:
     """Whether every tier's clients find room, GPU fractions and labels included, on these nodes."""
     from hfedmoe_ray.moe.shape import read_shape
     from hfedmoe_ray.plan import plan_experiment
+    from hfedmoe_ray.sampled_lengths import sampled_lengths, why_unknown
 
     try:
-        plan = plan_experiment(experiment, read_shape(experiment.model), nodes)
+        lengths = None if why_unknown(experiment) else sampled_lengths(experiment)
+        plan = plan_experiment(experiment, read_shape(experiment.model), nodes, lengths)
     except HFedMoEError as error:
         return Finding(level="problem", what=f"{experiment.name} does not fit: {error}")
     actors = Counter(str(slot.resources) for slot in plan.slots)

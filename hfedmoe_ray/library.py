@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from hfedmoe_ray.config.load import load_experiment
 from hfedmoe_ray.config.schema import Experiment
-from hfedmoe_ray.rundir import check_can_resume, check_is_run, how_to_go_on, make_room
+from hfedmoe_ray.errors import CheckpointError, HFedMoEError
+from hfedmoe_ray.rundir import check_can_resume, check_is_run, how_to_go_on, is_run, make_room
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -163,15 +164,21 @@ class ReportPage(os.PathLike[str]):
 
 
 def _train(experiment: Experiment, run_dir: Path, *, resume: bool, progress: bool) -> Run:
-    """Runs the experiment in this process's terminal or notebook and writes the report."""
+    """Runs the experiment in this process's terminal or notebook and writes the report, however the run ended."""
     from hfedmoe_ray.runtime import session
     from hfedmoe_ray.tracking.report import write_report
 
     try:
         with _renderer(run_dir, progress=progress) as render:
             session.run(experiment, run_dir, resume=resume, render=render)
-    except KeyboardInterrupt as interrupt:
-        interrupt.add_note(how_to_go_on(run_dir))
+    except (KeyboardInterrupt, HFedMoEError) as end:
+        if isinstance(end, KeyboardInterrupt):
+            end.add_note(how_to_go_on(run_dir))
+        if is_run(run_dir):
+            try:
+                write_report(run_dir)
+            except (OSError, CheckpointError) as problem:  # such as the full disk that ended the run
+                end.add_note(f"There is no new report of it: {problem}")
         raise
     write_report(run_dir)
     return Run(run_dir)

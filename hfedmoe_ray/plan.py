@@ -38,6 +38,10 @@ LORA_VECTORS, LORA_ATTENTION_VECTORS = 12, 16
 """What they become more where experts, or attention too, train by low-rank factors: the products of W and of B A, the
 second scaled, and their sums. Nearly all are holes (measured; the first with a top-k of `LORA_TOP_K`)."""
 LORA_TOP_K = 4
+GPU_VECTORS = 10
+"""Memory of a token outside adapted experts in a layer in bf16 on a GPU, in vectors of H in fp32 (counted on OLMoE: 9,
+and on DeepSeek-V2: 12.8, whose shared experts are among them); experts computed together keep 0.5 H where a token
+enters, 0.5 H where it leaves, and 2 F within, in the same unit."""
 LOGIT_COPIES = 3
 """Of a response token's logits, a number for each word: themselves, their softmax, and its gradient."""
 WRITTEN_SHARE = 0.25
@@ -66,6 +70,8 @@ class Forecast:
     """Experts that get gradients in one batch, at most."""
     memory_bytes: int
     """Peak of the memory that a client's process has to itself while it trains; on a GPU, of the device's."""
+    shared_bytes: int
+    """What a GPU holds besides, once for all its clients: the frozen weights, where clients have shares of GPUs."""
     measured: bool
     """Whether that follows from measurements on this machine, or from arithmetic."""
     train_seconds: float | None
@@ -95,14 +101,22 @@ class Plan:
     GPU, to itself; None where nothing was measured."""
 
 
-def plan_experiment(experiment: Experiment, shape: ModelShape, nodes: Sequence[NodeCapacity]) -> Plan:
+def plan_experiment(
+    experiment: Experiment, shape: ModelShape, nodes: Sequence[NodeCapacity], lengths: Lengths | None = None
+) -> Plan:
     """Predicts what every client needs, and places the client actors on the nodes.
+
+    Args:
+        experiment: The experiment.
+        shape: Of its model.
+        nodes: Where it is to run.
+        lengths: Of its texts. Default: every text is as long as `data.max_length` allows.
 
     Raises:
         CapacityError: a tier is predicted to need more than its `memory_gib`, or the actors do not fit the nodes.
     """
-    forecasts = forecast(experiment, shape, gpus_available=any(node.gpus for node in nodes))
-    check_memory(experiment, shape, forecasts)
+    forecasts = forecast(experiment, shape, gpus_available=any(node.gpus for node in nodes), lengths=lengths)
+    check_memory(experiment, shape, forecasts, lengths)
     share = experiment.round_size / experiment.clients.count
     slots = budget.plan_actors(experiment, nodes) if experiment.backend == "ray" else ()
     steps = {one.tier: one.train_seconds for one in forecasts}
@@ -173,9 +187,10 @@ def forecast(
                     resident=resident,
                     present=present,
                     batch=batch,
-                    memory_bytes=predict_memory(experiment, shape, tier, resident, present, gpu=gpu)
+                    memory_bytes=predict_memory(experiment, shape, tier, resident, present, gpu=gpu, lengths=lengths)
                     if measured
                     else estimate_memory(experiment, shape, tier, resident, present, gpu=gpu, lengths=lengths),
+                    shared_bytes=_frozen_bytes(experiment, shape) if gpu and budget.shares_gpu(tier) else 0,
                     measured=measured and calibration.read(experiment, tier, shape, gpu=gpu) is not None,
                     train_seconds=predict_seconds(experiment, shape, tier, resident, present, gpu=gpu),
                     bytes_down=shape.shared_bytes
@@ -189,14 +204,25 @@ def forecast(
 
 
 def predict_memory(
-    experiment: Experiment, shape: ModelShape, tier: Tier, resident: int, present: int, *, gpu: bool
+    experiment: Experiment,
+    shape: ModelShape,
+    tier: Tier,
+    resident: int,
+    present: int,
+    *,
+    gpu: bool,
+    lengths: Lengths | None = None,
 ) -> int:
     """Returns the predicted peak of a client's own memory in bytes, by measurement where there is one."""
     measured = calibration.read(experiment, tier, shape, gpu=gpu)
     if measured is None:
-        return estimate_memory(experiment, shape, tier, resident, present, gpu=gpu)
+        return estimate_memory(experiment, shape, tier, resident, present, gpu=gpu, lengths=lengths)
     share = present / shape.total_experts * _activated(experiment, shape, tier)
-    peak = measured.peak.of(resident, share, calibration.examples_at_once(experiment, tier))
+    examples: float = calibration.examples_at_once(experiment, tier)
+    if lengths is not None:
+        tokens, _ = lengths.batch(round(examples), _passes(experiment, tier))
+        examples = tokens / measured.tokens
+    peak = measured.peak.of(resident, share, examples)
     return (0 if gpu else _process_bytes(experiment)) + round(peak)
 
 
@@ -212,14 +238,43 @@ def estimate_memory(
 ) -> int:
     """Returns the same by arithmetic: the process, everything that trains `TRAINED_COPIES` times, and activations.
 
-    What is frozen is mapped from a file or the object store and shared by the processes of a node; only a GPU holds a
-    copy for each.
+    What is frozen is mapped from a file or the object store and shared by the processes of a node, and so it is on a
+    GPU that clients share, but for what travels: of that, and of everything where it has a GPU to itself, a client has
+    its own copy there.
     """
     process = CONTEXT_BYTES if gpu else _process_bytes(experiment)
     trained = shape.shared_bytes + resident * shape.expert_bytes
-    frozen = shape.frozen_bytes + (present - resident) * shape.expert_bytes + present * shape.base_expert_bytes
-    activations = _activation_bytes(experiment, shape, tier, present, lengths)
-    return process + (frozen if gpu else 0) + TRAINED_COPIES * trained + activations
+    frozen = (present - resident) * shape.expert_bytes if gpu else 0
+    if gpu and not budget.shares_gpu(tier):
+        frozen += shape.frozen_bytes + present * shape.base_expert_bytes
+    if gpu and _computes_together(experiment, tier):
+        frozen += _widened_bytes(experiment, shape)
+    activations = _activation_bytes(experiment, shape, tier, present, lengths, gpu=gpu)
+    return process + frozen + TRAINED_COPIES * trained + activations
+
+
+def _computes_together(experiment: Experiment, tier: Tier) -> bool:
+    """Whether a client on a GPU computes its experts together (`moe.grouped`)."""
+    bf16 = (tier.precision or experiment.local.precision) == "bf16"
+    return bf16 and experiment.model.lora is not None
+
+
+def _widened_bytes(experiment: Experiment, shape: ModelShape) -> int:
+    """What a GPU holds of frozen matrices in bf16 while a batch passes.
+
+    Autocast's copies of those outside experts, which the backward pass needs, and of quantised experts the larger
+    matrix of a layer's, one layer at a time; int8 in fp32 first.
+    """
+    lora = experiment.model.lora
+    assert lora is not None
+    wide = {"exact": 0, "int8": 6, "nf4": 2}[lora.base]
+    matrix = shape.experts * shape.dense_expert_bytes // BYTES * 2 // 3
+    return (shape.frozen_bytes - shape.table_bytes) // 2 + wide * matrix
+
+
+def _frozen_bytes(experiment: Experiment, shape: ModelShape) -> int:
+    """What a GPU's clients share (`moe.sharing`): all that never trains outside experts, and with LoRA all experts."""
+    return shape.frozen_bytes + (shape.total_experts * shape.base_expert_bytes if experiment.model.lora else 0)
 
 
 def predict_seconds(
@@ -252,7 +307,9 @@ def predict_upload(experiment: Experiment, shape: ModelShape, resident: int, pre
     return ceil(trained / BYTES * number) + 4 * 8 * shape.total_experts + present * shape.hidden * mean
 
 
-def check_memory(experiment: Experiment, shape: ModelShape, forecasts: Sequence[Forecast]) -> None:
+def check_memory(
+    experiment: Experiment, shape: ModelShape, forecasts: Sequence[Forecast], lengths: Lengths | None = None
+) -> None:
     """Compares predictions with the tiers' `memory_gib`.
 
     Raises:
@@ -260,7 +317,7 @@ def check_memory(experiment: Experiment, shape: ModelShape, forecasts: Sequence[
     """
     position = {tier.name: number for number, tier in enumerate(experiment.clients.tiers)}
     advice = [
-        _memory_advice(experiment, shape, one, position[one.tier])
+        _memory_advice(experiment, shape, one, position[one.tier], lengths)
         for one in forecasts
         if one.memory_bytes > experiment.clients.tiers[position[one.tier]].memory_gib * GIB
     ]
@@ -300,7 +357,7 @@ def _process_bytes(experiment: Experiment) -> int:
 
 
 def _activation_bytes(
-    experiment: Experiment, shape: ModelShape, tier: Tier, present: int, lengths: Lengths | None
+    experiment: Experiment, shape: ModelShape, tier: Tier, present: int, lengths: Lengths | None, *, gpu: bool
 ) -> int:
     """Activations that the backward pass needs, from a transformer block's main tensors, and the heap's holes.
 
@@ -323,16 +380,25 @@ def _activation_bytes(
         experts = LORA_VECTORS * (shape.top_k / LORA_TOP_K if causal else 1)
         vectors += experts + (LORA_ATTENTION_VECTORS if lora.attention else 0)
     layer = vectors * shape.hidden + share * shape.top_k * 2 * (shape.hidden + inner)
-    per_token = layer + shape.layers * shape.hidden if tier.checkpoint_activations else shape.layers * layer
     bf16 = (tier.precision or experiment.local.precision) == "bf16"
+    scale = BF16_SHARE if bf16 else 1.0
+    if gpu and _computes_together(experiment, tier):
+        neurons = shape.dense_expert_bytes / BYTES / (3 * shape.hidden)  # a gated expert is about 3 H F numbers
+        layer, scale = GPU_VECTORS * shape.hidden + share * shape.top_k * (shape.hidden + 2 * neurons), 1.0
+    per_token = layer + shape.layers * shape.hidden if tier.checkpoint_activations else shape.layers * layer
     examples = calibration.examples_at_once(experiment, tier)
     tokens = float(examples * experiment.data.max_length)
     written = WRITTEN_SHARE * tokens if causal else 0.0
     if lengths is not None:
-        passes = ceil(experiment.local.steps * experiment.local.batch_size / tier.ranks / examples)
-        tokens, written = lengths.batch(examples, passes)
+        tokens, written = lengths.batch(examples, _passes(experiment, tier))
     logits = written * LOGIT_COPIES * shape.vocabulary if causal else 0.0
-    return int((tokens * per_token * (BF16_SHARE if bf16 else 1.0) + logits) * BYTES)
+    return int((tokens * per_token * scale + logits) * BYTES)
+
+
+def _passes(experiment: Experiment, tier: Tier) -> int:
+    """Batches that pass through the model of each of a client's ranks in a round."""
+    examples = experiment.local.steps * experiment.local.batch_size / tier.ranks
+    return ceil(examples / calibration.examples_at_once(experiment, tier))
 
 
 def _means_bytes(experiment: Experiment, shape: ModelShape, present: int) -> int:
@@ -354,7 +420,9 @@ def _profiling_bytes(experiment: Experiment, shape: ModelShape) -> int:
 # ------------------------------------------------------------------------------------------------------------ fit
 
 
-def _memory_advice(experiment: Experiment, shape: ModelShape, one: Forecast, position: int) -> str:
+def _memory_advice(
+    experiment: Experiment, shape: ModelShape, one: Forecast, position: int, lengths: Lengths | None
+) -> str:
     """Who needs too much, and the two changes that would mend it."""
     tier = experiment.clients.tiers[position]
     key = f"clients.tiers.{position}"
@@ -379,6 +447,7 @@ def _memory_advice(experiment: Experiment, shape: ModelShape, one: Forecast, pos
             fewer,
             one.present if one.present > one.resident else fewer,
             gpu=one.asked.num_gpus > 0,
+            lengths=lengths,
         )
         <= tier.memory_gib * GIB
     ]

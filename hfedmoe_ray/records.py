@@ -20,6 +20,8 @@ class ClientRecord:
     demotions: int = 0
     """Attempts that ran out of memory, after each of which the client was given less to do at once."""
     samples: int = 0
+    tokens: int = 0
+    """Real tokens that its optimizer steps read."""
     loss: float | None = None
     resident: int = 0
     """Experts held, merged ones among them."""

@@ -7,9 +7,14 @@ from hfedmoe_ray.config.explain import closest
 from hfedmoe_ray.errors import CheckpointError, ConfigError
 
 
+def is_run(run_dir: Path) -> bool:
+    """Whether a run has begun in the directory."""
+    return (run_dir / "config.yaml").is_file()
+
+
 def check_is_run(run_dir: Path) -> None:
     """Raises CheckpointError, with the nearest run, unless a run has begun in the directory."""
-    if not (run_dir / "config.yaml").is_file():
+    if not is_run(run_dir):
         siblings = [str(one.parent) for one in run_dir.parent.glob("*/config.yaml")]
         raise CheckpointError(
             f"{run_dir} is not the directory of a run: there is no config.yaml in it.{closest(str(run_dir), siblings)} "
@@ -58,7 +63,7 @@ def make_room(run_dir: Path, *, overwrite: bool) -> None:
     """
     if not run_dir.exists() or (run_dir.is_dir() and not any(run_dir.iterdir())):
         return
-    if not (run_dir / "config.yaml").is_file():
+    if not is_run(run_dir):
         raise ConfigError(f"{run_dir} exists and is not a run of hfedmoe. Choose another name=… or output=….")
     if not overwrite:
         raise ConfigError(

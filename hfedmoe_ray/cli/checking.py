@@ -44,9 +44,10 @@ def plan(
 ) -> None:
     """Show who gets what, whether it fits this machine, and what it costs.
 
-    Nothing is started. With --cpus, --gpus and --memory-gib the plan is made for another machine. With --measure the
-    model and data are prepared and a small client trains for half a minute; later plans remember what it occupied and
-    how long it took.
+    Nothing is started. Memory is estimated from how long the texts are, where data and tokenizer are on this machine;
+    elsewhere every text counts as long as `data.max_length` allows, which makes it an upper bound. With --cpus, --gpus
+    and --memory-gib the plan is made for another machine. With --measure the model and data are prepared and a small
+    client trains for half a minute; later plans remember what it occupied and how long it took.
     """
     from rich.console import Console
 
@@ -55,6 +56,7 @@ def plan(
     from hfedmoe_ray.packing import GIB
     from hfedmoe_ray.plan import plan_experiment
     from hfedmoe_ray.runtime.machine import this_machine
+    from hfedmoe_ray.sampled_lengths import sampled_lengths, why_unknown
 
     experiment = load_experiment(config, overrides)
     shape = read_shape(experiment.model)
@@ -67,11 +69,12 @@ def plan(
     )
     if measure:
         _measure(experiment, gpu=machine.gpus > 0)
-    made = plan_experiment(experiment, shape, [machine])
+    unknown = why_unknown(experiment)
+    made = plan_experiment(experiment, shape, [machine], None if unknown else sampled_lengths(experiment))
     # On a narrow terminal a row wraps, rather than lose its numbers.
     console = Console(highlight=False, soft_wrap=True, width=max(Console().width, 120))
     console.print(_plan_table(made, shape))
-    for line in _plan_lines(made, experiment.rounds, experiment.round_size):
+    for line in _plan_lines(made, experiment, unknown):
         console.print(line)
     if experiment.privacy.central is not None:
         from hfedmoe_ray.trust.accounting import told
@@ -111,7 +114,8 @@ def _plan_table(plan: "Plan", shape: "ModelShape") -> "Table":
     return table
 
 
-def _plan_lines(plan: "Plan", rounds: int, cohort: int) -> list[str]:
+def _plan_lines(plan: "Plan", experiment: "Experiment", unknown: str) -> list[str]:
+    """What is told below the table; `unknown` says why it is not known how long the texts are."""
     from hfedmoe_ray.tracking.formatting import duration, plural, size
 
     machine = plan.nodes[0]
@@ -119,12 +123,21 @@ def _plan_lines(plan: "Plan", rounds: int, cohort: int) -> list[str]:
     slots = Counter(str(slot.resources) for slot in plan.slots)
     actors = ", ".join(f"{count} x ({asked})" for asked, count in slots.items()) or "clients run in this one process"
     total = plan.round_down + plan.round_up
-    source = "measured on this machine" if all(one.measured for one in plan.tiers) else "estimated; --measure it"
+    if all(one.measured for one in plan.tiers):
+        source = "measured on this machine"
+    elif unknown:
+        source = f"at most, as if every text had {experiment.data.max_length} tokens ({unknown}); --measure it"
+    else:
+        source = "estimated from how long the texts are; --measure it"
+    rounds, cohort = experiment.rounds, experiment.round_size
+    shared = max(one.shared_bytes for one in plan.tiers)
+    once = [f"each GPU holds {size(shared)} of frozen weights besides, once for all its clients"] if shared else []
     how_long = "" if plan.seconds is None else f"about {duration(plan.seconds)} of training at this machine's speed, "
     return [
         "",
         "(experts held, and trained in a batch; the process's own memory at its peak; bytes a round, up at most)",
         f"memory: {source}; a client that runs out of it gets fewer examples at once, then fewer experts",
+        *once,
         "",
         offered,
         f"it fits: {plural(len(plan.slots), 'client actor')} at once: {actors}" if plan.slots else f"it fits: {actors}",

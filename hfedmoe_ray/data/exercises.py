@@ -94,12 +94,18 @@ def stored_exercises(data: FederatedDataset, name: str) -> Prompts:
 
 def is_right(written: str, answer: str, benchmark: Benchmark) -> bool:
     """Whether what a model has written says the (normalised) answer."""
-    for ending in benchmark.until:
-        written = written.split(ending, maxsplit=1)[0]
+    written = until_stopped(written, benchmark)
     if benchmark.extract is not None:
         found = re.search(benchmark.extract, written)
         written = _NOTHING if found is None else (found[1] if found.re.groups else found[0])
     return normalised(written) == answer
+
+
+def until_stopped(written: str, benchmark: Benchmark) -> str:
+    """Returns what was written before the first of the texts that end an answer."""
+    for ending in benchmark.until:
+        written = written.split(ending, maxsplit=1)[0]
+    return written
 
 
 def normalised(answer: str) -> str:

@@ -32,7 +32,7 @@ _PLAIN = (
     "bytes_up",
     "bytes_down",
     "seconds",
-    "peak_client_mib",
+    "peaks_mib",
     "trainings",
     "out_of_memory",
     "simulated",

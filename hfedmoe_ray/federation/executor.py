@@ -22,6 +22,8 @@ class Executor(Protocol):
 
     runs_elsewhere: bool
     """Whether tasks run in other processes, so that `run` may be consumed in a thread beside the caller's."""
+    has_gpus: bool
+    """Whether clients whose tier does not say otherwise compute on GPUs."""
 
     def publish(self, weights: Weights, keep: frozenset[int] = frozenset()) -> None:
         """Makes a version of the weights available to all later tasks (arrays may be shared, never written).

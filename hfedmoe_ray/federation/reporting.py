@@ -12,9 +12,11 @@ import numpy as np
 from hfedmoe_ray import budget
 from hfedmoe_ray.config.schema import Tier
 from hfedmoe_ray.context import RunContext
+from hfedmoe_ray.data.lengths import typical_lengths
 from hfedmoe_ray.federation.evaluation import Evaluation, mean_accuracy, variance, worst_tenth
 from hfedmoe_ray.federation.state import FederationState, model_sha256
 from hfedmoe_ray.moe import derived
+from hfedmoe_ray.plan import CONTEXT_BYTES, forecast
 from hfedmoe_ray.records import ClientRecord, NodeUsage, RoundReport
 from hfedmoe_ray.trust.attacks import hostile_clients
 from hfedmoe_ray.types import (
@@ -69,6 +71,7 @@ def client_record(result: TaskResult, tier: Tier, update: ClientUpdate | None, w
         attempts=result.attempts,
         demotions=result.demotions,
         samples=metrics.samples if metrics else 0,
+        tokens=metrics.tokens if metrics else 0,
         loss=metrics.loss if metrics and math.isfinite(metrics.loss) else None,
         resident=len(result.task.plan.present) + len(result.task.plan.merged),
         trained=len(update.trained) if update else 0,
@@ -178,7 +181,13 @@ def with_evaluation(report: RoundReport, found: Evaluation) -> RoundReport:
 
 
 def run_facts(
-    context: RunContext, tiers: Sequence[Tier], samples: Sequence[int], resumed_from: int | None
+    context: RunContext,
+    tiers: Sequence[Tier],
+    samples: Sequence[int],
+    resumed_from: int | None,
+    predicted: Mapping[str, float],
+    *,
+    gpus: bool,
 ) -> dict[str, Any]:
     """Returns what is known before the first round: who takes part with what, the partition, the model's shape.
 
@@ -187,11 +196,13 @@ def run_facts(
         tiers: Tier of every client.
         samples: Training examples of every client.
         resumed_from: The last round of the checkpoint, if the run goes on with one.
+        predicted: `predicted_memory`, or empty where it cannot be compared with what is seen.
+        gpus: Whether clients whose tier does not say otherwise compute on GPUs.
     """
     of_tier = {}
     for name, tier in {tier.name: tier for tier in tiers}.items():
         resident, batch = budget.expert_counts(tier, context.model.shape)
-        spec = budget.resources(tier, gpus_available=False)
+        spec = budget.resources(tier, gpus)
         asked = {"num_cpus": spec.num_cpus, "num_gpus": spec.num_gpus, "memory_gib": tier.memory_gib}
         of_tier[name] = {"tier": name, "resident_experts": resident, "batch_experts": batch, "resources": asked}
     return {
@@ -206,13 +217,32 @@ def run_facts(
         "model_sha256": context.model.sha256,
         "data_sha256": context.data.sha256,
         "versions": {package: version(package) for package in _PACKAGES},
+        "predicted_mib": predicted,
         "resumed_from": resumed_from,
         "hostile": _hostile(context),
     }
 
 
-def run_summary(context: RunContext, state: FederationState, status: str) -> dict[str, Any]:
-    """Returns the keys of summary.json."""
+def predicted_memory(context: RunContext, *, gpus: bool) -> dict[str, float]:
+    """Returns what a client of each tier is predicted to need while it trains, by its texts' real lengths.
+
+    In MiB, comparable with `ClientRecord.peak_mib`: on a GPU without what the driver keeps for the process.
+
+    Args:
+        context: The prepared run.
+        gpus: Whether clients whose tier does not say otherwise compute on GPUs.
+    """
+    shape, lengths = context.model.shape, typical_lengths(context)
+    return {
+        one.tier: (one.memory_bytes - (CONTEXT_BYTES if one.asked.num_gpus else 0)) / 2**20
+        for one in forecast(context.experiment, shape, gpus_available=gpus, lengths=lengths)
+    }
+
+
+def run_summary(
+    context: RunContext, state: FederationState, status: str, predicted: Mapping[str, float]
+) -> dict[str, Any]:
+    """Returns the keys of summary.json; `predicted` is `predicted_memory`, or empty where it cannot be compared."""
     experiment = context.experiment
     target = experiment.evaluate.target
     reached = [round for round, accuracy in state.accuracies if target is not None and accuracy >= target]
@@ -236,7 +266,10 @@ def run_summary(context: RunContext, state: FederationState, status: str) -> dic
         "simulated_seconds_to_target": state.simulated[reached[0]] if state.simulated and reached else None,
         "bytes_up": state.bytes_up,
         "bytes_down": state.bytes_down,
-        "peak_client_mib": state.peak_client_mib,
+        "peak_client_mib": max(state.peaks_mib.values(), default=0.0),
+        "memory": {
+            tier: {"predicted_mib": predicted.get(tier), "seen_mib": peak} for tier, peak in state.peaks_mib.items()
+        },
         "model_sha256": model_sha256(state.weights, context.model.sha256),
         "clients": {name: state.statuses[name] for name in _STATUSES},
         "training_failures": state.out_of_memory / max(state.trainings, 1),

@@ -108,6 +108,10 @@ class Federation:
         self.budgets = {
             tier.name: budget.expert_counts(tier, context.model.shape) for tier in self.experiment.clients.tiers
         }
+        # One process that does everything has no client's memory to tell.
+        self.predicted_mib = (
+            reporting.predicted_memory(context, gpus=executor.has_gpus) if executor.runs_elsewhere else {}
+        )
         self.examples = tuple(map(sum, context.data.counts))
         self.checkpoints = context.run_dir / "checkpoints"
         self.identity = run_identity(context)
@@ -334,11 +338,12 @@ class Federation:
     def facts(self) -> dict[str, Any]:
         """What is known before the first round."""
         samples = [self.state.samples.get(client, count) for client, count in enumerate(self.examples)]
-        return reporting.run_facts(self.context, self.tiers, samples, self.resumed_from)
+        gpus = self.executor.has_gpus
+        return reporting.run_facts(self.context, self.tiers, samples, self.resumed_from, self.predicted_mib, gpus=gpus)
 
     def summary(self, status: str) -> dict[str, Any]:
         """The keys of summary.json."""
-        summary = reporting.run_summary(self.context, self.state, status)
+        summary = reporting.run_summary(self.context, self.state, status, self.predicted_mib)
         spent = self._spent_of_examples(max(self.state.round, 0))
         if self.central is not None:
             spent = self.central.summary() | spent

@@ -58,7 +58,8 @@ class FederationState:
     bytes_up: int = 0
     bytes_down: int = 0
     seconds: float = 0.0
-    peak_client_mib: float = 0.0
+    peaks_mib: dict[str, float] = field(default_factory=dict)
+    """Largest peak of a client's own memory, by tier."""
     simulated: list[float] = field(default_factory=list)
     """The simulated clock at the end of each round, from round 0; empty where the tiers name no device."""
     flights: list[Flight] = field(default_factory=list)
@@ -95,7 +96,8 @@ class FederationState:
                 self.out_of_memory += record.demotions > 0 or record.status == "memory"
             self.bytes_up += record.bytes_up
             self.bytes_down += record.bytes_down
-            self.peak_client_mib = max(self.peak_client_mib, record.peak_mib)
+            if record.peak_mib:
+                self.peaks_mib[record.tier] = max(self.peaks_mib.get(record.tier, 0.0), record.peak_mib)
 
     def measured(self, round: int, evaluation: Evaluation) -> None:
         """Keeps what the evaluation of a round has found."""

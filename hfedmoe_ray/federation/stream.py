@@ -21,7 +21,7 @@ class Stream:
 
     def __init__(self, executor: Executor, notify: Notify) -> None:
         """Wraps an executor, which the caller closes; `notify` is told what concerns no task in particular."""
-        self.runs_elsewhere = executor.runs_elsewhere
+        self.runs_elsewhere, self.has_gpus = executor.runs_elsewhere, executor.has_gpus
         self._executor = executor
         self._notify = notify
         self._queued: list[ClientTask] = []

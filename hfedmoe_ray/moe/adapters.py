@@ -7,13 +7,12 @@ in the page cache, and those of an absent expert are never read.
 Legend: T tokens, r rank.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.functional import linear
@@ -21,10 +20,12 @@ from transformers import PreTrainedModel
 
 from hfedmoe_ray.config.lora import Lora
 from hfedmoe_ray.moe.factors import factor_shapes, matrices
+from hfedmoe_ray.moe.frozen_experts import Frozen, FrozenExperts
+from hfedmoe_ray.moe.grouped import GroupedExperts, groups_on
 from hfedmoe_ray.moe.layout import MoELayout
 from hfedmoe_ray.moe.linear import project
-from hfedmoe_ray.moe.quantised import Quantised, open_quantised
-from hfedmoe_ray.moe.store import EXPERTS, LinearSize
+from hfedmoe_ray.moe.quantised import Quantised
+from hfedmoe_ray.moe.store import LinearSize
 from hfedmoe_ray.types import LORA_A, LORA_B, ExpertKey
 
 
@@ -62,7 +63,7 @@ class AdaptedExperts:
         lora: Lora,
         layout: MoELayout,
         device: torch.device,
-        shared: Mapping[str, Tensor] | None = None,
+        held: Mapping[str, Tensor],
     ) -> None:
         """Maps the experts' file; nothing is read yet.
 
@@ -71,7 +72,7 @@ class AdaptedExperts:
             lora: Rank, scale and the form of the frozen experts.
             layout: The model's layout.
             device: Where to compute.
-            shared: The frozen tensors by "layer.expert.name", where another process has read them onto the device.
+            held: The frozen tensors, where another process has read them onto the device (`sharing.stacks`).
 
         Raises:
             ModelError: The form `lora.base` is not there, or cannot be used on this machine.
@@ -81,9 +82,11 @@ class AdaptedExperts:
         self._transposed = layout.transposed
         self._names = tuple(layout.expert_shapes)
         self._matrices = matrices(layout.expert_shapes, layout.transposed)
-        self._shared = shared or {}
-        self._quantised = None if lora.base == "fp32" else open_quantised(prepared, lora.base, layout.transposed)
-        self._dense: Any = safe_open(prepared / EXPERTS, framework="pt") if self._quantised is None else None
+        self._frozen = FrozenExperts(
+            prepared, lora.base, layout.expert_shapes, transposed=layout.transposed, device=device, held=held
+        )
+        self._kept: dict[int, tuple[tuple[int, ...], tuple[dict[str, Frozen], Sequence[int]]]] = {}
+        """By layer, the experts last asked for together and their stacks."""
         self.factor_shapes = factor_shapes(layout.expert_shapes, layout.transposed, lora.rank)
         """Shapes of one expert's factors."""
 
@@ -94,17 +97,45 @@ class AdaptedExperts:
             key: The expert.
             factors: Its factors, of the shapes `factor_shapes`.
         """
+        return self._adapted({name: self._frozen.one(key, name) for name in self._names}, factors)
+
+    def layer(
+        self, layer: int, factors: Mapping[int, Mapping[str, Tensor]]
+    ) -> tuple[dict[int, dict[str, Any]], GroupedExperts | None]:
+        """Returns the experts of a layer as its layout computes with them, and where that pays all of them together.
+
+        Args:
+            layer: Number of the MoE layer.
+            factors: Factors of each present expert by number.
+        """
+        if factors and groups_on(self._device):
+            stacks, order = self._stacks_of(layer, tuple(sorted(factors)))
+            grouped = GroupedExperts(order, stacks, factors, scale=self._lora.scale, transposed=self._transposed)
+            if grouped.aligned:
+                places = {expert: place for place, expert in enumerate(order)}
+                single = {
+                    expert: {name: _one(stack, places[expert]) for name, stack in stacks.items()} for expert in factors
+                }
+                return {expert: self._adapted(single[expert], own) for expert, own in factors.items()}, grouped
+        return {expert: self.weights(ExpertKey(layer, expert), own) for expert, own in factors.items()}, None
+
+    def _stacks_of(self, layer: int, experts: tuple[int, ...]) -> tuple[dict[str, Frozen], Sequence[int]]:
+        """The stacks of those experts, kept until others are asked for: clients that hold all are alike in this."""
+        asked, found = self._kept.get(layer, ((), None))
+        if found is None or asked != experts:
+            self._kept.pop(layer, None)  # before others take its room
+            found = self._frozen.stacks(layer, experts)
+            self._kept[layer] = (experts, found)
+        return found
+
+    def _adapted(self, frozen: Mapping[str, Frozen], factors: Mapping[str, Tensor]) -> dict[str, Any]:
         return {
             name: LowRank(
-                self._base(key, name),
-                factors[f"{name}.{LORA_A}"],
-                factors[f"{name}.{LORA_B}"],
-                self._lora.scale,
-                self._transposed,
+                one, factors[f"{name}.{LORA_A}"], factors[f"{name}.{LORA_B}"], self._lora.scale, self._transposed
             )
             if name in self._matrices
-            else self._base(key, name)
-            for name in self._names
+            else one
+            for name, one in frozen.items()
         }
 
     def merged(self, key: ExpertKey, factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -112,15 +143,9 @@ class AdaptedExperts:
         weights = self.weights(key, factors).items()
         return {name: weight.merged() if isinstance(weight, LowRank) else weight for name, weight in weights}
 
-    def _base(self, key: ExpertKey, name: str) -> Tensor | Quantised:
-        full = f"{key.layer}.{key.expert}.{name}"
-        if self._quantised is not None:
-            return self._quantised.weight(full, self._device)
-        if full in self._shared:
-            return self._shared[full]
-        assert self._dense is not None
-        tensor: Tensor = self._dense.get_tensor(full)
-        return tensor.to(self._device)
+
+def _one(stack: Frozen, place: int) -> Frozen:
+    return stack[place] if isinstance(stack, Tensor) else stack.one(place)
 
 
 def frozen_parts(name: str, weight: Tensor | LowRank | Quantised) -> Iterator[tuple[str, Tensor]]:

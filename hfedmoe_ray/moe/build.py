@@ -1,12 +1,14 @@
 """Building a prepared model: the dense one upcycled, or a Mixture of Experts as it is, with a new head.
 
-Loads the whole model in fp32 once, on the node that prepares it; workers never do. One thread computes, because the
-number of threads decides the last bits of a matrix product and thereby the hash.
+Loads the whole model once, on the node that prepares it, in fp32, or a Mixture of Experts that is published in bf16 in
+that; workers never do. One thread computes, because the number of threads decides the last bits of a matrix product and
+thereby the hash.
 
 Legend: B batch, S sequence, L MoE layers, E experts, H hidden.
 """
 
-from collections.abc import Iterator, Sequence
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,8 @@ from hfedmoe_ray.data.tokenize import load_tokenizer, pad_id, tokenize
 from hfedmoe_ray.errors import ModelError
 from hfedmoe_ray.moe.layout import MoELayout, layout_of
 from hfedmoe_ray.moe.quiet import quiet_transformers
-from hfedmoe_ray.moe.store import CONFIG, Meta, Tensors, write_meta
+from hfedmoe_ray.moe.store import BASE, CONFIG, EXPERTS, MEANS, Meta, write_meta
+from hfedmoe_ray.moe.tensor_file import write_tensors
 from hfedmoe_ray.moe.threads import one_thread
 from hfedmoe_ray.moe.upcycle.assemble import upcycle
 from hfedmoe_ray.seeds import derive_seed
@@ -41,7 +44,9 @@ _TEXT_TOKENS = 64
 """Tokens of a calibration text that are read."""
 _BATCH_TEXTS = 32
 _MEAN_TEXTS = 64
-"""Calibration texts from which the experts' first mean outputs are measured."""
+"""Calibration texts from which the experts' first mean outputs are measured, at most."""
+_MEAN_OPERATIONS = 1e12
+"""Floating-point operations that may take, on one thread: large models read fewer texts."""
 _HEAD_STD = 0.02
 _PLAIN_DTYPES = {"F64", "F32", "F16", "BF16"}
 """Of a safetensors file: weights that are numbers by themselves."""
@@ -67,9 +72,11 @@ def build(*, source: Path, model: Model, num_labels: int, seed: int, texts: Sequ
     tokenizer.save_pretrained(directory)
     upcycling: list[dict[str, Any]] = []
     writes = model.task == "causal"
+    dtype = torch.bfloat16 if model.upcycle is None and _dtypes(source) == {"BF16"} else torch.float32
     with one_thread(), threadpool_limits(1), quiet_transformers():
         if model.upcycle is not None:
-            loaded = _load(AutoModelForCausalLM if writes else AutoModel, source, ("pooler",), _full_precision(source))
+            kind = AutoModelForCausalLM if writes else AutoModel
+            loaded = _load(kind, source, ("pooler",), _full_precision(source), dtype)
             dense = loaded.base_model
             batches = _batches(tokenizer, texts)
             module, reports = upcycle(dense, model.upcycle, num_labels, seed, batches, task=model.task)
@@ -77,36 +84,38 @@ def build(*, source: Path, model: Model, num_labels: int, seed: int, texts: Sequ
                 module.get_output_embeddings().weight = loaded.get_output_embeddings().weight
             upcycling = [asdict(report) for report in reports]
         elif writes:
-            module = _load(AutoModelForCausalLM, source, (), _full_precision(source))
+            module = _load(AutoModelForCausalLM, source, (), _full_precision(source), dtype)
         elif model.task == "seq2seq":
-            module = _load(AutoModelForSeq2SeqLM, source, (), _full_precision(source))
+            module = _load(AutoModelForSeq2SeqLM, source, (), _full_precision(source), dtype)
         else:
             config = _full_precision(source, num_labels=num_labels)
-            module = _load(AutoModelForSequenceClassification, source, ("score", "classifier"), config)
+            module = _load(AutoModelForSequenceClassification, source, ("score", "classifier"), config, dtype)
         if module.config.pad_token_id is None:
             module.config.pad_token_id = pad_id(tokenizer)
         layout = layout_of(module.eval())
-        _new_head(layout, torch.Generator().manual_seed(derive_seed(seed, "head")))
-        means = mean_outputs(layout, _batches(tokenizer, texts[:_MEAN_TEXTS]))
+        head = _new_head(layout, torch.Generator().manual_seed(derive_seed(seed, "head")))
+        means = mean_outputs(layout, _batches(tokenizer, texts[: _mean_texts(layout)]))
+    module.config.dtype = torch.float32  # of what is built of it again: what trains of it does so in fp32
     module.config.to_json_file(directory / CONFIG)
     groups = {name: group for name, group in layout.groups.items() if group != "expert"}
-    parameters = dict(module.named_parameters())
-    tensors = Tensors(
-        base={name: parameters[name].detach().numpy() for name in groups}
-        | {name: buffer.numpy() for name, buffer in module.named_buffers()},
-        experts={
-            key: {name: tensor.numpy() for name, tensor in layout.read_expert(key).items()}
-            for key in layout.expert_keys()
-        },
-        means=means,
-    )
-    sha256 = tensors.write(directory)
+    named = {name: one for name, one in module.named_parameters() if name in groups} | dict(module.named_buffers())
+    experts = {
+        f"{key.layer}.{key.expert}.{name}": tensor
+        for key in layout.expert_keys()
+        for name, tensor in layout.read_expert(key).items()
+    }
+    files: dict[str, Mapping[str, Tensor]] = {
+        BASE: {name: one.float() if one.dtype == torch.bfloat16 else one for name, one in named.items()} | head,
+        EXPERTS: experts,
+        MEANS: {"means": torch.from_numpy(means)},
+    }
+    digest = hashlib.sha256(b"".join(write_tensors(directory / name, tensors) for name, tensors in files.items()))
     write_meta(
         directory,
         Meta(
             family=layout.family,
             task=model.task,
-            sha256=sha256,
+            sha256=digest.hexdigest(),
             groups=groups,
             router_layers=layout.router_layers,
             projections=layout.projections,
@@ -138,7 +147,7 @@ def mean_outputs(layout: MoELayout, batches: Iterator[tuple[Tensor, Tensor]]) ->
             for expert in torch.unique(index[index < layout.num_experts]).tolist():
                 routed = tokens[(index == expert).any(dim=1) & real]
                 tensors = layout.read_expert(ExpertKey(layer, expert))
-                totals[layer, expert] += layout.expert_forward(routed, tensors).sum(dim=0)
+                totals[layer, expert] += layout.expert_forward(routed, tensors).double().sum(dim=0)
                 counts[layer, expert] += len(routed)
 
         return getattr(layout.blocks[layer], layout.experts_name).register_forward_pre_hook(hook)
@@ -152,6 +161,13 @@ def mean_outputs(layout: MoELayout, batches: Iterator[tuple[Tensor, Tensor]]) ->
         handle.remove()
     means: Array = (totals / counts.clamp_min(1)).float().numpy()
     return means
+
+
+def _mean_texts(layout: MoELayout) -> int:
+    """How many texts the experts' first mean outputs are measured from: two operations a parameter and token."""
+    rest = sum(one.numel() for name, one in layout.model.named_parameters() if layout.groups[name] != "expert")
+    active = rest + layout.layers * layout.top_k * layout.expert_bytes // 4
+    return min(_MEAN_TEXTS, max(1, int(_MEAN_OPERATIONS / (2 * active * _TEXT_TOKENS))))
 
 
 def _full_precision(source: Path, **fields: Any) -> PreTrainedConfig:
@@ -170,11 +186,7 @@ def _full_precision(source: Path, **fields: Any) -> PreTrainedConfig:
     packing = getattr(config, "quantization_config", None)
     if packing is None:
         return config
-    dtypes: set[str] = set()
-    for path in source.glob("*.safetensors"):
-        with safe_open(path, framework="pt") as file:
-            dtypes.update(file.get_slice(name).get_dtype() for name in file.keys())  # noqa: SIM118 - not a mapping
-    packed = sorted(dtypes - _PLAIN_DTYPES)
+    packed = sorted(_dtypes(source) - _PLAIN_DTYPES)
     if not packed:
         del config.quantization_config
     elif packing["quant_method"] in _UNPACKED:
@@ -189,12 +201,23 @@ def _full_precision(source: Path, **fields: Any) -> PreTrainedConfig:
     return config
 
 
-def _load(model_class: Any, source: Path, may_differ: tuple[str, ...], config: PreTrainedConfig) -> Any:
-    """Loads a model in fp32; only modules named in `may_differ` may lack weights or have others than the file."""
+def _dtypes(source: Path) -> set[str]:
+    """Returns the types of all tensors in a model's files, as safetensors names them."""
+    dtypes: set[str] = set()
+    for path in source.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            dtypes.update(file.get_slice(name).get_dtype() for name in file.keys())  # noqa: SIM118 - not a mapping
+    return dtypes
+
+
+def _load(
+    model_class: Any, source: Path, may_differ: tuple[str, ...], config: PreTrainedConfig, dtype: torch.dtype
+) -> Any:
+    """Loads a model; only modules named in `may_differ` may lack weights or have others than the file."""
     try:
         model, report = model_class.from_pretrained(
             source,
-            dtype=torch.float32,
+            dtype=dtype,
             use_safetensors=True,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
@@ -215,11 +238,15 @@ def _load(model_class: Any, source: Path, may_differ: tuple[str, ...], config: P
 
 
 @torch.no_grad()
-def _new_head(layout: MoELayout, generator: torch.Generator) -> None:
-    """Draws the head's matrices from N(0, 0.02^2) and zeroes its biases."""
+def _new_head(layout: MoELayout, generator: torch.Generator) -> dict[str, Tensor]:
+    """Draws the head's matrices from N(0, 0.02^2) and zeroes its biases; returns them in fp32, by full name."""
+    head = {}
     for name, parameter in layout.model.named_parameters():
         if layout.groups[name] == "head":
-            parameter.normal_(std=_HEAD_STD, generator=generator) if parameter.dim() > 1 else parameter.zero_()
+            drawn = torch.zeros(parameter.shape)
+            head[name] = drawn.normal_(std=_HEAD_STD, generator=generator) if parameter.dim() > 1 else drawn
+            parameter.copy_(head[name])
+    return head
 
 
 def _batches(tokenizer: Any, texts: Sequence[str]) -> Iterator[tuple[Tensor, Tensor]]:

@@ -75,8 +75,18 @@ def adapted_shape(
     expert_shapes: Shapes,
     transposed: bool,
     projections: Mapping[str, LinearSize],
+    stored_bytes: int,
 ) -> ModelShape:
     """Returns a model's shape when it trains by LoRA, from its shape when it trains in full.
+
+    Args:
+        shape: When it trains in full.
+        lora: What trains.
+        trainable: Which shared parameters train.
+        expert_shapes: Of each tensor of one expert.
+        transposed: Whether an expert's matrices are stored as [in, out].
+        projections: Linear maps of attention.
+        stored_bytes: Of a number of an expert as it is published: 4, or 2 in bf16.
 
     Raises:
         ConfigError: The rank exceeds a side of a matrix.
@@ -98,18 +108,20 @@ def adapted_shape(
         expert_bytes=_bytes(factor_shapes(expert_shapes, transposed, lora.rank)),
         shared_bytes=shape.shared_bytes - replaced + added,
         frozen_bytes=shape.frozen_bytes + replaced,
-        base_expert_bytes=base_bytes(expert_shapes, lora.base),
+        base_expert_bytes=base_bytes(expert_shapes, lora.base, stored_bytes),
         dense_expert_bytes=shape.expert_bytes,
     )
 
 
-def base_bytes(expert_shapes: Shapes, base: str) -> int:
+def base_bytes(expert_shapes: Shapes, base: str, stored_bytes: int) -> int:
     """Returns the bytes of one expert's frozen tensors in the form `lora.base`; biases are always fp32."""
     total = 0
     for shape in expert_shapes.values():
         count = int(np.prod(shape))
-        if base == "fp32" or len(shape) == 1:
+        if len(shape) == 1:
             total += _BYTES * count
+        elif base == "exact":
+            total += stored_bytes * count
         elif base == "int8":
             total += count + _BYTES * shape[0]
         else:

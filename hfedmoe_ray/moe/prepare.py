@@ -72,8 +72,9 @@ def prepare_model(
             expert_shapes=shapes,
             transposed=meta.transposed,
             projections=meta.projections,
+            stored_bytes=store.stored_bytes(directory),
         )
-        if model.lora.base != "fp32":
+        if model.lora.base != "exact":
             from hfedmoe_ray.moe.quantised import quantise_experts
 
             quantise_experts(directory, model.lora.base)
@@ -147,7 +148,7 @@ def save_full(
     shared = {name: torch.tensor(array) for name, array in weights.shared.items()}
     base = read_base(prepared.path)
     assign_base(module, base | (merge_attention(base, shared, layout.projections, lora.scale) if lora else shared))
-    adapted = AdaptedExperts(prepared.path, lora, layout, torch.device("cpu")) if lora else None
+    adapted = AdaptedExperts(prepared.path, lora, layout, torch.device("cpu"), {}) if lora else None
     for key, arrays in (store.read_experts(prepared.path) | dict(weights.experts)).items():
         tensors = {name: torch.tensor(array) for name, array in arrays.items()}
         layout.write_expert(key, adapted.merged(key, tensors) if adapted and key in weights.experts else tensors)

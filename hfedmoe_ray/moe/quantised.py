@@ -1,11 +1,13 @@
-"""Frozen expert matrices in 8 or 4 bits, dequantised at each use.
+"""Frozen expert matrices in fewer bits than they are computed with, widened at each use.
 
-They are quantised once, when the model is prepared, into a file beside the exact experts, and memory-mapped like them.
-
+    half   as a model published in bf16 has them: nothing is lost
     int8   per row of the stored matrix: round(127 W / max |W|), in plain torch
     nf4    bitsandbytes' 4-bit NormalFloat, one fp32 scale for 64 numbers (QLoRA, arXiv 2305.14314)
 
-In the file a matrix NAME is NAME.int8 and NAME.scale, or NAME.nf4 and NAME.scale; biases are NAME, in fp32.
+The latter two are made once, when the model is prepared, into a file beside the exact experts, and memory-mapped like
+them. In that file a matrix NAME is NAME.int8 and NAME.scale, or NAME.nf4 and NAME.scale; biases are NAME, in fp32.
+
+A matrix may also be a stack of those of several experts, with the expert as first dimension.
 
 Legend: T tokens.
 """
@@ -18,13 +20,13 @@ from typing import Any, Literal
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import pad
 
 from hfedmoe_ray.errors import ModelError
 from hfedmoe_ray.moe.factors import NF4_BLOCK
 from hfedmoe_ray.moe.store import EXPERTS
+from hfedmoe_ray.moe.tensor_file import write_tensors
 
 Quantisation = Literal["int8", "nf4"]
 
@@ -41,10 +43,20 @@ class Quantised(ABC):
     def dense(self, dtype: torch.dtype) -> Tensor:
         """Returns the matrix, oriented as it is stored."""
 
+    @abstractmethod
+    def one(self, expert: int) -> "Quantised":
+        """Returns the matrix in that place of a stack: a view."""
+
     def project(self, tokens: Tensor) -> Tensor:
         """See `Projection`."""
         output: Tensor = _Product.apply(tokens, self)  # type: ignore[no-untyped-call]
         return output
+
+
+def computing_dtype(tokens: Tensor) -> torch.dtype:
+    """Returns what a product with tokens is computed in: autocast's type, else the tokens' own."""
+    device = tokens.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tokens.dtype
 
 
 class _Product(torch.autograd.Function):
@@ -52,8 +64,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, weight: Quantised) -> Tensor:
-        device = tokens.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tokens.dtype
+        dtype = computing_dtype(tokens)
         ctx.weight, ctx.dtype = weight, tokens.dtype
         dense = weight.dense(dtype)
         return tokens.to(dtype) @ (dense if weight.transposed else dense.T)
@@ -62,6 +73,23 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         dense = ctx.weight.dense(gradient.dtype)
         return (gradient @ (dense.T if ctx.weight.transposed else dense)).to(ctx.dtype), None
+
+
+class Half(Quantised):
+    """bf16, as published."""
+
+    def __init__(self, values: Tensor, transposed: bool) -> None:
+        """Takes `values` bf16 [rows, columns]."""
+        self._values, self.transposed = values, transposed
+        self.tensors = {"bf16": values}
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """See `Quantised`."""
+        return self._values.to(dtype)
+
+    def one(self, expert: int) -> "Half":
+        """See `Quantised`."""
+        return Half(self._values[expert], self.transposed)
 
 
 class Int8(Quantised):
@@ -75,6 +103,10 @@ class Int8(Quantised):
     def dense(self, dtype: torch.dtype) -> Tensor:
         """See `Quantised`."""
         return (self._values * self._scale).to(dtype)
+
+    def one(self, expert: int) -> "Int8":
+        """See `Quantised`."""
+        return Int8(self._values[expert], self._scale[expert], self.transposed)
 
 
 class Int4(Quantised):
@@ -90,6 +122,10 @@ class Int4(Quantised):
         halves = torch.stack([self._values & 15, self._values >> 4], dim=-1).flatten(start_dim=1)
         return ((halves[:, : self._columns].to(self._scale.dtype) - 8) * self._scale).to(dtype)
 
+    def one(self, expert: int) -> "Int4":
+        """See `Quantised`."""
+        return Int4(self._values[expert], self._scale[expert], self._columns, self.transposed)
+
 
 class NF4(Quantised):
     """4 bits and a scale per block."""
@@ -103,61 +139,25 @@ class NF4(Quantised):
         """See `Quantised`."""
         functional = _bitsandbytes()
         state = functional.QuantState(
-            absmax=self._scale,
-            shape=torch.Size((len(self._scale), NF4_BLOCK)),
-            dtype=torch.float32,
+            absmax=self._scale.flatten(),
+            shape=torch.Size((self._scale.numel(), NF4_BLOCK)),
+            dtype=dtype if self._values.is_cuda else torch.float32,  # no wider copy of a whole layer on the way
             blocksize=NF4_BLOCK,
             quant_type="nf4",
             code=functional.get_4bit_type("nf4", device=self._values.device),
         )
-        blocks: Tensor = functional.dequantize_4bit(self._values, state)
-        return blocks.flatten()[: self._shape.numel()].reshape(self._shape).to(dtype)
+        blocks: Tensor = functional.dequantize_4bit(self._values.reshape(-1, 1), state)
+        matrices = blocks.reshape(*self._shape[:-2], -1)  # each filled up to whole blocks
+        return matrices[..., : self._shape[-2:].numel()].reshape(self._shape).to(dtype)
 
-
-class QuantisedExperts:
-    """The quantised experts of a prepared model, memory-mapped."""
-
-    def __init__(self, path: Path, form: Quantisation, shapes: dict[str, torch.Size], transposed: bool) -> None:
-        """Maps the file; `shapes` gives the shape of every dense matrix by full name."""
-        self._file: Any = safe_open(path, framework="pt")
-        self._form = form
-        self._shapes = shapes
-        self._transposed = transposed
-
-    def weight(self, name: str, device: torch.device) -> Tensor | Quantised:
-        """Returns a matrix or a bias of an expert, by "layer.expert.name"."""
-        shape = self._shapes[name]
-        if len(shape) == 1:
-            bias: Tensor = self._file.get_tensor(name)
-            return bias.to(device)
-        values = self._file.get_tensor(f"{name}.{self._form}").to(device)
-        scale = self._file.get_tensor(f"{name}.scale").to(device)
-        if self._form == "int8":
-            return Int8(values, scale, self._transposed)
-        return NF4(values, scale, shape, self._transposed)
+    def one(self, expert: int) -> "NF4":
+        """See `Quantised`."""
+        return NF4(self._values[expert], self._scale[expert], self._shape[1:], self.transposed)
 
 
 def file_name(form: Quantisation) -> str:
     """Returns the name of the file in a prepared model."""
     return f"experts.{form}.safetensors"
-
-
-def open_quantised(prepared: Path, form: Quantisation, transposed: bool) -> QuantisedExperts:
-    """Maps the quantised experts of a prepared model.
-
-    Raises:
-        ModelError: They are not there, or bitsandbytes is not installed or does not run here.
-    """
-    _require(form)
-    path = prepared / file_name(form)
-    if not path.is_file():
-        raise ModelError(
-            f"{prepared} holds no {form} experts. On another node than the one that started the run, the cache "
-            "directory must be shared, or the model prepared there too ($HFEDMOE_CACHE names it)."
-        )
-    with safe_open(prepared / EXPERTS, framework="pt") as file:
-        shapes = {name: torch.Size(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    return QuantisedExperts(path, form, shapes, transposed)
 
 
 def quantise_experts(prepared: Path, form: Quantisation) -> None:
@@ -166,23 +166,24 @@ def quantise_experts(prepared: Path, form: Quantisation) -> None:
     Raises:
         ModelError: bitsandbytes is not installed or does not run here.
     """
-    _require(form)
+    require(form)
     path = prepared / file_name(form)
     if path.is_file():
         return
     tensors: dict[str, Tensor] = {}
+    device = "cuda" if form == "nf4" and torch.cuda.is_available() else "cpu"  # bitsandbytes is slow on a CPU
     with safe_open(prepared / EXPERTS, framework="pt") as file:
         for name in file.keys():  # noqa: SIM118 - not a mapping
-            dense = file.get_tensor(name)
+            dense = file.get_tensor(name).to(device).float()
             if dense.dim() == 1:
-                tensors[name] = dense
+                tensors[name] = dense.cpu()
             elif form == "int8":
                 tensors[f"{name}.int8"], tensors[f"{name}.scale"] = _int8(dense)
             else:
                 values, state = _bitsandbytes().quantize_4bit(_blocks(dense), blocksize=NF4_BLOCK, quant_type="nf4")
-                tensors[f"{name}.nf4"], tensors[f"{name}.scale"] = values, state.absmax
+                tensors[f"{name}.nf4"], tensors[f"{name}.scale"] = values.cpu(), state.absmax.cpu()
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file(tensors, partial)
+    write_tensors(partial, tensors)
     partial.replace(path)
 
 
@@ -201,8 +202,8 @@ def _int8(dense: Tensor) -> tuple[Tensor, Tensor]:
     return (dense / torch.where(scale > 0, scale, 1.0)).round().to(torch.int8), scale
 
 
-def _require(form: Quantisation) -> None:
-    """Raises ModelError where a form cannot be used."""
+def require(form: Quantisation) -> None:
+    """Raises ModelError where a form cannot be used on this machine."""
     if form == "int8":
         return
     try:

@@ -14,6 +14,7 @@ Legend: T tokens, H hidden, E experts, K top-k, P pairs of a token and a present
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 from hfedmoe_ray.moe.adapters import AdaptedExperts, frozen_parts
 from hfedmoe_ray.moe.derived import SCALE, bits_of, quantised_shapes
+from hfedmoe_ray.moe.grouped import GroupedExperts
 from hfedmoe_ray.moe.layout import MoELayout, Routing
 from hfedmoe_ray.moe.quantised import Int4, Int8
 from hfedmoe_ray.moe.routing import RoutingTape
@@ -72,6 +74,8 @@ class ResidentExperts(nn.Module):
         self._weights: dict[int, Mapping[str, Any]] = {}
         """What the layout computes with (a `Weight` by name): the same tensors, or frozen ones under their factors.
         Merged experts are here too, by unit."""
+        self._grouped: GroupedExperts | None = None
+        """The same experts computed together."""
         self._is_present = torch.zeros(self._layout.num_experts + 1, dtype=torch.bool)  # [E + 1]; E is no expert
         self._unit: Tensor | None = None  # [E + 1]: what computes each expert where some are merged
         self._absent_means: Tensor | None = None  # [E, H], zero where present
@@ -117,10 +121,10 @@ class ResidentExperts(nn.Module):
             else:
                 tensors = _aliased(arrays, device)
             self._tensors[expert] = tensors
-            if bits is not None:
-                self._weights[expert] = _dequantised(tensors, bits, self._layout)
-            else:
-                self._weights[expert] = self._adapted.weights(key, tensors) if self._adapted else tensors
+            self._weights[expert] = tensors if bits is None else _dequantised(tensors, bits, self._layout)
+        if self._adapted:
+            adapted, self._grouped = self._adapted.layer(self.layer, self._tensors)
+            self._weights.update(adapted)
         present = torch.tensor([role is not Role.ABSENT for role in roles])
         self._is_present = torch.cat([present, torch.tensor([False])]).to(device)
         self._top_k = min(plan.top_k or self._layout.top_k, self._layout.num_experts)
@@ -211,10 +215,16 @@ class ResidentExperts(nn.Module):
         if len(pairs):
             token = pairs // top_k
             weight = top_k_weights.flatten().index_select(0, pairs)
-            # index_select rather than [token]: the same gradient by one index_add.
-            inputs = torch.split(hidden_states.index_select(0, token), counts)
-            outputs = torch.cat([self._compute(e, x) for e, x in enumerate(inputs) if len(x)])  # [P, H]
-            combined = combined.index_add(0, token, (outputs * weight[:, None]).to(combined.dtype))
+            if self._grouped is not None and self._grouped.computes(hidden_states):
+                record = partial(self._tape.record_outputs, self.layer, counts)
+                combined = self._grouped.forward(
+                    hidden_states, token, weight, counts=counts, layout=self._layout, record=record
+                )
+            else:
+                # index_select rather than [token]: the same gradient by one index_add.
+                inputs = torch.split(hidden_states.index_select(0, token), counts)
+                outputs = torch.cat([self._compute(e, x) for e, x in enumerate(inputs) if len(x)])  # [P, H]
+                combined = combined.index_add(0, token, (outputs * weight[:, None]).to(combined.dtype))
         if self._absent_means is not None:
             shares = top_k_weights.new_zeros(tokens, len(self._is_present)).scatter(1, top_k_index, top_k_weights)
             combined = combined + (shares[:, :-1] @ self._absent_means.to(shares.dtype)).to(combined.dtype)

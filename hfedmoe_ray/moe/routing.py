@@ -92,6 +92,13 @@ class RoutingTape:
         """Notes what one expert returned for its tokens, [n, H]."""
         self.outputs[key] = (outputs.detach().sum(dim=0, dtype=torch.float32), len(outputs))
 
+    @torch.no_grad()
+    def record_outputs(self, layer: int, counts: Sequence[int], outputs: Tensor) -> None:
+        """Notes what all experts of a layer returned, [P, H] sorted by expert, with so many tokens of each."""
+        lengths = torch.tensor(counts, device=outputs.device)
+        sums = torch.segment_reduce(outputs.detach().float(), "sum", lengths=lengths, axis=0)
+        self.outputs |= {ExpertKey(layer, e): (sums[e], count) for e, count in enumerate(counts) if count}
+
     def gate_values(self) -> list[Tensor]:
         """Returns all gate values, [N, E] float32 of each layer."""
         return [_recorded(layer) for layer in self.probabilities]
@@ -135,8 +142,11 @@ class ProfileAccumulator:
                 self._seen[layer] += len(gates)
         self._routed += tape.counts()
         self._tokens += tape.tokens
-        for key, (total, tokens) in tape.outputs.items():
-            self._add_output(key, _numpy(total), tokens)
+        if tape.outputs:
+            # Together: on a GPU each transfer is waited for.
+            totals = _numpy(torch.stack([total for total, _ in tape.outputs.values()]))
+            for total, (key, (_, tokens)) in zip(totals, tape.outputs.items(), strict=True):
+                self._add_output(key, total, tokens)
 
     def merge(self, other: "ProfileAccumulator") -> None:
         """Adds everything another one has seen, such as the forward passes of one batch."""

@@ -68,6 +68,7 @@ def read_shape(model: Model, num_labels: int = 0, cache: Path | None = None) -> 
         expert_shapes=skeleton.expert_shapes,
         transposed=skeleton.transposed,
         projections=skeleton.projections,
+        stored_bytes=2 if _published_in_bf16(config) and model.upcycle is None else _BYTES,
     )
 
 
@@ -103,6 +104,11 @@ def check_family(config: Mapping[str, Any], upcycle: Upcycle | None, task: Task)
     if family not in DENSE_FAMILIES and upcycle is not None:
         raise ModelError(f"model.upcycle: the model is a Mixture of Experts already ({family}). Remove `upcycle`.")
     return family
+
+
+def _published_in_bf16(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json says so, by its present key or the earlier one."""
+    return config.get("dtype", config.get("torch_dtype")) == "bfloat16"
 
 
 def _encoder_shape(config: Mapping[str, Any], model: Model, num_labels: int) -> ModelShape:

@@ -19,9 +19,8 @@ from torch import Tensor
 from torch.multiprocessing.reductions import reduce_tensor
 
 from hfedmoe_ray.config.lora import Lora
-from hfedmoe_ray.moe.store import BASE, EXPERTS
-
-FILES = (BASE, EXPERTS)
+from hfedmoe_ray.moe.frozen_experts import experts_file
+from hfedmoe_ray.moe.store import BASE
 
 
 @dataclass(frozen=True)
@@ -40,15 +39,32 @@ Handles = Mapping[str, Handle]
 def read_frozen(prepared: Path, lora: Lora | None, device: torch.device) -> dict[str, Tensor]:
     """Reads what never trains of a prepared model onto a device, by "file/name".
 
-    Everything outside experts and, where factors train over dense experts, the experts too. (Quantised experts are read
-    by each client.) On a CPU the tensors lie in memory that can be shared.
+    Everything outside experts and, where factors train over them, the experts too: those of a layer stacked, by
+    "file/layer.name" (`frozen_experts`). On a CPU the tensors lie in memory that can be shared.
     """
-    files = FILES if lora is not None and lora.base == "fp32" else FILES[:1]
-    return {
-        f"{file}/{name}": tensor.to(device) if device.type == "cuda" else tensor.clone()
-        for file in files
-        for name, tensor in _tensors(prepared / file)
+    frozen = {
+        f"{BASE}/{name}": tensor.to(device) if device.type == "cuda" else tensor.clone()
+        for name, tensor in _tensors(prepared / BASE)
     }
+    if lora is not None:
+        file = experts_file(lora.base)
+        frozen |= {f"{file}/{name}": tensor for name, tensor in _stacks(prepared / file, device)}
+    return frozen
+
+
+def _stacks(path: Path, device: torch.device) -> Iterator[tuple[str, Tensor]]:
+    """Yields the experts' tensors of each layer as one, by "layer.name", with the expert as first dimension."""
+    with safe_open(path, framework="pt") as file:
+        layers: dict[str, dict[int, str]] = {}
+        for full in file.keys():  # noqa: SIM118 - not a mapping
+            layer, expert, name = full.split(".", 2)
+            layers.setdefault(f"{layer}.{name}", {})[int(expert)] = full
+        for stack, experts in layers.items():
+            first = file.get_tensor(experts[0])
+            stacked = torch.empty((len(experts), *first.shape), dtype=first.dtype, device=device)
+            for expert, full in experts.items():
+                stacked[expert].copy_(file.get_tensor(full))
+            yield stack, stacked
 
 
 def part(frozen: Mapping[str, Tensor], file: str) -> dict[str, Tensor]:

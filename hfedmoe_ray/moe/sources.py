@@ -50,10 +50,24 @@ def resolve(source: str, revision: str | None, config_only: bool = False) -> Pat
     return directory
 
 
+def tokenizer_here(source: str, revision: str | None) -> Path | None:
+    """Returns the directory of a model's tokenizer, where it can be read without a network."""
+    if is_local(source):
+        return resolve(source, revision, config_only=True)
+    from huggingface_hub import try_to_load_from_cache
+
+    file = try_to_load_from_cache(source, "tokenizer_config.json", revision=revision)
+    return Path(file).parent if isinstance(file, str) else None
+
+
+def is_local(source: str) -> bool:
+    """Whether a model is in a package, or in a directory or a file of this machine."""
+    return source.startswith(_PACKAGE) or Path(source).expanduser().exists()
+
+
 def is_pinned(source: str, revision: str | None) -> bool:
     """Whether a model is always the same one: it is local, or a commit of the hub is named, which no push can move."""
-    local = source.startswith(_PACKAGE) or Path(source).expanduser().exists()
-    return local or (revision is not None and _COMMIT.fullmatch(revision) is not None)
+    return is_local(source) or (revision is not None and _COMMIT.fullmatch(revision) is not None)
 
 
 def commit_of(directory: Path) -> str | None:

@@ -3,8 +3,9 @@
     tokenizer files                transformers' own
     model_config.json              transformers' config.json under another name: beside a config.json of a family that
                                    it does not know, AutoTokenizer warns
-    base.safetensors               every parameter and buffer that is not an expert's, by full name
-    experts.safetensors            every expert tensor as "layer.expert.name"
+    base.safetensors               every parameter and buffer that is not an expert's, by full name, in fp32
+    experts.safetensors            every expert tensor as "layer.expert.name": in fp32, or in bf16 where the source is
+                                   published in bf16 throughout, which is exact and half the bytes
     experts.int8.safetensors       the same with quantised matrices, where LoRA trains over them (`quantised`);
     experts.nf4.safetensors        made when first asked for
     means.safetensors              mean output of every expert over calibration tokens, [L, E, H]
@@ -15,7 +16,6 @@ Non-persistent buffers (position numbers, rotary frequencies) are stored too, so
 complete once it was given what is in the file.
 """
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -24,13 +24,12 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from safetensors import safe_open
-from safetensors.numpy import save_file
 
 from hfedmoe_ray.context import PreparedModel
 from hfedmoe_ray.errors import ModelError
 from hfedmoe_ray.types import Array, ExpertKey
 
-FORMAT = 4
+FORMAT = 5
 """Raised whenever the files above change; models are then prepared anew."""
 BASE, EXPERTS, MEANS = "base.safetensors", "experts.safetensors", "means.safetensors"
 CONFIG, META = "model_config.json", "meta.json"
@@ -83,35 +82,6 @@ class Meta:
     """What turning the dense model into a MoE lost, per layer (`upcycle.LayerReport`); empty if nothing did."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Tensors:
-    """Everything numeric in a prepared model."""
-
-    base: Mapping[str, Array]
-    experts: Mapping[ExpertKey, Mapping[str, Array]]
-    means: Array
-
-    def write(self, directory: Path) -> str:
-        """Writes the three safetensors files and returns the hash over all tensors."""
-        files = {
-            BASE: dict(self.base),
-            EXPERTS: {
-                f"{layer}.{expert}.{name}": array
-                for (layer, expert), arrays in self.experts.items()
-                for name, array in arrays.items()
-            },
-            MEANS: {"means": self.means},
-        }
-        digest = hashlib.sha256()
-        for file, content in files.items():
-            arrays = {name: np.ascontiguousarray(array) for name, array in sorted(content.items())}
-            for name, array in arrays.items():
-                digest.update(f"{file}/{name}{array.shape}{array.dtype}".encode())
-                digest.update(array.tobytes())
-            save_file(arrays, directory / file)
-        return digest.hexdigest()
-
-
 def write_meta(directory: Path, meta: Meta) -> None:
     """Writes meta.json."""
     (directory / META).write_text(json.dumps(vars(meta), indent=2))
@@ -146,7 +116,7 @@ def check(prepared: PreparedModel) -> None:
 
 
 def read_experts(directory: Path) -> dict[ExpertKey, dict[str, Array]]:
-    """Returns copies of all experts' tensors in (layer, expert) order."""
+    """Returns fp32 copies of all experts' tensors in (layer, expert) order."""
     experts: dict[ExpertKey, dict[str, Array]] = {}
     for name, array in _arrays(directory / EXPERTS):
         layer, expert, tensor = name.split(".", 2)
@@ -159,6 +129,12 @@ def read_expert_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
     with safe_open(directory / EXPERTS, framework="np") as file:
         first = {name.removeprefix("0.0."): name for name in file.keys() if name.startswith("0.0.")}  # noqa: SIM118
         return {name: tuple(file.get_slice(full).get_shape()) for name, full in first.items()}
+
+
+def stored_bytes(directory: Path) -> int:
+    """Returns the bytes of a number of an expert as it is stored: 4, or 2 of a model published in bf16."""
+    with safe_open(directory / EXPERTS, framework="np") as file:
+        return 2 if file.get_slice(next(iter(file.keys()))).get_dtype() == "BF16" else 4
 
 
 def read_shared(directory: Path, trainable: Trainable) -> dict[str, Array]:
@@ -176,5 +152,22 @@ def read_means(directory: Path) -> Array:
 
 def _arrays(path: Path) -> Iterator[tuple[str, Array]]:
     with safe_open(path, framework="np") as file:
+        widened = _Bf16(path)
         for name in file.keys():  # noqa: SIM118 - not a mapping
-            yield name, file.get_tensor(name)
+            yield name, widened.read(name) if file.get_slice(name).get_dtype() == "BF16" else file.get_tensor(name)
+
+
+class _Bf16:
+    """Reads bfloat16 tensors of a safetensors file, of which NumPy knows nothing, as fp32 arrays of the same values."""
+
+    def __init__(self, path: Path) -> None:
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            self._header = json.loads(file.read(size))
+        self._bytes = np.memmap(path, np.uint8, "r", offset=8 + size)
+
+    def read(self, name: str) -> Array:
+        start, end = self._header[name]["data_offsets"]
+        upper = self._bytes[start:end].view(np.uint16).astype(np.uint32)
+        values: Array = (upper << 16).view(np.float32).reshape(self._header[name]["shape"])
+        return values

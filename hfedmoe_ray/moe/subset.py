@@ -31,12 +31,13 @@ from hfedmoe_ray.config.lora import Lora
 from hfedmoe_ray.errors import ModelError
 from hfedmoe_ray.moe.adapters import AdaptedExperts, adapt_attention
 from hfedmoe_ray.moe.factors import adapted_shape, attention_shapes, replaces
+from hfedmoe_ray.moe.frozen_experts import experts_file
 from hfedmoe_ray.moe.layout import MoELayout, layout_of
 from hfedmoe_ray.moe.layout.base import assign, on_meta
 from hfedmoe_ray.moe.residents import ResidentExperts
 from hfedmoe_ray.moe.routing import RoutingTape
 from hfedmoe_ray.moe.sharing import part
-from hfedmoe_ray.moe.store import BASE, CONFIG, EXPERTS, Task, Trainable, read_meta
+from hfedmoe_ray.moe.store import BASE, CONFIG, Task, Trainable, read_meta, stored_bytes
 from hfedmoe_ray.types import Array, ExpertKey, ExpertPlan, ModelShape, TaskWeights
 
 _TARGETS = "targets"
@@ -116,11 +117,13 @@ class SparseModel:
         """
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         read_meta(prepared)
+        self._stored_bytes = stored_bytes(prepared)
         self.module, self.layout = skeleton(prepared)
         self.tape = RoutingTape(self.layout.layers, self.layout.gate_values, self.layout.decoder_from)
         self._lora = lora
         frozen = frozen or {}
-        adapted = AdaptedExperts(prepared, lora, self.layout, self.device, part(frozen, EXPERTS)) if lora else None
+        held = part(frozen, experts_file(lora.base)) if lora else {}
+        adapted = AdaptedExperts(prepared, lora, self.layout, self.device, held) if lora else None
         self._residents = tuple(ResidentExperts(i, self.layout, self.tape, adapted) for i in range(self.layout.layers))
         for layer, (block, residents) in enumerate(zip(self.layout.blocks, self._residents, strict=True)):
             setattr(block, self.layout.experts_name, residents)
@@ -304,6 +307,7 @@ class SparseModel:
             expert_shapes=layout.expert_shapes,
             transposed=layout.transposed,
             projections=layout.projections,
+            stored_bytes=self._stored_bytes,
         )
 
     def _private(self, name: str, base: Tensor, weights: TaskWeights) -> Tensor:

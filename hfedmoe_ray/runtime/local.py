@@ -35,6 +35,7 @@ class LocalExecutor:
     """Runs tasks in client order in the calling thread (see `federation.executor.Executor`)."""
 
     runs_elsewhere = False
+    has_gpus = False
 
     def __init__(self, context: RunContext, *, worker_factory: WorkerFactory = client_worker) -> None:
         self._context = context

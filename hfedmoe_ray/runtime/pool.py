@@ -68,6 +68,7 @@ class RayExecutor:
         self._queue = Queue(self._runtime.scale_up_s)
         self._stranded = Stranded(self._runtime.scale_up_s)
         self.slots = tuple(Slot(number, spec, self._recipe) for number, spec in enumerate(specs))
+        self.has_gpus = any(slot.spec.resources.num_gpus for slot in self.slots)
         self._start_all()
         self._meters = NodeMeters()
 

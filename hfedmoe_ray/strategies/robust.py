@@ -5,7 +5,7 @@ and the shared parameters. A strategy's rules say who takes part and with what w
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import hypot
 from statistics import median
@@ -18,6 +18,17 @@ from hfedmoe_ray.strategies.robust_rules import Contribution, combined
 from hfedmoe_ray.types import Array, ClientUpdate, ExpertKey, ExpertPlan, FloatArray, Prototypes, Weights
 
 _Group = tuple[ExpertKey | None, tuple[str, ...]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Part:
+    """What a client has made of a group."""
+
+    tensors: Mapping[str, Array]
+    weight: FloatArray
+    """[] or [rows]."""
+    scale: float
+    """Of `Contribution`."""
 
 
 def change_norm(update: ClientUpdate, old: Weights) -> float:
@@ -58,10 +69,12 @@ class RobustReducer(Reducer):
     """Experts that too few clients have trained, once there is a result."""
     _waiting: list[tuple[ClientUpdate, ExpertPlan, float]] = field(default_factory=list)
     """Updates until the median of their norms is known, and their norms."""
-    _contributions: dict[_Group, list[tuple[Mapping[str, Array], FloatArray]]] = field(default_factory=dict)
+    _contributions: dict[_Group, list[_Part]] = field(default_factory=dict)
     _kept_share: dict[ExpertKey, float] = field(default_factory=dict)
     """How far an expert moves to what its contributors made of it, where the rule has an anchor."""
     _trainers: Counter[ExpertKey] = field(default_factory=Counter)
+    _scale: float = 1.0
+    """What the change of the update that is being folded was scaled down by."""
 
     def add(self, update: ClientUpdate, plan: ExpertPlan) -> frozenset[ExpertKey]:
         """See `Reducer.add`."""
@@ -69,8 +82,8 @@ class RobustReducer(Reducer):
             self._waiting.append((update, plan, change_norm(update, self.old)))
             return frozenset(key for key in plan.trainable if self.rules.experts(update, plan, key) > 0.0)
         if self.options.clip is not None:
-            update = self._clip(update, change_norm(update, self.old), self.options.clip)
-        return self._take(update, plan)
+            return self._take(update, plan, change_norm(update, self.old), self.options.clip)
+        return self._take(update, plan, 0.0, np.inf)
 
     def result(self) -> Weights:
         """See `Reducer.result`."""
@@ -78,7 +91,7 @@ class RobustReducer(Reducer):
             middle = median(norm for _, _, norm in self._waiting)
             most = min(self.options.clip or np.inf, (self.options.clip_median or np.inf) * middle)
             for update, plan, norm in self._waiting:
-                self._take(self._clip(update, norm, most), plan)
+                self._take(update, plan, norm, most)
             self._waiting = []
         few = self.options.min_contributors
         self.withheld = frozenset(key for key, count in self._trainers.items() if count < few)
@@ -89,7 +102,7 @@ class RobustReducer(Reducer):
         """See `Reducer.rows`."""
         averaged = dict(super().rows)
         for (owner, names), contributions in self._contributions.items():
-            weights = np.stack([weight for _, weight in contributions])
+            weights = np.stack([part.weight for part in contributions])
             if owner is None and weights.ndim == 2:
                 any_row: Array = np.any(weights > 0.0, axis=0)
                 averaged |= {name: any_row.copy() for name in names}
@@ -101,14 +114,13 @@ class RobustReducer(Reducer):
         """What a report says of it, once there is a result."""
         return {"clipped": float(self.clipped), "withheld": float(len(self.withheld))}
 
-    def _take(self, update: ClientUpdate, plan: ExpertPlan) -> frozenset[ExpertKey]:
-        mine = super().add(update, plan)
+    def _take(self, update: ClientUpdate, plan: ExpertPlan, norm: float, most: float) -> frozenset[ExpertKey]:
+        """Folds an update whose change has a norm, and must not have one above `most`."""
+        self.clipped += norm > most
+        self._scale = most / norm if norm > most else 1.0
+        mine = super().add(clipped(update, self.old, norm, most), plan)
         self._trainers.update(mine & update.experts.keys())
         return mine
-
-    def _clip(self, update: ClientUpdate, norm: float, most: float) -> ClientUpdate:
-        self.clipped += norm > most
-        return clipped(update, self.old, norm, most)
 
     def _hold_back(self) -> None:
         """See `Reducer._hold_back`: here by moving only part of the way."""
@@ -125,7 +137,8 @@ class RobustReducer(Reducer):
         weights = np.asarray(weight, dtype=np.float64)
         if tensors and (weights > 0.0).any():
             # Sorted: a parsed update has its tensors in any order.
-            self._contributions.setdefault((owner, tuple(sorted(tensors))), []).append((tensors, weights))
+            part = _Part(tensors=tensors, weight=weights, scale=self._scale)
+            self._contributions.setdefault((owner, tuple(sorted(tensors))), []).append(part)
 
     def _averaged(self, owner: ExpertKey | None, old: Mapping[str, Array]) -> dict[str, Array]:
         if owner in self.withheld:
@@ -144,16 +157,14 @@ class RobustReducer(Reducer):
         return values
 
     def _together(
-        self,
-        owner: ExpertKey | None,
-        published: Mapping[str, Array],
-        contributions: Iterable[tuple[Mapping[str, Array], FloatArray]],
+        self, owner: ExpertKey | None, published: Mapping[str, Array], contributions: Sequence[_Part]
     ) -> dict[str, Array]:
         """What a group's contributors made of it, together."""
-        contributions = list(contributions)
-        if contributions[0][1].ndim:
+        if contributions[0].weight.ndim:
             return {name: self._row_by_row(name, old, contributions) for name, old in published.items()}
-        every = [Contribution(tensors=tensors, weight=float(weight)) for tensors, weight in contributions]
+        every = [
+            Contribution(tensors=part.tensors, weight=float(part.weight), scale=part.scale) for part in contributions
+        ]
         new = combined(every, published, self.options)
         share = 1.0 if owner is None else self._kept_share.get(owner, 1.0)
         if share < 1.0:
@@ -161,15 +172,13 @@ class RobustReducer(Reducer):
                 new[name] = (old + share * _change(new[name], old)).astype(old.dtype)
         return new
 
-    def _row_by_row(
-        self, name: str, old: Array, contributions: Iterable[tuple[Mapping[str, Array], FloatArray]]
-    ) -> Array:
+    def _row_by_row(self, name: str, old: Array, contributions: Sequence[_Part]) -> Array:
         new = old.copy()
         for row in range(len(old)):
             every = [
-                Contribution(tensors={name: tensors[name][row]}, weight=float(weights[row]))
-                for tensors, weights in contributions
-                if weights[row] > 0.0
+                Contribution(tensors={name: part.tensors[name][row]}, weight=float(part.weight[row]), scale=part.scale)
+                for part in contributions
+                if part.weight[row] > 0.0
             ]
             if every:
                 new[row] = combined(every, {name: old[row]}, self.options)[name]
@@ -178,7 +187,7 @@ class RobustReducer(Reducer):
     def _weighed_by_row(self, name: str) -> bool:
         if (None, name) in self._means:
             return self._means[None, name].weight.ndim == 1
-        return any(weights.ndim == 1 for _, weights in self._contributions.get((None, (name,)), ()))
+        return any(part.weight.ndim == 1 for part in self._contributions.get((None, (name,)), ()))
 
     def _withheld_rows(self, name: str) -> list[int]:
         """Rows of a router that belong to experts which too few have trained."""
@@ -202,19 +211,21 @@ class RobustMeanOutputs(MeanOutputs):
                 self._kept.setdefault(key, []).append(Contribution(tensors={"mean": mean}, weight=float(tokens)))
 
     def result(self, old: Array | None) -> Array | None:
-        """See `MeanOutputs.result`."""
+        """See `MeanOutputs.result`; of what too few have measured, too, the old ones."""
         if old is None or not self._kept:
             return old
         means = old.copy()
         for key, contributions in self._kept.items():
-            means[key] = combined(contributions, {"mean": means[key]}, self._options)["mean"]
+            if len(contributions) >= self._options.min_contributors:
+                means[key] = combined(contributions, {"mean": means[key]}, self._options)["mean"]
         return means
 
 
 class RobustClassMeans(ClassMeans):
     """The task head of class prototypes, each class's mean feature by the same rule, clients weighing their examples.
 
-    As a plain sum one client that lies about its features decides the head that every round starts from.
+    As a plain sum one client that lies about its features decides the head that every round starts from. A class that
+    too few clients have counts as one that nobody has.
     """
 
     def __init__(self, options: Robust) -> None:
@@ -235,15 +246,18 @@ class RobustClassMeans(ClassMeans):
             for label in np.flatnonzero(self._counts > 0):
                 own = [(one.sums[label].astype(np.float64), float(one.counts[label])) for one in self._kept]
                 means = [Contribution(tensors={"mean": total / n}, weight=n) for total, n in own if n > 0]
-                self._sums[label] = combined(means, origin, self._options)["mean"] * self._counts[label]
+                if len(means) < self._options.min_contributors:
+                    self._sums[label] = self._counts[label] = 0.0
+                else:
+                    self._sums[label] = combined(means, origin, self._options)["mean"] * self._counts[label]
         return super().head(weight, bias)
 
 
 def mean_outputs(options: Robust) -> MeanOutputs:
     """What a round's mean outputs are folded by."""
-    return MeanOutputs() if options.rule == "mean" else RobustMeanOutputs(options)
+    return RobustMeanOutputs(options) if options.compares else MeanOutputs()
 
 
 def class_means(options: Robust) -> ClassMeans:
     """What clients' class prototypes are folded by."""
-    return ClassMeans() if options.rule == "mean" else RobustClassMeans(options)
+    return RobustClassMeans(options) if options.compares else ClassMeans()

@@ -7,15 +7,21 @@ others weigh whole vectors anew by the distances between them, for which their i
     median            of each number, half of the weight on either side (Yin et al., arXiv 1803.01498)
     trimmed_mean      of each number, without the weight of the f heaviest at either end (the same)
     krum              x_i with the least sum of squared distances to its n - f - 2 closest, f = `suspects`; of those
-                      that have the same the closest to all (Blanchard et al., NeurIPS 2017); weights are not asked
+                      that have the same the closest to all, then the shortest (Blanchard et al., NeurIPS 2017);
+                      weights are not asked
     multi_krum        the weighted mean of the n - f with the least such sums (the same; the weights are ours)
     geometric_median  argmin_z sum_i w_i |x_i - z|, by Weiszfeld's iteration, smoothed (RFA, arXiv 1912.13445)
+
+Where clients' data differ, so do honest changes, and what is in their middle is close to none of them. So before the
+rule each x_i gives way to the weighted mean of the n - f that are closest to it, itself among them (nearest-neighbour
+mixing, Allouah et al., arXiv 2302.01772; weights are ours). Who is close is asked of changes before they are clipped:
+one that was scaled down to the others' length no longer stands out by it.
 
 Of one contributor all give what it sent, of two the median and the geometric median something between them, and krum,
 which cannot tell two apart, the median (ours).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 
@@ -25,6 +31,7 @@ from hfedmoe_ray.config.robust import Robust
 from hfedmoe_ray.types import Array, FloatArray
 
 Tensors = Mapping[str, Array]
+Mixture = FloatArray | None
 _STEPS, _CLOSE = 100, 1e-10
 """Of Weiszfeld's iteration: at most, and the relative change of its weights at which it has arrived."""
 _SMOOTH = 1e-6
@@ -37,6 +44,8 @@ class Contribution:
 
     tensors: Tensors
     weight: float
+    scale: float = 1.0
+    """What its change was scaled down by. Distances, other than the geometric median's own, are those without it."""
 
 
 def combined(contributions: Sequence[Contribution], old: Tensors, options: Robust) -> dict[str, Array]:
@@ -49,14 +58,10 @@ def combined(contributions: Sequence[Contribution], old: Tensors, options: Robus
     """
     weights = np.array([one.weight for one in contributions])
     columns = {name: [one.tensors[name] for one in contributions] for name in old}
-    if options.rule == "trimmed_mean":
-        share = trimmed_share(weights, options.hostile)
-        if share < 0.5:
-            new = {name: trimmed_mean(np.stack(column), weights, share) for name, column in columns.items()}
-        else:
-            new = {name: median(np.stack(column), weights) for name, column in columns.items()}
-    elif options.rule == "median" or (options.rule == "krum" and len(weights) == 2):
-        new = {name: median(np.stack(column), weights) for name, column in columns.items()}
+    by_number = _by_number(weights, options)
+    if by_number is not None:
+        mixture = _mixture(contributions, old, weights, options)
+        new = {name: by_number(_mixed(np.stack(column), mixture)) for name, column in columns.items()}
     else:
         weights = _anew(contributions, old, weights, options)
         new = {name: _mean(column, weights) for name, column in columns.items()}
@@ -154,19 +159,83 @@ def weiszfeld(products: FloatArray, weights: FloatArray) -> FloatArray:
     return new
 
 
+def nearest(squared: FloatArray, weights: FloatArray, hostile: int) -> FloatArray:
+    """Returns the rows by which each of n vectors is mixed with its n - f closest, itself among them, [n, n].
+
+    Args:
+        squared: Squared distances, [n, n].
+        weights: Of the vectors in every mean, [n], positive.
+        hostile: f.
+    """
+    count = len(weights)
+    order = np.argsort(np.where(np.eye(count, dtype=bool), -1.0, squared), axis=1, kind="stable")
+    rows = np.zeros((count, count))
+    np.put_along_axis(rows, order[:, : count - hostile], 1.0, axis=1)
+    rows *= weights
+    shares: FloatArray = rows / rows.sum(axis=1, keepdims=True)
+    return shares
+
+
+# ------------------------------------------------------------------------------------------------------- put together
+
+
+def _by_number(weights: FloatArray, options: Robust) -> Callable[[Array], FloatArray] | None:
+    """The rule of [n, ...], if it is one that looks at every number by itself."""
+    if options.rule == "trimmed_mean":
+        share = trimmed_share(weights, options.hostile)
+        if share < 0.5:
+            return lambda values: trimmed_mean(values, weights, share)
+    elif options.rule != "median" and not (options.rule == "krum" and len(weights) == 2):
+        return None
+    return lambda values: median(values, weights)
+
+
+def _mixture(contributions: Sequence[Contribution], old: Tensors, weights: FloatArray, options: Robust) -> Mixture:
+    """How contributions are mixed before the rule; None: they are not, as where nobody is suspected."""
+    hostile = suspects(len(weights), options.hostile)
+    if not options.mix or hostile == 0:
+        return None
+    return nearest(_distances(_products(contributions, old, unclipped=True)), weights, hostile)
+
+
+def _mixed(values: Array, mixture: Mixture) -> Array:
+    """Contributions [n, ...] put together by the rows of a mixture."""
+    if mixture is None:
+        return values
+    # Not a matrix product, here and below: how many threads take one decides its last bits.
+    mixed: Array = np.einsum("ij,j...->i...", mixture, values.astype(np.float64), optimize=False)
+    return mixed
+
+
 def _anew(contributions: Sequence[Contribution], old: Tensors, weights: FloatArray, options: Robust) -> FloatArray:
-    """The weights that a rule gives whole vectors, summing to 1."""
-    if len(weights) == 1:
-        return np.ones(1)
-    products = _products(contributions, old)
+    """The weights that a rule gives whole contributions, summing to 1."""
+    if len(weights) == 1 or options.rule == "mean":
+        alone: FloatArray = weights / weights.sum()
+        return alone
+    mixture = _mixture(contributions, old, weights, options)
+    # Once they are mixed nobody's length is left to tell.
+    unclipped = mixture is None and options.rule != "geometric_median"
+    products = _products(contributions, old, unclipped=unclipped)
+    if mixture is not None:
+        products = np.einsum("ik,kl,jl->ij", mixture, products, mixture, optimize=False)
+        products = (products + products.T) / 2
+    shares = _of_vectors(products, weights, options)
+    if mixture is not None:
+        shares = np.einsum("i,ij->j", shares, mixture, optimize=False)
+    return shares
+
+
+def _of_vectors(products: FloatArray, weights: FloatArray, options: Robust) -> FloatArray:
+    """The weights that a rule gives vectors with these inner products, summing to 1."""
     if options.rule == "geometric_median":
         return weiszfeld(products, weights)
     hostile = suspects(len(weights), options.hostile)
-    own = np.diag(products)
-    squared = np.maximum(own[:, None] + own - 2 * products, 0.0)
-    scores = krum_scores(squared, hostile)
-    # Two that are each other's closest have the same score: which comes first must not depend on their numbers.
-    order = np.lexsort((squared.sum(axis=1), scores))
+    squared = _distances(products)
+    # Two that are each other's closest have the same score, and pairs of them, once mixed, the same sums but for
+    # rounding: which comes first must not depend on their numbers, so the shorter does, then the one that weighs less.
+    sums = squared.sum(axis=1)
+    sums = np.round(sums / (np.median(sums) or 1.0), 9)
+    order = np.lexsort((weights, np.diag(products), sums, krum_scores(squared, hostile)))
     kept = 1 if options.rule == "krum" else len(weights) - hostile
     chosen = np.zeros(len(weights))
     chosen[order[:kept]] = 1.0
@@ -176,14 +245,23 @@ def _anew(contributions: Sequence[Contribution], old: Tensors, weights: FloatArr
     return shares
 
 
-def _products(contributions: Sequence[Contribution], old: Tensors) -> FloatArray:
+def _distances(products: FloatArray) -> FloatArray:
+    """Squared distances, [n, n]."""
+    own = np.diag(products)
+    squared: FloatArray = np.maximum(own[:, None] + own - 2 * products, 0.0)
+    return squared
+
+
+def _products(contributions: Sequence[Contribution], old: Tensors, *, unclipped: bool) -> FloatArray:
     """Inner products of the contributors' changes, [n, n]."""
     total = np.zeros((len(contributions), len(contributions)))
     for name, published in old.items():
         start = published.astype(np.float64)
         changes = np.stack([(one.tensors[name] - start).ravel() for one in contributions])
-        # Not a matrix product: how many threads take one decides its last bits.
         total += np.einsum("ik,jk->ij", changes, changes, optimize=False)
+    if unclipped:
+        scales = np.array([one.scale for one in contributions])
+        total /= scales[:, None] * scales
     return total
 
 

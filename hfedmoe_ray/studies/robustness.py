@@ -49,8 +49,9 @@ _WITHIN = 0.03
 
 def measure(setting: Setting) -> Findings:
     """Accuracy and backdoor success of every defence under every attack."""
+    last = setting.experiment(setting.seeds[0]).rounds  # rounds between are of no interest here
     variants = {
-        f"{defence}; {attack}": [*against, *hostile, "evaluate.own=never"]
+        f"{defence}; {attack}": [*against, *hostile, "evaluate.own=never", f"evaluate.every={last}"]
         for defence, against in DEFENCES.items()
         for attack, hostile in ATTACKS.items()
     }
@@ -64,10 +65,17 @@ def measure(setting: Setting) -> Findings:
     }
     clean = accuracy[PLAIN][NONE]
     lost = {defence: by_seed(by[FLIP], clean) for defence, by in accuracy.items()}
+    price = {defence: by_seed(by[NONE], clean) for defence, by in accuracy.items()}
     holding = [defence for defence in DEFENCES if defence != PLAIN and lost[defence].mean >= -_WITHIN]
     shut = min((defence for defence in DEFENCES), key=lambda defence: opened[defence].mean)
     return Findings(
-        numbers={"accuracy": accuracy, "backdoor_success": opened, "lost_to_sign_flip": lost, "share": SHARE},
+        numbers={
+            "accuracy": accuracy,
+            "backdoor_success": opened,
+            "lost_to_sign_flip": lost,
+            "price": price,
+            "share": SHARE,
+        },
         headline=(
             f"With {percent(SHARE, 0)} sign-flipping clients the mean ends at {percent(accuracy[PLAIN][FLIP].mean)} "
             f"instead of {percent(clean.mean)}; of {len(DEFENCES) - 1} defences {len(holding)} stay within "
@@ -89,12 +97,25 @@ def measure(setting: Setting) -> Findings:
         tables=[
             Table(
                 title="By defence",
-                headings=["Defence", *(f"*Accuracy, {attack}" for attack in ATTACKS), "*Backdoor success"],
+                headings=[
+                    "Defence",
+                    *(f"*Accuracy, {attack}" for attack in ATTACKS),
+                    "*Backdoor success",
+                    "*Price without attack",
+                    "*Lost to sign flip",
+                ],
                 rows=[
-                    [name, *(interval(accuracy[name][attack]) for attack in ATTACKS), interval(opened[name])]
+                    [
+                        name,
+                        *(interval(accuracy[name][attack]) for attack in ATTACKS),
+                        interval(opened[name]),
+                        _points(price[name]),
+                        _points(lost[name]),
+                    ]
                     for name in DEFENCES
                 ],
-                note=f"Mean ± half of the 95 % interval over seeds ({len(setting.seeds)}), after the last round.",
+                note=f"Mean ± half of the 95 % interval over seeds ({len(setting.seeds)}), after the last round. The "
+                "last two columns are differences from the mean without an attack, seed by seed, in points.",
             )
         ],
     )
@@ -102,6 +123,11 @@ def measure(setting: Setting) -> Findings:
 
 def _accuracy(runs: Sequence[RunRecord]) -> Mean:
     return mean_of([float(run.summary["accuracy"]) for run in runs])
+
+
+def _points(difference: Mean) -> str:
+    half = 100 * (difference.high - difference.mean)
+    return f"{100 * difference.mean:+.1f}" + (f" ± {half:.1f}" if len(difference.values) > 1 else "")
 
 
 def _figure(caption: str, rows: Mapping[str, Mapping[str, float]]) -> Figure:
@@ -114,8 +140,7 @@ STUDY = Study(
     name="robustness",
     title="Hostile clients and robust rules",
     shows="accuracy and backdoor success under attack, by robust rule",
-    cost="42 runs of the quickstart",
+    cost="63 runs of the quickstart",
     config="quickstart.yaml",
     measure=measure,
-    seeds=(0, 1),
 )

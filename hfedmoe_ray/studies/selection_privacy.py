@@ -78,8 +78,9 @@ def measure(setting: Setting) -> Findings:
             if options is None or options.how == "usage":
                 vectors.setdefault(name, []).append(success(found, partial(views.vector, options)))
             plans.setdefault(name, []).append(success(found, partial(views.plan, options)))
-        for least in CONTRIBUTORS:
-            plans.setdefault(_contributors(least), []).append(views.among_contributors(found, least))
+            if options is None:
+                for least in CONTRIBUTORS:
+                    plans.setdefault(_contributors(least), []).append(views.among_contributors(found, least))
     attacked = {
         name: Attacked(
             vector=mean_of(vectors[name]) if name in vectors else None,
@@ -92,7 +93,7 @@ def measure(setting: Setting) -> Findings:
 
 
 def _contributors(least: int) -> str:
-    return f"{least} contributors"
+    return f"k-contributors, k = {least}"
 
 
 class Views:
@@ -176,7 +177,8 @@ def _overrides(how: str, epsilon: float) -> list[str]:
 def _findings(setting: Setting, attacked: Mapping[str, Attacked], guess: Mean) -> Findings:
     open_ = attacked[NOTHING]
     assert open_.vector is not None
-    clients = setting.experiment(setting.seeds[0]).clients
+    experiment = setting.experiment(setting.seeds[0])
+    clients, rounds = experiment.clients, experiment.rounds
     private = {name: one for name, one in attacked.items() if name.startswith("response")}
     words = "; ".join(f"{name}: {percent(one.plan.mean)}" for name, one in private.items())
     return Findings(
@@ -190,9 +192,10 @@ def _findings(setting: Setting, attacked: Mapping[str, Attacked], guess: Mean) -
             f"From experts held by randomised response over sets: {words}. Usage and choices are those of the "
             f"model before training; {clients.count} clients and {SHADOWS} shadow clients a seed, which the attacker "
             "deals from the global test split as the clients were dealt, and puts through the same defence. Epsilon is "
-            "that of a client's one answer, whatever its data were. k contributors hides experts that fewer than k of "
-            "a round's cohort hold, if the server itself is kept from seeing them; no run was made with it here. The "
-            "attack does not look at the trained weights, which tell more: see the page on privacy."
+            "that of a client's one answer, whatever its data were. k-contributors hides experts that fewer than k of "
+            "a round's cohort hold, if the server itself is kept from seeing them; its runs leave experts unchanged "
+            f"that fewer than k have trained. Accuracy is that after {rounds} rounds. The attack does not look at the "
+            "trained weights, which tell more: see the page on privacy."
         ),
         figures=[
             _figure(

@@ -53,11 +53,12 @@ class Bullet:
     used: float
 
 
-def line_chart(series: Sequence[Series], *, label: str, write: Write, over: str = "round") -> str:
+def line_chart(series: Sequence[Series], *, label: str, write: Write, over: str = "round", counts: bool = False) -> str:
     """Lines over rounds, each ending in its last value. Later lines are dashed, so that colour is not needed.
 
     The value axis starts at zero where the data come near it, and at the data where they do not. `over` names what the
-    lines are over, where that is not rounds. Of a long line some of the points are drawn.
+    lines are over, where that is not rounds; `counts`, that values are whole numbers. Of a long line some of the points
+    are drawn.
     """
     height, left, top, bottom = 230.0, 46.0, 12.0, 194.0
     right = _WIDE - 14 - 1.2 * LETTER * max(len(write(one.points[-1][1])) for one in series)
@@ -65,7 +66,9 @@ def line_chart(series: Sequence[Series], *, label: str, write: Write, over: str 
     last = max(x for x, _ in points)
     first = min(x for x, _ in points) if over == "round" else 0.0  # what rounds cost begins with nothing
     low, high = min(y for _, y in points), max(y for _, y in points)
-    marks = ticks(0.0 if 0 <= low < 0.4 * high else low, high)
+    if counts:
+        low, high = 0.0, max(high, 1.0)
+    marks = ticks(0.0 if 0 <= low < 0.4 * high else low, high, least=float(counts))
 
     def across(x: float) -> float:
         return left + (right - left) * ((x - first) / (last - first) if last > first else 0.5)

@@ -19,7 +19,7 @@ from rich.text import Text
 from hfedmoe_ray.records import ClientRecord, RoundReport
 from hfedmoe_ray.tracking.attacked import attacked
 from hfedmoe_ray.tracking.benchmarks import change
-from hfedmoe_ray.tracking.formatting import MISSING, decimal, duration, percent, plural, points, short, size
+from hfedmoe_ray.tracking.formatting import MISSING, against, decimal, duration, percent, plural, points, short, size
 from hfedmoe_ray.tracking.progress import Pace, Progress, tier_colour
 from hfedmoe_ray.tracking.record import round_report
 from hfedmoe_ray.tracking.tiers import by_tier, mean
@@ -282,6 +282,7 @@ class ConsoleRenderer:
             lines.append(("attack", words))
         for name, moments in (summary.get("benchmarks") or {}).items():
             lines.append((name, change(moments["before"], moments["after"])))
+        lines += _peaks(summary.get("memory") or {})
         spent = summary.get("privacy") or {}
         if "example_epsilon" in spent:
             words = f"epsilon {spent['example_epsilon']:.3g} at delta {spent['example_delta']:g} for one example"
@@ -300,6 +301,16 @@ class ConsoleRenderer:
         files = sorted(path.name for path in self._run_dir.iterdir()) if self._run_dir.is_dir() else []
         lines.append(("files", f"{self._run_dir}: {', '.join(files)}" if files else str(self._run_dir)))
         return lines
+
+
+def _peaks(memory: Mapping[str, Mapping[str, float | None]]) -> list[tuple[str, str]]:
+    """The tiers' largest peaks beside what was predicted of them; no line where nothing was."""
+    told = []
+    for tier, one in memory.items():
+        seen, predicted = one["seen_mib"], one["predicted_mib"]
+        if seen and predicted:
+            told.append(f"{tier} {size(seen * 2**20)}, predicted {against(predicted * 2**20, seen * 2**20)}")
+    return [("memory", f"at most: {'; '.join(told)}")] if told else []
 
 
 def _mib(count: int) -> str:

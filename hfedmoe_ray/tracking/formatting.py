@@ -34,6 +34,14 @@ def size(count: float) -> str:
     return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
 
 
+def against(predicted: float | None, seen: float) -> str:
+    """Bytes that were predicted, and by how much they are more than those seen: "1.4 GiB (+10 %)"."""
+    if predicted is None or not seen:
+        return MISSING
+    off = round(100 * (predicted / seen - 1))
+    return f"{size(predicted)} ({'−' if off < 0 else '+'}{abs(off)} %)"
+
+
 def duration(seconds: float) -> str:
     """Seconds as a person says them: "4.2 s", "3 min 05 s", "2 h 10 min"."""
     if seconds < 59.95:

@@ -53,6 +53,8 @@ class RunRecord:
     """Training examples by [client][class]; empty when unknown."""
     hostile: tuple[int, ...]
     """Clients of a simulated attack."""
+    predicted_mib: Mapping[str, float]
+    """What a client of each tier was predicted to need of memory; empty where that cannot be compared."""
     shape: Mapping[str, Any]
     versions: Mapping[str, str]
     ended: str
@@ -115,6 +117,7 @@ def read_run(run_dir: Path) -> RunRecord:
         labels=tuple(map(str, facts.get("labels") or ())),
         partition=tuple(tuple(row) for row in facts.get("partition") or ()),
         hostile=tuple(facts.get("hostile") or ()),
+        predicted_mib=facts.get("predicted_mib") or {},
         shape=facts.get("shape") or {},
         versions=facts.get("versions") or {},
         ended=str(lines[-1]["time"]) if lines else "",

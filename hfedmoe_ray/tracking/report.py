@@ -22,6 +22,7 @@ from hfedmoe_ray.tracking.sections.learning import learning
 from hfedmoe_ray.tracking.sections.partition import partition
 from hfedmoe_ray.tracking.sections.pieces import trained_experts
 from hfedmoe_ray.tracking.sections.privacy import privacy
+from hfedmoe_ray.tracking.sections.robust import robust
 from hfedmoe_ray.tracking.sections.rounds import configuration, rounds
 from hfedmoe_ray.tracking.sections.time_spent import time_spent
 from hfedmoe_ray.tracking.troubles import troubles
@@ -54,6 +55,7 @@ def render(run: RunRecord) -> str:
     parts = (
         learning,
         attack,
+        robust,
         privacy,
         partition,
         selection,

@@ -82,13 +82,14 @@ def step(value: float, peak: float) -> int:
     return min(STEPS, max(1, math.ceil(STEPS * value / peak)))
 
 
-def ticks(low: float, high: float, about: int = 5) -> list[float]:
-    """Round numbers, about so many, that enclose low..high."""
+def ticks(low: float, high: float, about: int = 5, *, least: float = 0.0) -> list[float]:
+    """Round numbers, about so many and at least so far from each other, that enclose low..high."""
     if high <= low:
         low, high = low - (abs(low) or 1) * 0.1, high + (abs(high) or 1) * 0.1
     rough = (high - low) / about
     power = 10.0 ** math.floor(math.log10(rough))
     stride = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough * (1 - 1e-9))
+    stride = max(stride, least)
     first, last = math.floor(low / stride + 1e-9), math.ceil(high / stride - 1e-9)
     return [round(count * stride, 12) for count in range(first, last + 1)]
 

@@ -19,6 +19,8 @@ from hfedmoe_ray.calibration import Calibration, Cost
 from hfedmoe_ray.config.schema import Experiment, Tier
 from hfedmoe_ray.config.strategies import ActiveExperts, Placement
 from hfedmoe_ray.context import RunContext
+from hfedmoe_ray.data.dataset import FederatedDataset
+from hfedmoe_ray.data.lengths import Lengths
 from hfedmoe_ray.train.environment import inherited
 from hfedmoe_ray.types import AbsentMode, ClientTask, ExpertPlan, ModelShape, Role, TaskKind, TaskWeights
 from hfedmoe_ray.wire import parse_metrics
@@ -54,7 +56,7 @@ def calibrate(context: RunContext, *, gpu: bool) -> None:
     for tier in kinds.values():
         with inherited(), ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh:
             points = fresh.submit(measure, context, tier).result()
-        calibration.write(experiment, tier, shape, fit(points), gpu=gpu)
+        calibration.write(experiment, tier, shape, fit(points, tokens_measured(context, tier)), gpu=gpu)
 
 
 def measure(context: RunContext, tier: Tier) -> list[Point]:
@@ -145,8 +147,17 @@ def train_once(context: RunContext, tier: Tier, steps: int) -> float:
     return peak - published / MIB
 
 
-def fit(points: Sequence[Point]) -> Calibration:
-    """The numbers, none of them negative, that explain the points best."""
+def tokens_measured(context: RunContext, tier: Tier) -> float:
+    """Returns the tokens that an example had in the largest batch that `measure` saw, padding included."""
+    split = FederatedDataset(context.data, context.experiment.data).train(_client(context, tier))
+    examples = _examples(context.experiment, tier)[-1]
+    steps = min(context.experiment.local.steps, _STEPS)
+    tokens, _ = Lengths(texts=np.asarray(split.lengths)).batch(examples, steps)
+    return tokens / examples
+
+
+def fit(points: Sequence[Point], tokens: float) -> Calibration:
+    """The numbers, none of them negative, that explain the points best; `tokens` is `tokens_measured`."""
     rows = np.array([(1, one.resident, one.examples, one.examples * one.share) for one in points], float)
     unit = np.abs(rows).max(axis=0)
 
@@ -155,7 +166,7 @@ def fit(points: Sequence[Point]) -> Calibration:
         fixed, expert, example, routed = map(float, numbers / unit)
         return Cost(fixed=fixed, expert=expert, example=example, routed=routed)
 
-    return Calibration(peak=cost([one.peak for one in points]), step=cost([one.step for one in points]))
+    return Calibration(peak=cost([one.peak for one in points]), step=cost([one.step for one in points]), tokens=tokens)
 
 
 def _client(context: RunContext, tier: Tier) -> int:

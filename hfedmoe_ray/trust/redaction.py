@@ -28,9 +28,10 @@ class Redacted:
         self._tracker = tracker
 
     def start(self, config: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
-        """Without how many examples each client has, and of which classes."""
+        """Without how many examples each client has, of which classes, and what follows from how long they are."""
         clients = [{**client, "samples": 0} for client in facts["clients"]]
-        self._tracker.start(config, {**facts, "clients": clients, "partition": [], "cut": 0})
+        told = {**facts, "clients": clients, "partition": [], "cut": 0, "predicted_mib": {}}
+        self._tracker.start(config, told)
 
     def event(self, name: str, fields: Mapping[str, Any]) -> None:
         """Unless it is of a client, or tells how many take part."""
@@ -42,8 +43,8 @@ class Redacted:
         self._tracker.round(redacted(report))
 
     def finish(self, summary: Mapping[str, Any]) -> None:
-        """As it is."""
-        self._tracker.finish(summary)
+        """Without the tiers' memory, which follows from how long texts are."""
+        self._tracker.finish({**summary, "memory": {}})
 
 
 def redacted(report: RoundReport) -> RoundReport:

@@ -7,6 +7,7 @@ and once through the harness's own model class. The answers to GSM8K it writes, 
 `pip install lm-eval` and the packages of configs/smollm2_upcycled.yaml.
 """
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from hfedmoe_ray.config.evaluation import Benchmark
 from hfedmoe_ray.data.batches import Batch
 from hfedmoe_ray.data.choices import Choices, Questions, read_questions, tokenize_questions
 from hfedmoe_ray.data.dataset import Split
-from hfedmoe_ray.data.exercises import Prompts, is_right, read_exercises, tokenize_exercises
+from hfedmoe_ray.data.exercises import Prompts, is_right, read_exercises, tokenize_exercises, until_stopped
 from hfedmoe_ray.moe.quiet import quiet_transformers
 from hfedmoe_ray.moe.sources import resolve
 from hfedmoe_ray.train.likelihood import likelihoods, right_answers
@@ -70,11 +71,37 @@ def theirs(harness: Any, questions: Questions) -> FloatArray:
     return np.array([likelihood for likelihood, _ in harness.loglikelihood(asked, disable_tqdm=True)])
 
 
-def written_alike(model: Any, tokenizer: Any, harness: Any, file: Path, items: int) -> tuple[int, int, int, int]:
-    """Items of GSM8K, those judged alike, and those right here and by the harness."""
-    from lm_eval.api.instance import Instance
+def judged(texts: Sequence[str], raw: Sequence[str]) -> list[bool]:
+    """What the harness thinks of written texts, beside GSM8K's own answers."""
     from lm_eval.api.metrics import exact_match_fn
     from lm_eval.filters.extraction import RegexFilter
+
+    found = RegexFilter(regex_pattern=GSM8K["extract"]).apply([[text] for text in texts], [{}] * len(texts))
+    rules: dict[str, Any] = {"ignore_case": True, "regexes_to_ignore": [",", r"\$", "(?s).*#### ", r"\.$"]}
+    answered = zip(found, raw, strict=True)
+    scores = [exact_match_fn(predictions=[one], references=[answer], **rules) for (one,), answer in answered]
+    return [bool(score["exact_match"]) for score in scores]
+
+
+def judged_alike(file: Path, items: int) -> dict[str, int]:
+    """Of GSM8K's worked solutions, each given as an answer to its own item and to the next one: those judged alike.
+
+    A small model is hardly ever right, so what it writes would not tell whether the right answers are found.
+    """
+    benchmark = Benchmark(name="gsm8k", source=str(file), examples=items, **GSM8K)
+    answers = read_exercises(benchmark).answers
+    raw = read_exercises(benchmark.model_copy(update={"prompt": "answer"})).prompts
+    alike = right = 0
+    for given in (raw, [*raw[-1:], *raw[:-1]]):
+        ours = [is_right(text, answer, benchmark) for text, answer in zip(given, answers, strict=True)]
+        alike += sum(one == other for one, other in zip(ours, judged(given, raw), strict=True))
+        right += sum(ours)
+    return {"given": 2 * items, "given_judged_alike": alike, "given_right": right}
+
+
+def written_alike(model: Any, tokenizer: Any, harness: Any, file: Path, items: int) -> dict[str, int]:
+    """Of items of GSM8K: those to which the same is written, those judged alike, and those right on either side."""
+    from lm_eval.api.instance import Instance
 
     benchmark = Benchmark(name="gsm8k", source=str(file), examples=items, **GSM8K)
     exercises = read_exercises(benchmark)
@@ -82,27 +109,26 @@ def written_alike(model: Any, tokenizer: Any, harness: Any, file: Path, items: i
     made = tokenize_exercises(tokenizer, exercises, MOST_TOKENS)
     rows = Split(input_ids=made["input_ids"], lengths=made["lengths"], labels=np.arange(items), key="gsm8k")
     asked = Prompts(rows=rows, answers=exercises.answers)
-    ours = np.zeros(items, dtype=bool)
+    ours = [""] * items
     with torch.inference_mode():
         for row, text, _ in written(model, tokenizer, asked, benchmark, size=BATCH, poll=lambda: None):
-            ours[row] = is_right(text, exercises.answers[row], benchmark)
+            ours[row] = until_stopped(text, benchmark)
     stops = {"until": [*benchmark.until], "do_sample": False, "max_gen_toks": benchmark.max_tokens}
     requests = [
         Instance(request_type="generate_until", doc={}, arguments=(prompt, dict(stops)), idx=number)
         for number, prompt in enumerate(exercises.prompts)
     ]
-    texts = [[text] for text in harness.generate_until(requests, disable_tqdm=True)]
-    found = RegexFilter(regex_pattern=GSM8K["extract"]).apply(texts, [{}] * items)
-    ignored = [",", r"\$", "(?s).*#### ", r"\.$"]
-    theirs = [
-        bool(
-            exact_match_fn(predictions=[one], references=[answer], ignore_case=True, regexes_to_ignore=ignored)[
-                "exact_match"
-            ]
-        )
-        for (one,), answer in zip(found, raw, strict=True)
-    ]
-    return items, int((ours == np.array(theirs)).sum()), int(ours.sum()), sum(theirs)
+    theirs = harness.generate_until(requests, disable_tqdm=True)
+
+    right = [is_right(one, answer, benchmark) for one, answer in zip(ours, asked.answers, strict=True)]
+    rights = judged(theirs, raw)
+    return {
+        "items": items,
+        "same_texts": sum(one.strip() == other.strip() for one, other in zip(ours, theirs, strict=True)),
+        "judged_alike": sum(one == other for one, other in zip(right, rights, strict=True)),
+        "right": sum(right),
+        "harness_right": sum(rights),
+    }
 
 
 @click.command()
@@ -154,10 +180,15 @@ def main(json_file: Path | None, items: int, gsm8k: Path | None, answers: int, *
         told = f"{same} of {len(choices)}, accuracy {accuracies[0]:.3f} and {accuracies[1]:.3f}"
         rows.append(Row(what=f"{name}: the same choice", measured=told, bar="all", ok=same == len(choices)))
     if gsm8k is not None:
-        count, alike, right, rights = written_alike(model, tokenizer, harness, gsm8k, answers)
-        figures["gsm8k"] = {"items": count, "judged_alike": alike, "right": right, "harness_right": rights}
-        told = f"{alike} of {count}, right {right} and {rights}"
-        rows.append(Row(what="gsm8k: judged alike", measured=told, bar="all", ok=alike == count))
+        found = judged_alike(gsm8k, items) | written_alike(model, tokenizer, harness, gsm8k, answers)
+        figures["gsm8k"] = found
+        for what, key, count in (
+            ("the same text", "same_texts", "items"),
+            ("judged alike", "judged_alike", "items"),
+            ("solutions judged alike", "given_judged_alike", "given"),
+        ):
+            told = f"{found[key]} of {found[count]}"
+            rows.append(Row(what=f"gsm8k: {what}", measured=told, bar="all", ok=found[key] == found[count]))
     publish("Scores against lm-evaluation-harness", figures, rows, json_file)
 
 

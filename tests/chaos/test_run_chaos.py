@@ -91,6 +91,7 @@ def test_ctrl_c_stops_after_a_checkpoint_and_another_backend_can_resume(tmp_path
     assert "stopping after this round" in rest
     stopped = json.loads((tmp_path / "quickstart" / "summary.json").read_text())
     assert stopped["status"] == "stopped"
+    assert f"report: {tmp_path / 'quickstart' / 'report.html'}" in rest
     assert [round for round, accuracy, _ in measured(tmp_path / "quickstart") if accuracy is not None] == list(
         range(stopped["rounds"] + 1)
     )

@@ -1,5 +1,6 @@
 """What only a GPU can show: the CPU's results on it, and a client's share of its memory as a hard limit."""
 
+import importlib.util
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -8,13 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from moe_models import batch, plan, prepare, save_bert, save_mixtral, task_weights
+from moe_models import TEXTS, batch, model_section, plan, prepare, save_bert, save_family, save_mixtral, task_weights
 from ranked_clients import alone, pair
 from tiny_federation import experiment, write_sources
 from torch.nn.functional import cross_entropy
 
+from hfedmoe_ray.config.lora import Lora
 from hfedmoe_ray.config.schema import LocalTraining, Tier
-from hfedmoe_ray.moe.prepare import initial_weights
+from hfedmoe_ray.moe import adapters
+from hfedmoe_ray.moe.prepare import initial_weights, prepare_model
 from hfedmoe_ray.moe.sharing import alias, export, read_frozen
 from hfedmoe_ray.moe.subset import SparseModel
 from hfedmoe_ray.prepare import prepare_run
@@ -25,6 +28,7 @@ from hfedmoe_ray.types import ClientTask, TaskWeights
 from hfedmoe_ray.wire import unpack_update
 
 pytestmark = pytest.mark.gpu
+BITSANDBYTES = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="no bitsandbytes")
 PLAN = plan("TF.T..", ".TF.T.")
 
 
@@ -47,9 +51,13 @@ def trained(prepared, device: str) -> tuple[torch.Tensor, dict[str, torch.Tensor
     return first.detach().cpu(), {name: torch.from_numpy(array) for name, array in model.read_expert(key).items()}
 
 
-def test_training_on_the_gpu_is_training_on_the_cpu_within_rounding(tmp_path: Path):
+def test_training_on_the_gpu_is_training_on_the_cpu_within_rounding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The latter in a process that sees no GPU, as a CPU client's does not: DeepSpeed would move the model to it."""
     prepared = prepare(save_bert(tmp_path / "bert"), tmp_path / "cache")
-    (cpu_loss, cpu), (gpu_loss, gpu) = trained(prepared, "cpu"), trained(prepared, "cuda")
+    gpu_loss, gpu = trained(prepared, "cuda")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as hidden:
+        cpu_loss, cpu = hidden.submit(trained, prepared, "cpu").result()
     torch.testing.assert_close(gpu_loss, cpu_loss, rtol=1e-4, atol=1e-5)
     for name, expected in cpu.items():
         torch.testing.assert_close(gpu[name], expected, rtol=1e-3, atol=1e-3)
@@ -107,6 +115,45 @@ def test_clients_of_a_gpu_share_one_frozen_base(tmp_path: Path):
             allocated, total = one.result()
             assert total == expected
             assert allocated < size / 2, "the client has a copy of the base"
+
+
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v2", "gpt_oss"])
+@pytest.mark.parametrize("form", ["exact", "int8", pytest.param("nf4", marks=BITSANDBYTES)])
+def test_experts_computed_together_are_those_computed_one_by_one(
+    tmp_path: Path, family: str, form: str, monkeypatch: pytest.MonkeyPatch
+):
+    """In bf16, in which alone they are computed together; the same experts held by another process too."""
+    inner = {"moe_intermediate_size": 96} if family == "deepseek_v2" else {"intermediate_size": 96}
+    source = save_family(family, tmp_path / "source", hidden_size=64, **inner)
+    lora = Lora(rank=8, base=form)
+    prepared = prepare_model(model_section(source, lora=lora.model_dump()), 5, 0, TEXTS, tmp_path / "cache")
+    weights = initial_weights(prepared, "experts", lora)
+    rng = np.random.default_rng(3)
+    for arrays in weights.experts.values():
+        arrays.update({n: a + 0.1 * rng.standard_normal(a.shape).astype(np.float32) for n, a in arrays.items()})
+    task = TaskWeights(shared=weights.shared, experts=weights.experts, means=weights.means)
+    ids, mask = (tensor.to("cuda") for tensor in batch())
+    labels = torch.arange(len(ids), device="cuda") % 5
+
+    def trained_with(frozen: dict[str, torch.Tensor] | None) -> tuple[torch.Tensor, dict[str, torch.Tensor], bool]:
+        model = SparseModel(prepared.path, "cuda", lora=lora, frozen=frozen)
+        model.bind(plan("TFTF.T", "FTTTTF"), task, "experts")
+        with torch.autocast("cuda", torch.bfloat16):
+            logits = model.forward(ids, mask)
+        cross_entropy(logits.float(), labels).backward()
+        named = [(k, n, p.grad) for k, of_one in model.expert_parameters.items() for n, p in of_one.items()]
+        gradients = {f"{key} {name}": grad for key, name, grad in named if grad is not None and grad.any()}
+        return logits.detach(), gradients, all(one._grouped is not None for one in model._residents)
+
+    together = [trained_with(frozen) for frozen in (None, read_frozen(prepared.path, lora, torch.device("cuda")))]
+    monkeypatch.setattr(adapters, "groups_on", lambda _: False)
+    logits, gradients, grouped = trained_with(None)
+    assert not grouped and all(was for _, _, was in together)
+    for found, grads, _ in together:
+        assert float((found - logits).norm() / logits.norm()) < 0.03
+        assert grads.keys() == gradients.keys()
+        apart = [float((grads[name] - one).norm() / one.norm()) for name, one in gradients.items()]
+        assert float(np.median(apart)) < 0.05
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")

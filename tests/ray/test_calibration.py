@@ -68,7 +68,7 @@ def test_four_points_give_the_four_numbers():
         for r in (3, 24)
         for n in (8, 16)
     ]
-    found = fit(points)
+    found = fit(points, 64)
     assert found.peak.of(40, 40 / 48, 32) == pytest.approx(peak(40, 40 / 48, 32))
     assert found.step.of(40, 40 / 48, 32) == pytest.approx(peak(40, 40 / 48, 32) / 1e9)
 
@@ -77,5 +77,5 @@ def test_noise_makes_no_number_negative():
     points = [
         Point(resident=r, share=r / 48, examples=n, peak=1e8 - 1e6 * r, step=1.0) for r in (3, 24) for n in (8, 16)
     ]
-    found = fit(points).peak
+    found = fit(points, 64).peak
     assert min(found.fixed, found.expert, found.example, found.routed) >= 0

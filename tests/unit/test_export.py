@@ -4,14 +4,13 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
-from hub_server import TOKEN, Hub, running_hub
+from hub_server import Hub
 from huggingface_hub import constants
 from moe_models import save_mixtral
 from peft import PeftModel
@@ -108,19 +107,6 @@ def finished(config: Path) -> Path:
     """A run's directory."""
     assert main(["run", str(config), "name=finished"]) == 0
     return config.parent / "finished"
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """A hub on this machine, as HF_ENDPOINT and HF_TOKEN name one; nothing of the user's own hub is read."""
-    with running_hub() as server:
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
-        # Its own way of uploading needs a second service; without it large files go by Git LFS.
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
-        yield server
 
 
 def test_what_is_pushed_is_private_and_comes_back_at_its_commit(

@@ -46,7 +46,7 @@ def state(round=3, personal=True):
         bytes_up=12,
         bytes_down=13,
         seconds=1.5,
-        peak_client_mib=100.0,
+        peaks_mib={"phone": 100.0},
         unmeasured=round_report(3),
     )
 

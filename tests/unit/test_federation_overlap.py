@@ -72,9 +72,8 @@ def whole(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict
 
 def same(summary: dict[str, Any], expected: dict[str, Any]) -> bool:
     """Whether two runs came to the same."""
-    return all(
-        summary[key] == value for key, value in expected.items() if key not in ("wall_seconds", "peak_client_mib")
-    )
+    seen = ("wall_seconds", "peak_client_mib", "memory")
+    return all(summary[key] == value for key, value in expected.items() if key not in seen)
 
 
 @pytest.mark.parametrize("overlap", [True, False])
@@ -83,6 +82,11 @@ def test_the_same_is_told_in_the_same_order(sources: Path, tmp_path: Path, whole
     _, summary, recorder = run(made(sources, evaluate=evaluate), tmp_path / "run", where=Elsewhere)
     assert same(summary, whole[0])
     assert told(recorder.rounds) == whole[1]
+    memory = {tier: (one["predicted_mib"], one["seen_mib"] > 0) for tier, one in summary["memory"].items()}
+    assert memory == {tier: (predicted, True) for tier, predicted in recorder.facts["predicted_mib"].items()}
+    assert memory.keys() == {"phone", "server"}
+    alone = [one["predicted_mib"] for one in whole[0]["memory"].values()]
+    assert alone == [None, None], "nothing was predicted of a process that is the server's too"
     evaluating = [f for name, f in recorder.events if name == "task_started" and f["kind"] == "evaluate"]
     assert [one["round"] for one in evaluating] == sorted(one["round"] for one in evaluating)
     first_training = recorder.events.index(("round_started", {"round": 2, "cohort": 4}))

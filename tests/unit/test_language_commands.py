@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hub_server import Hub
 from moe_models import WORDS, save_tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -51,6 +52,28 @@ def test_an_upcycled_model_needs_nothing_but_transformers(llama: Path, tmp_path:
     split = ["--how", "split", "--experts", "4", "--calibrate", str(texts), "--text", "said"]
     assert main(["upcycle", str(llama), *split, "--out", str(tmp_path / "split")]) == 0
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "split").config.intermediate_size == 8
+
+
+def test_a_model_of_the_hub_is_upcycled_at_the_revision_that_is_named(
+    hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    commits = []
+    for number in (1, 2):
+        directory = save_llama(tmp_path / str(number), initializer_range=0.1 * number)
+        commits.append(hub.commit("someone/llama", {one.name: one.read_bytes() for one in directory.iterdir()}))
+    for number, revision in enumerate([["--revision", commits[0]], []]):
+        out = tmp_path / f"moe-{number}"
+        assert main(["upcycle", "someone/llama", *revision, "--experts", "2", "--noise", "0", "--out", str(out)]) == 0
+        assert f"of someone/llama at commit {commits[number]}" in capsys.readouterr().out
+        dense, moe = (
+            AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+            for path in (tmp_path / str(number + 1), out)
+        )
+        ids = torch.arange(3, 13)[None]
+        with torch.no_grad():
+            torch.testing.assert_close(moe(ids).logits, dense(ids).logits, rtol=1e-4, atol=1e-5)
+    here = str(tmp_path / "1")
+    assert main(["upcycle", here, "--revision", "main", "--out", str(tmp_path / "moe")]) == ModelError.exit_code
 
 
 def test_experts_that_learned_a_domain_each_serve_it_better_together(tmp_path: Path) -> None:

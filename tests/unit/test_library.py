@@ -3,7 +3,7 @@
 import json
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from tiny_federation import experiment
 from hfedmoe_ray import Experiment, HFedMoEError, Run, federate, resume
 from hfedmoe_ray.cli import main
 from hfedmoe_ray.config.load import dump_experiment
-from hfedmoe_ray.errors import CheckpointError, ConfigError
+from hfedmoe_ray.errors import CheckpointError, ConfigError, TrainingError
 from hfedmoe_ray.records import RoundReport
 
 
@@ -29,6 +29,9 @@ def config(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def run(config: Path) -> Run:
     return federate(config, "name=python", progress=False)
+
+
+STOPPED = "The run was stopped"
 
 
 @contextmanager
@@ -53,10 +56,23 @@ def test_the_command_line_python_and_an_interrupted_run_give_the_same_bits(
     interrupted = config.parent / "interrupted"
     assert f"resume({str(interrupted)!r})" in caught.value.__notes__[0]
     assert Run(interrupted).summary["status"] == "stopped"
+    assert STOPPED in (interrupted / "report.html").read_text()
     resumed = resume(interrupted, progress=False)
+    assert STOPPED not in (interrupted / "report.html").read_text()
     hashes = {one.summary["model_sha256"] for one in (run, Run(config.parent / "cli"), resumed)}
     assert len(hashes) == 1
     assert "finished, 2 rounds" in repr(resumed)
+
+
+def test_a_run_that_fails_has_a_report_that_says_why(config: Path, monkeypatch: pytest.MonkeyPatch):
+    def render(name: str, _fields: Any) -> None:
+        if name == "round":
+            raise TrainingError("no more")
+
+    monkeypatch.setattr("hfedmoe_ray.library._renderer", lambda *_args, **_kwargs: nullcontext(render))
+    with pytest.raises(TrainingError, match="no more"):
+        federate(config, "name=failed")
+    assert "no more" in (config.parent / "failed" / "report.html").read_text()
 
 
 def test_a_run_is_told_as_tables(run: Run):

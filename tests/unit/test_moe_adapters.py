@@ -210,17 +210,17 @@ def test_absent_experts_are_not_even_read(tmp_path: Path) -> None:
     assert resident("Anonymous") == 0
 
 
-@pytest.mark.parametrize("form", ["fp32", *QUANTISED])
+@pytest.mark.parametrize("form", ["exact", *QUANTISED])
 def test_what_is_frozen_is_watched(prepared: PreparedModel, form: str) -> None:
     """Every tensor but the parameters is among those whose in-place writes stop the run."""
-    if form != "fp32":
+    if form != "exact":
         quantise_experts(prepared.path, form)
     model = bound(prepared, Lora(rank=4, base=form), plan=PARTLY)
     frozen = dict(model.frozen_tensors())
     before = frozen_versions(model)
     check_unwritten(before)
     weight = next(weight for weight in model._residents[0]._weights[0].values() if isinstance(weight, LowRank))
-    base = weight.base if form == "fp32" else weight.base._values
+    base = weight.base if form == "exact" else weight.base._values
     assert any(tensor is base for tensor in frozen.values())
     assert sum(".lora_" in name for name in frozen) == len(set(PARTLY.present) - set(PARTLY.trainable)) * sum(
         "lora_" in name for name in initial_weights(prepared, "top", LORA).experts[ExpertKey(0, 0)]

@@ -4,11 +4,13 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from hfedmoe_ray import budget, calibration
 from hfedmoe_ray.calibration import Calibration, Cost
 from hfedmoe_ray.config.load import load_experiment
+from hfedmoe_ray.data.lengths import Lengths
 from hfedmoe_ray.errors import CapacityError
 from hfedmoe_ray.packing import GIB, NodeCapacity
 from hfedmoe_ray.plan import PROCESS_BYTES, Plan, forecast, plan_experiment, predict_memory
@@ -104,7 +106,9 @@ def test_a_round_takes_what_the_busiest_actor_does(quickstart: Path, tmp_path: P
     assert planned(quickstart).seconds is None
     experiment = load_experiment(quickstart)
     step = Cost(fixed=0.1, expert=0.01, example=0.0, routed=0.0)
-    calibration.write(experiment, experiment.clients.tiers[0], SHAPE, Calibration(peak=step, step=step), gpu=False)
+    calibration.write(
+        experiment, experiment.clients.tiers[0], SHAPE, Calibration(peak=step, step=step, tokens=64), gpu=False
+    )
     alone, two = planned(quickstart, "backend=local"), planned(quickstart, "runtime.slots=2")
     each = [experiment.local.steps * (0.1 + 0.01 * one.resident) for one in alone.tiers]
     work = sum(seconds * len(one.clients) for seconds, one in zip(each, alone.tiers, strict=True))
@@ -117,7 +121,9 @@ def test_ranks_share_what_the_examples_of_a_batch_cost(quickstart: Path, tmp_pat
     monkeypatch.setenv("HFEDMOE_CACHE", str(tmp_path))
     experiment = load_experiment(quickstart)
     step = Cost(fixed=0.0, expert=0.0, example=0.01, routed=0.0)
-    calibration.write(experiment, experiment.clients.tiers[0], SHAPE, Calibration(peak=step, step=step), gpu=False)
+    calibration.write(
+        experiment, experiment.clients.tiers[0], SHAPE, Calibration(peak=step, step=step, tokens=64), gpu=False
+    )
     one, gang = (planned(quickstart, f"clients.tiers.2.device={d}", "actors=pooled").tiers[2] for d in (1, 2))
     assert gang.asked.ranks == 2
     assert gang.train_seconds == pytest.approx(one.train_seconds / 2)
@@ -210,15 +216,20 @@ def test_what_decides_activations_changes_the_prediction(quickstart: Path, overr
 
 
 def test_frozen_weights_count_only_where_every_client_has_its_own(quickstart: Path):
-    experiment = load_experiment(quickstart)
-    tier = experiment.clients.tiers[0]
+    """On a GPU of its own; on one that clients share they are held once, and told apart."""
     huge = replace(SHAPE, frozen_bytes=SHAPE.frozen_bytes + GIB)
-    cpu, gpu = (
-        [predict_memory(experiment, shape, tier, 6, 6, gpu=on_gpu) for shape in (SHAPE, huge)]
-        for on_gpu in (False, True)
-    )
-    assert cpu[0] == cpu[1]
-    assert gpu[1] - gpu[0] == GIB
+
+    def more(device: float, gpu: bool) -> int:
+        experiment = load_experiment(quickstart, [f"clients.tiers.0.device={device}"])
+        tier = experiment.clients.tiers[0]
+        without, with_ = (predict_memory(experiment, shape, tier, 6, 6, gpu=gpu) for shape in (SHAPE, huge))
+        return with_ - without
+
+    assert [more(device, gpu) for device, gpu in ((0.5, False), (1, False), (0.5, True), (1, True))] == [0, 0, 0, GIB]
+    shared = [
+        forecast(load_experiment(quickstart), shape, gpus_available=True)[0].shared_bytes for shape in (SHAPE, huge)
+    ]
+    assert shared == [SHAPE.frozen_bytes, huge.frozen_bytes]
 
 
 def test_what_was_measured_takes_the_place_of_the_arithmetic(quickstart: Path, tmp_path: Path, monkeypatch):
@@ -228,12 +239,16 @@ def test_what_was_measured_takes_the_place_of_the_arithmetic(quickstart: Path, t
     found = Calibration(
         peak=Cost(fixed=10 * MIB, expert=2 * MIB, example=MIB, routed=4 * MIB),
         step=Cost(fixed=0.1, expert=0.002, example=0.01, routed=0.02),
+        tokens=32,
     )
     calibration.write(experiment, experiment.clients.tiers[0], SHAPE, found, gpu=False)
     plan = planned(quickstart)
     # The quickstart's tiers differ in nothing but their experts.
     assert all(one.measured for one in plan.tiers)
     assert plan.tiers[1].memory_bytes == PROCESS_BYTES + (10 + 2 * 12 + 16 * (1 + 4 * 12 / 48)) * MIB
+    # Of texts twice as long as those that were measured, an example counts twice.
+    longer = plan_experiment(experiment, SHAPE, [NODE], Lengths(texts=np.full(5, 64)))
+    assert longer.tiers[1].memory_bytes == PROCESS_BYTES + (10 + 2 * 12 + 32 * (1 + 4 * 12 / 48)) * MIB
     assert not any(one.measured for one in planned(quickstart, "local.precision=bf16").tiers)
     assert [one.measured for one in planned(quickstart, "clients.tiers.1.precision=bf16").tiers] == [True, False, True]
     # The task head, whose classes a plan does not know, is not part of what it was measured for.
@@ -259,6 +274,7 @@ def test_measured_activations_grow_with_the_active_experts_too(quickstart: Path,
     found = Calibration(
         peak=Cost(fixed=10 * MIB, expert=MIB, example=MIB, routed=4 * MIB),
         step=Cost(fixed=0.1, expert=0.002, example=0.01, routed=0.02),
+        tokens=32,
     )
     calibration.write(experiment, experiment.clients.tiers[0], SHAPE, found, gpu=False)
     for one, k in zip(planned(quickstart, "strategy=fft_moe").tiers, (2, 4, 8), strict=True):

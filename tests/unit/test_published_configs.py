@@ -29,7 +29,9 @@ def test_the_header_is_what_plan_says(name: str, family: str, capsys: pytest.Cap
     source = load_experiment(config).model.source
     assert read_config(resolve(source, None, config_only=True))["model_type"] == family
     assert family in FAMILIES
-    assert main(["plan", str(config), "--gpus", "4", "--cpus", "32", "--memory-gib", "640"]) == 0
+    machine = ["--gpus", "4", "--cpus", "32", "--memory-gib", "640"]
+    # As it is told where neither the texts nor the weights are.
+    assert main(["plan", str(config), *machine, "data.source=elsewhere.jsonl"]) == 0
     printed = [re.sub(r"^(client|\d+) +", "", line).rstrip() for line in capsys.readouterr().out.splitlines()]
     told = [line.removeprefix("#   ") for line in config.read_text().splitlines() if line.startswith("#   ")]
     assert len(told) == 6

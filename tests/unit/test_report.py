@@ -86,6 +86,27 @@ def test_every_client_is_in_the_table_with_what_it_had(page: Page) -> None:
     assert rows[1]["Own accuracy"] == "65.0 %"
 
 
+def test_what_a_robust_rule_held_back_is_told_round_by_round(page: Page, html: str, tmp_path: Path) -> None:
+    assert "trimmed mean in the place of the mean" in page.text
+    assert "9 updates in 8 rounds: their change was larger than clip_median 1.5 allows." in page.text
+    assert "60 experts in 8 rounds: fewer than 2 clients had trained them" in page.text
+    for tip in ("update, round 2: 2", "update, round 3: 0", "expert, round 8: 4"):
+        assert f"<title>{tip}</title>" in html
+    plain = [dataclasses.replace(round_report(number), robust={}) for number in (0, 1)]
+    assert "Robust aggregation" not in page_of(recorded(tmp_path, plain)).text
+
+
+def test_peak_memory_stands_beside_what_was_predicted(page: Page, tmp_path: Path) -> None:
+    rows = page.table("Tier", "Peak memory", "Predicted")
+    assert [(row["Tier"], row["Peak memory"], row["Predicted"]) for row in rows] == [
+        ("phone", "323 MiB", "350 MiB (+8 %)"),
+        ("laptop", "336 MiB", "350 MiB (+4 %)"),
+        ("server", "363 MiB", "350 MiB (−4 %)"),
+    ]
+    unknown = page_of(recorded(tmp_path, [round_report(1)], facts(predicted_mib={})))
+    assert "Predicted" not in unknown.table("Tier", "Peak memory")[0]
+
+
 def test_the_pictures_hold_every_value(page: Page) -> None:
     counts = facts()["partition"]
     for client, row in enumerate(counts):

@@ -79,7 +79,7 @@ def test_the_study_tells_attack_and_accuracy_of_each_defence(
     options = ["--processes", "1", "--seeds", "0", "--output", str(tmp_path / "out")]
     assert main(["study", "selection_privacy", str(config), *options]) == 0
     attacked = json.loads((tmp_path / "out" / "selection_privacy.json").read_text())["numbers"]["attacked"]
-    assert list(attacked) == ["nothing", "response, ε 4", "usage", "2 contributors", "3 contributors", "5 contributors"]
+    assert list(attacked) == ["nothing", *(f"k-contributors, k = {k}" for k in (2, 3, 5)), "response, ε 4", "usage"]
     assert all(0 <= one["plan"]["mean"] <= 1 for one in attacked.values())
     assert all(0 <= one["accuracy"]["mean"] <= 1 for one in attacked.values())
     assert len(list((tmp_path / "out" / "runs").iterdir())) == 6

@@ -1,5 +1,6 @@
 """Robust rules: what no minority can move, what agrees with brute force, and what the mean keeps to the bit."""
 
+from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,13 @@ from tiny_federation import experiment, final_weights, run
 
 from hfedmoe_ray.config.robust import Robust
 from hfedmoe_ray.strategies.aggregation import Reducer
-from hfedmoe_ray.strategies.robust import RobustMeanOutputs, RobustReducer, change_norm, class_means
+from hfedmoe_ray.strategies.robust import RobustMeanOutputs, RobustReducer, change_norm, class_means, mean_outputs
 from hfedmoe_ray.strategies.robust_rules import (
     Contribution,
     combined,
     krum_scores,
     median,
+    nearest,
     suspects,
     trimmed_mean,
     weiszfeld,
@@ -79,6 +81,45 @@ def test_krum_scores_are_those_of_the_definition():
     for hostile in range(3):
         expected = [sorted(np.delete(squared[i], i))[: 7 - hostile - 2] for i in range(7)]
         np.testing.assert_allclose(krum_scores(squared, hostile), [sum(row) for row in expected])
+
+
+@settings(deadline=None)
+@given(st.integers(1, 9), st.integers(0, 4), st.integers(0, 1000))
+def test_mixing_takes_the_closest_and_leaves_out_the_rest(count, hostile, seed):
+    rng = np.random.default_rng(seed)
+    points, weight = rng.normal(size=(count, 3)), rng.uniform(0.5, 2.0, size=count)
+    kept = max(1, count - hostile)
+    rows = nearest(((points[:, None] - points) ** 2).sum(axis=-1), weight, count - kept)
+    for i, row in enumerate(rows):
+        closest = sorted(range(count), key=lambda j: float(np.linalg.norm(points[i] - points[j])))[:kept]
+        expected = np.zeros(count)
+        expected[closest] = weight[closest] / weight[closest].sum()
+        np.testing.assert_allclose(row, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("clip", [None, 1.0])
+def test_with_mixing_who_flips_signs_among_clients_that_differ_has_no_part_in_the_result(rule, clip):
+    """Changes of eight honest clients have little in common, as those of short training on other data do; clipping two
+    that send four times the contrary makes these as long as all others."""
+    rng, old = np.random.default_rng(0), weights()
+    updates = [update(client, KEYS) for client in range(10)]
+    common = [rng.normal(size=tensor.shape) for tensor in tensors_of(old)]
+    for one in updates:
+        for tensor, start, shared in zip(tensors_of(one), tensors_of(old), common, strict=True):
+            change = 0.4 * shared + rng.normal(size=tensor.shape)
+            tensor[:] = start + change * (-4.0 if one.client in (3, 6) else 1.0)
+    honest = tensors_of(reduced([one for one in updates if one.client not in (3, 6)], Robust(clip_median=clip))[1])
+    start = tensors_of(old)
+
+    def off(options: Robust) -> float:
+        moved = tensors_of(reduced(updates, options)[1])
+        away = sum(((a - b) ** 2).sum() for a, b in zip(moved, honest, strict=True))
+        return float(np.sqrt(away / sum(((b - c) ** 2).sum() for b, c in zip(honest, start, strict=True))))
+
+    assert off(Robust(rule=rule, clip_median=clip)) < 0.25
+    if rule in ("median", "trimmed_mean", "krum", "geometric_median"):
+        assert off(Robust(rule=rule, clip_median=clip, mix=False)) > 0.25
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -175,7 +216,7 @@ def test_krum_takes_one_update_whole_for_each_expert():
     for one in updates[:3]:  # three that agree, almost
         for tensor in tensors_of(one):
             np.add(tensor, np.float32(0.001 * one.client), out=tensor)
-    _, new = reduced(updates, Robust(rule="krum"))
+    _, new = reduced(updates, Robust(rule="krum", mix=False))
     for key in KEYS:
         assert any((new.experts[key]["w"] == one.experts[key]["w"]).all() for one in updates[:3])
 
@@ -183,7 +224,7 @@ def test_krum_takes_one_update_whole_for_each_expert():
 def test_each_expert_has_its_own_contributors():
     """One client trains the first expert, four the second: the first is that client's, the second their median."""
     updates = [update(0, KEYS[:2]), *(update(client, KEYS[1:2]) for client in range(1, 4))]
-    _, new = reduced(updates, Robust(rule="median"))
+    _, new = reduced(updates, Robust(rule="median", mix=False))
     assert (new.experts[KEYS[0]]["w"] == updates[0].experts[KEYS[0]]["w"]).all()
     expected = median(np.stack([one.experts[KEYS[1]]["w"] for one in updates]), np.full(4, 10.0))
     assert (new.experts[KEYS[1]]["w"] == expected.astype(np.float32)).all()
@@ -265,7 +306,7 @@ def test_an_anchor_holds_back_as_it_does_the_mean(rule):
 
 
 def test_mean_outputs_are_combined_by_the_rule():
-    means = RobustMeanOutputs(Robust(rule="median"))
+    means = RobustMeanOutputs(Robust(rule="median", mix=False))
     for client, value in enumerate([1.0, 2.0, 1e6]):
         one = update(client, [])
         one = type(one)(**{**vars(one), "means": {KEYS[0]: (np.full(3, value, np.float32), 5)}})
@@ -274,6 +315,33 @@ def test_mean_outputs_are_combined_by_the_rule():
     new = means.result(old)
     assert (new[KEYS[0]] == 2.0).all()
     assert (new[KEYS[1]] == old[KEYS[1]]).all()
+
+
+@pytest.mark.parametrize("rule", ["mean", "median"])
+def test_what_too_few_have_measured_is_not_published(rule):
+    """A mean output keeps its value, and a class's prototype is that of a class which nobody has."""
+    options = Robust(rule=rule, min_contributors=2)
+    means = mean_outputs(options)
+    for client in range(2):
+        measured = {key: (np.full(3, 7.0, np.float32), 5) for key in KEYS[: client + 1]} | {
+            KEYS[2]: (np.full(3, 7.0, np.float32), 5 * client)
+        }
+        means.add(replace(update(client, []), means=measured))
+    old = weights().means
+    new = means.result(old)
+    assert [bool((new[key] == 7.0).all()) for key in KEYS[:3]] == [True, False, False]
+    assert all((new[key] == old[key]).all() for key in KEYS[1:])
+
+    sums = np.random.default_rng(1).normal(size=(2, 3, 4)).astype(np.float32)
+    classes, without = class_means(options), class_means(Robust())
+    for client, counts in enumerate(np.array([[5, 5, 5], [5, 5, 0]], np.float32)):
+        classes.add(Prototypes(sums=sums[client] * (counts > 0)[:, None], counts=counts))
+        shared = np.array([True, True, False])
+        without.add(Prototypes(sums=sums[client] * shared[:, None], counts=counts * shared))
+    heads = [one.head(np.zeros((3, 4), np.float32), np.zeros(3, np.float32)) for one in (classes, without)]
+    assert (heads[0][0][2] == 0.0).all()
+    for a, b in zip(*heads, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
 def test_a_rule_is_applied_to_changes_not_to_values():

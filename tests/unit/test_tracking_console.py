@@ -56,6 +56,20 @@ def test_header_and_table_say_who_took_part_and_what_came_out(tmp_path: Path) ->
     assert "config.yaml, events.jsonl, facts.json, metrics.jsonl, summary.json" in lines[-1]
 
 
+def test_the_end_says_what_was_predicted_of_memory_and_what_was_seen(tmp_path: Path) -> None:
+    console, raw = plain_console(width=120)
+    memory = {
+        "phone": {"predicted_mib": 440.0, "seen_mib": 400.0},
+        "laptop": {"predicted_mib": None, "seen_mib": 400.0},
+        "server": {"predicted_mib": 450.0, "seen_mib": 500.0},
+    }
+    ConsoleRenderer(tmp_path, console).finish(summary(memory=memory))
+    said = next(line for line in raw.getvalue().decode().splitlines() if line.startswith("  memory"))
+    assert said.split(maxsplit=1)[1] == (
+        "at most: phone 400 MiB, predicted 440 MiB (+10 %); server 500 MiB, predicted 450 MiB (−10 %)"
+    )
+
+
 def test_a_terminal_without_unicode_gets_ascii(tmp_path: Path) -> None:
     lines = told(tmp_path, "ascii")
     assert lines[0] == "quickstart - hfedmoe - seed 0"

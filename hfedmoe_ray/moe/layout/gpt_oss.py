@@ -14,6 +14,9 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssMLP
 from hfedmoe_ray.moe.layout.fused import FusedLayout
 from hfedmoe_ray.moe.linear import project
 
+_ALPHA = 1.702
+"""The only value there is: transformers' configuration names it since 5.20 or so."""
+
 
 class GptOssLayout(FusedLayout):
     """Gate and up interleaved [H, 2F] with bias, down [F, H] with bias."""
@@ -30,7 +33,7 @@ class GptOssLayout(FusedLayout):
         gate_up = project(tokens, tensors["gate_up_proj"], tensors["gate_up_proj_bias"], transposed=True)
         gate = gate_up[..., ::2].clamp(max=config.swiglu_limit)  # [T, F]
         up = gate_up[..., 1::2].clamp(-config.swiglu_limit, config.swiglu_limit)
-        neurons = (up + 1) * gate * torch.sigmoid(gate * config.swiglu_alpha)
+        neurons = (up + 1) * gate * torch.sigmoid(gate * getattr(config, "swiglu_alpha", _ALPHA))
         return project(neurons, tensors["down_proj"], tensors["down_proj_bias"], transposed=True)
 
     def apart(self, positions: Tensor) -> dict[str, Any]:

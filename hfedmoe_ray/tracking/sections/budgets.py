@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from hfedmoe_ray.tracking import charts
 from hfedmoe_ray.tracking.charts import Bullet
-from hfedmoe_ray.tracking.formatting import MISSING, decimal, percent, short, size
+from hfedmoe_ray.tracking.formatting import MISSING, against, decimal, percent, short, size
 from hfedmoe_ray.tracking.markup import figure, section, table
 from hfedmoe_ray.tracking.record import RunRecord
 from hfedmoe_ray.tracking.sections.pieces import accuracies, group, tier_key, told, training
@@ -60,6 +60,7 @@ def budgets(run: RunRecord) -> str:
 
 def _tier_table(run: RunRecord, rows: Mapping[str, TierStatistics]) -> str:
     own, personalised = accuracies(run), accuracies(run, "personalised")
+    predicted = {tier: mib * 2**20 for tier, mib in run.predicted_mib.items()}
     cells = []
     for tier, row in rows.items():
         members = [client for client in run.clients if client.tier == tier]
@@ -72,10 +73,12 @@ def _tier_table(run: RunRecord, rows: Mapping[str, TierStatistics]) -> str:
                 decimal(row.loss),
                 f"{row.seconds:.1f} s",
                 size(row.peak_mib * 2**20) if row.peak_mib else MISSING,
+                *([against(predicted.get(tier), row.peak_mib * 2**20)] if predicted else []),
                 percent(mean(values) if values else None),
                 *([percent(mean(after) if after else None)] if personalised else []),
                 told(row.statuses),
             ]
         )
-    headings = ["Tier", "*Clients", "*Examples each", "*Training loss", "*Time", "*Peak memory", "*Own accuracy"]
-    return table([*headings, *ALONE[: bool(personalised)], "Results"], cells)
+    headings = ["Tier", "*Clients", "*Examples each", "*Training loss", "*Time", "*Peak memory"]
+    headings += ["*Predicted"] if predicted else []
+    return table([*headings, "*Own accuracy", *ALONE[: bool(personalised)], "Results"], cells)
