@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 ENVIRONMENT = {
     # One thread per client: they share the cores, and a result's last bits depend on the number of threads.
@@ -54,9 +55,10 @@ def quick_imports() -> Iterator[None]:
 @contextmanager
 def absent(module: str) -> Iterator[None]:
     """Nothing that is imported in this block takes a module along, unless somebody has imported it before."""
-    loaded = sys.modules.setdefault(module, None)  # type: ignore[arg-type]
+    modules: dict[str, Any] = sys.modules  # None is Python's own sign that there is no such module
+    loaded = modules.setdefault(module, None)
     try:
         yield
     finally:
         if loaded is None:
-            del sys.modules[module]
+            del modules[module]

@@ -23,11 +23,11 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean, median
-from typing import Any
 
 import click
 import numpy as np
 import torch
+from following import Rounds
 from output import Row, json_option, publish
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import clip_grad_norm_
@@ -39,7 +39,6 @@ from hfedmoe_ray.federation.rounds import Federation
 from hfedmoe_ray.moe.quiet import quiet_transformers
 from hfedmoe_ray.moe.subset import SparseModel
 from hfedmoe_ray.prepare import prepare_run
-from hfedmoe_ray.records import RoundReport
 from hfedmoe_ray.runtime import session
 from hfedmoe_ray.runtime.local import LocalExecutor, task_weights
 from hfedmoe_ray.runtime.machine import this_machine
@@ -57,19 +56,6 @@ FIXED = (
 BAR = 0.85
 WARM_UP, COUNTED = 3, 12
 """Steps of bare PyTorch by tier and process."""
-
-
-class Rounds:
-    """The training rounds of a run."""
-
-    def __init__(self) -> None:
-        """Starts empty."""
-        self.reports: list[RoundReport] = []
-
-    def __call__(self, name: str, fields: Any) -> None:
-        """Follows a run (see `federate.Render`)."""
-        if name == "round" and isinstance(fields, RoundReport) and fields.round > 0:
-            self.reports.append(fields)
 
 
 def bare_step_seconds(context: RunContext, share: tuple[int, int]) -> dict[int, float]:
