@@ -23,6 +23,9 @@ def pytest_configure() -> None:
     # Read by torch when it is imported, in here and in the processes that tests start. On a busy machine threads wait
     # for each other in turns: steps that take 1.4 s of one thread took 37 s of two beside other work.
     os.environ["OMP_NUM_THREADS"] = "1"
+    # Ray's workers give way to all else, by 15: beside the other half of the tests (`make test`) they got a thirtieth
+    # of a core, and an actor that starts in a second took up to half a minute.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     # A shell's background jobs ignore Ctrl-C, and so would every process that a test starts.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)

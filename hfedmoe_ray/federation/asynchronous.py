@@ -17,6 +17,7 @@ import numpy as np
 
 from hfedmoe_ray.context import RunContext
 from hfedmoe_ray.errors import TrainingError
+from hfedmoe_ray.estimates import predict_upload
 from hfedmoe_ray.federation.availability import available
 from hfedmoe_ray.federation.cohort import draw_clients
 from hfedmoe_ray.federation.dropout import without_dropouts
@@ -25,7 +26,6 @@ from hfedmoe_ray.federation.flight import Flight
 from hfedmoe_ray.federation.quorum import raise_common_failure
 from hfedmoe_ray.federation.reporting import published_bytes
 from hfedmoe_ray.federation.rounds import Federation
-from hfedmoe_ray.plan import predict_upload
 from hfedmoe_ray.records import ClientRecord
 from hfedmoe_ray.seeds import generator
 from hfedmoe_ray.tracking.tracker import Tracker

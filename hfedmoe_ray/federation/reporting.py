@@ -13,10 +13,11 @@ from hfedmoe_ray import budget
 from hfedmoe_ray.config.schema import Tier
 from hfedmoe_ray.context import RunContext
 from hfedmoe_ray.data.lengths import typical_lengths
+from hfedmoe_ray.estimates import CONTEXT_BYTES
 from hfedmoe_ray.federation.evaluation import Evaluation, mean_accuracy, variance, worst_tenth
 from hfedmoe_ray.federation.state import FederationState, model_sha256
 from hfedmoe_ray.moe import derived
-from hfedmoe_ray.plan import CONTEXT_BYTES, forecast
+from hfedmoe_ray.plan import forecast
 from hfedmoe_ray.records import ClientRecord, NodeUsage, RoundReport
 from hfedmoe_ray.trust.attacks import hostile_clients
 from hfedmoe_ray.types import (

@@ -72,7 +72,7 @@ class AdaptedExperts:
             lora: Rank, scale and the form of the frozen experts.
             layout: The model's layout.
             device: Where to compute.
-            held: The frozen tensors, where another process has read them onto the device (`sharing.stacks`).
+            held: The frozen tensors, where another process has read them onto the device (`sharing.read_frozen`).
 
         Raises:
             ModelError: The form `lora.base` is not there, or cannot be used on this machine.

@@ -6,23 +6,26 @@ holds them (`sharing`), it holds whole layers, stacked, and single experts are v
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from hfedmoe_ray.errors import ModelError
-from hfedmoe_ray.moe.quantised import NF4, Half, Int8, Quantised, file_name, require
+from hfedmoe_ray.moe.quantised import NF4, Half, Int8, Quantisation, file_name, require
 from hfedmoe_ray.moe.store import EXPERTS
 from hfedmoe_ray.types import ExpertKey
 
-Frozen = Tensor | Quantised
+Form = Literal["exact"] | Quantisation
+"""Of frozen experts, as `lora.base` names it."""
+Frozen = Tensor | Half | Int8 | NF4
+"""A frozen tensor of an expert, or of several as a stack."""
 
 
-def experts_file(form: str) -> str:
-    """Returns the name of the file in a prepared model that holds its experts in a form of `lora.base`."""
-    return EXPERTS if form == "exact" else file_name(form)  # type: ignore[arg-type]
+def experts_file(form: Form) -> str:
+    """Returns the name of the file in a prepared model that holds its experts in a form."""
+    return EXPERTS if form == "exact" else file_name(form)
 
 
 class FrozenExperts:
@@ -31,7 +34,7 @@ class FrozenExperts:
     def __init__(
         self,
         prepared: Path,
-        form: str,
+        form: Form,
         shapes: Mapping[str, tuple[int, ...]],
         *,
         transposed: bool,
@@ -42,11 +45,11 @@ class FrozenExperts:
 
         Args:
             prepared: Directory of the prepared model.
-            form: `lora.base`.
+            form: Of the experts.
             shapes: Of each tensor of one expert as a dense one has it, by name.
             transposed: Whether matrices are stored as [in, out].
             device: Where they are used.
-            held: Stacks by "layer.name" that are on the device already (`sharing.stacks`); may be empty.
+            held: Stacks by "layer.name" that are on the device already (`sharing.read_frozen`); may be empty.
 
         Raises:
             ModelError: The form is not there, or cannot be used on this machine.
@@ -54,7 +57,7 @@ class FrozenExperts:
         self._form, self._shapes, self._transposed, self._device, self._held = form, shapes, transposed, device, held
         path = prepared / experts_file(form)
         if form != "exact":
-            require(form)  # type: ignore[arg-type]
+            require(form)
         if not path.is_file():
             raise ModelError(
                 f"{prepared} holds no {form} experts. On another node than the one that started the run, the cache "
@@ -64,13 +67,7 @@ class FrozenExperts:
 
     def one(self, key: ExpertKey, name: str) -> Frozen:
         """Returns one tensor of one expert."""
-        parts = self._parts(name)
-        held = [self._held.get(f"{key.layer}.{part}") for part in parts]
-        tensors = [
-            self._read(key, part) if stack is None else stack[key.expert]
-            for part, stack in zip(parts, held, strict=True)
-        ]
-        return self._made(name, tensors, ())
+        return self._made(name, [self._part(key, part) for part in self._parts(name)], ())
 
     def stacks(self, layer: int, experts: Sequence[int]) -> tuple[dict[str, Frozen], Sequence[int]]:
         """Returns the tensors of some experts of a layer as one by name, and the experts that they are of, in order.

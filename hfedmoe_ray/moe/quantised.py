@@ -43,10 +43,6 @@ class Quantised(ABC):
     def dense(self, dtype: torch.dtype) -> Tensor:
         """Returns the matrix, oriented as it is stored."""
 
-    @abstractmethod
-    def one(self, expert: int) -> "Quantised":
-        """Returns the matrix in that place of a stack: a view."""
-
     def project(self, tokens: Tensor) -> Tensor:
         """See `Projection`."""
         output: Tensor = _Product.apply(tokens, self)  # type: ignore[no-untyped-call]
@@ -88,7 +84,7 @@ class Half(Quantised):
         return self._values.to(dtype)
 
     def one(self, expert: int) -> "Half":
-        """See `Quantised`."""
+        """Returns the matrix in that place of a stack: a view."""
         return Half(self._values[expert], self.transposed)
 
 
@@ -105,7 +101,7 @@ class Int8(Quantised):
         return (self._values * self._scale).to(dtype)
 
     def one(self, expert: int) -> "Int8":
-        """See `Quantised`."""
+        """Returns the matrix in that place of a stack: a view."""
         return Int8(self._values[expert], self._scale[expert], self.transposed)
 
 
@@ -121,10 +117,6 @@ class Int4(Quantised):
         """See `Quantised`."""
         halves = torch.stack([self._values & 15, self._values >> 4], dim=-1).flatten(start_dim=1)
         return ((halves[:, : self._columns].to(self._scale.dtype) - 8) * self._scale).to(dtype)
-
-    def one(self, expert: int) -> "Int4":
-        """See `Quantised`."""
-        return Int4(self._values[expert], self._scale[expert], self._columns, self.transposed)
 
 
 class NF4(Quantised):
@@ -151,7 +143,7 @@ class NF4(Quantised):
         return matrices[..., : self._shape[-2:].numel()].reshape(self._shape).to(dtype)
 
     def one(self, expert: int) -> "NF4":
-        """See `Quantised`."""
+        """Returns the matrix in that place of a stack: a view."""
         return NF4(self._values[expert], self._scale[expert], self._shape[1:], self.transposed)
 
 

@@ -1,6 +1,7 @@
 """A tracker in a thread of its own, so that a slow or broken destination can neither hold up nor stop a run."""
 
 import queue
+import re
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -13,6 +14,8 @@ BACKLOG = 10_000
 """Calls that may wait; a destination that is further behind is given up."""
 FINISH_TIMEOUT_S = 60.0
 """How long the end of a run may wait for what is not written yet."""
+_CREDENTIALS = re.compile(r"(?<=://)[^/\s]*@")
+"""Name and password in an address: what a destination says of its failure may quote it, and is written and shown."""
 
 
 class Aside:
@@ -75,4 +78,5 @@ class Aside:
             try:
                 call()
             except Exception as error:
-                self._problem = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+                told = _CREDENTIALS.sub("***@", " ".join(str(error).split()))
+                self._problem = f"{type(error).__name__}: {told}"[:300]

@@ -29,6 +29,7 @@ from typing import Any
 import click
 import psutil
 import torch
+from following import Rounds
 from output import Row, json_option, publish
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import clip_grad_norm_
@@ -40,7 +41,6 @@ from hfedmoe_ray.federation.rounds import Federation
 from hfedmoe_ray.moe.quiet import quiet_transformers
 from hfedmoe_ray.moe.subset import SparseModel
 from hfedmoe_ray.prepare import prepare_run
-from hfedmoe_ray.records import RoundReport
 from hfedmoe_ray.runtime import session
 from hfedmoe_ray.runtime.local import LocalExecutor, task_weights
 from hfedmoe_ray.runtime.machine import this_machine
@@ -60,21 +60,20 @@ FIXED = (
 BAR = 0.85
 
 
-class Rounds:
-    """The training rounds of a run, and what else went on."""
+class BusyRounds(Rounds):
+    """Training rounds, and how busy the cores were meanwhile."""
 
     def __init__(self) -> None:
         """Starts empty."""
-        self.reports: list[RoundReport] = []
+        super().__init__()
         self._seen: list[tuple[float, float]] = []
         """Seconds that all cores were busy, and those that they were for this process and all below it, by round."""
 
     def __call__(self, name: str, fields: Any) -> None:
         """Follows a run (see `federate.Render`)."""
-        if name == "round" and isinstance(fields, RoundReport):
+        super().__call__(name, fields)
+        if name == "round":
             self._seen.append((_busy_seconds(), _own_seconds()))
-            if fields.round > 0:
-                self.reports.append(fields)
 
     def others(self) -> float:
         """Seconds of the cores in these rounds that other programs took."""
@@ -166,7 +165,7 @@ def main(json_file: Path | None, rounds: int, steps: int | None) -> None:
     keys = [*FIXED, f"rounds={rounds}", *([f"local.steps={steps}"] if steps else [])]
     experiment = load_experiment(CONFIG, keys)
     cores = int(this_machine().cpus)
-    followed = Rounds()
+    followed = BusyRounds()
     with tempfile.TemporaryDirectory() as directory:
         session.run(experiment, Path(directory), resume=False, render=followed)
         bare = bare_on_all_cores(prepare_run(experiment, Path(directory)), cores)

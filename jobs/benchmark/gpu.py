@@ -26,6 +26,7 @@ from unittest.mock import patch
 import click
 import numpy as np
 import torch
+from following import Rounds
 from output import Row, json_option, publish
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import clip_grad_norm_
@@ -37,15 +38,16 @@ from hfedmoe_ray.context import RunContext, cache_dir
 from hfedmoe_ray.data.dataset import FederatedDataset
 from hfedmoe_ray.data.lengths import typical_lengths
 from hfedmoe_ray.data.sources import load_raw
+from hfedmoe_ray.estimates import CONTEXT_BYTES
 from hfedmoe_ray.moe import adapters
 from hfedmoe_ray.moe.prepare import initial_weights
 from hfedmoe_ray.moe.quiet import quiet_transformers
 from hfedmoe_ray.moe.sharing import read_frozen
 from hfedmoe_ray.moe.sources import read_config, resolve
 from hfedmoe_ray.moe.subset import SparseModel
-from hfedmoe_ray.plan import CONTEXT_BYTES, forecast
+from hfedmoe_ray.plan import forecast
 from hfedmoe_ray.prepare import prepare_run
-from hfedmoe_ray.records import ClientRecord, RoundReport
+from hfedmoe_ray.records import ClientRecord
 from hfedmoe_ray.runtime import session
 from hfedmoe_ray.train.examples import Examples, task_examples
 from hfedmoe_ray.train.local import ClientWorker
@@ -100,21 +102,6 @@ def random_model(experiment: Experiment, directory: Path) -> None:
 # ------------------------------------------------------------------------------------------------ federated rounds
 
 
-class Rounds:
-    """The training rounds of a run."""
-
-    def __init__(self) -> None:
-        """Starts empty."""
-        self.reports: list[RoundReport] = []
-
-    def __call__(self, name: str, fields: Any) -> None:
-        """Follows a run (see `federate.Render`)."""
-        if name == "round" and isinstance(fields, RoundReport) and fields.round > 0:
-            self.reports.append(fields)
-        if name in ("warning", "client_result", "slot_lost"):
-            click.echo(f"{name}: {fields}", err=True)
-
-
 @contextmanager
 def device_memory() -> Iterator[list[int]]:
     """Yields a list that holds, when the block is left, the most bytes that all processes had on the GPU together."""
@@ -160,12 +147,10 @@ class Alone:
     def worker(self) -> float:
         """Tokens a second of this package's worker."""
         worker = ClientWorker(self._context, frozen=self._frozen)
-        best = []
-        for _ in range(2):
+        for _ in range(2):  # the first task allocates
             _, answer, _ = worker.execute(self._task, self._weights, lambda: False)
-            metrics = parse_metrics(answer)
-            best.append(metrics.tokens / metrics.step_seconds)
-        return best[-1]
+        metrics = parse_metrics(answer)
+        return metrics.tokens / metrics.step_seconds
 
     def bare(self, *, together: bool = True) -> float:
         """Tokens a second of a plain loop around the same sub-model; experts one by one unless `together`."""
@@ -318,12 +303,11 @@ def main(config: Path, overrides: tuple[str, ...], keep: Path | None, json_file:
             shutil.rmtree(source)
     last = followed.reports[-1]
     busy = sum(last.phases.get(phase, 0.0) for phase in ("train", "wait"))
-    slots = len({(record.client, record.tier) for record in last.clients})
     figures = {
         "device": torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu",
         "model": config.stem,
         "parameters": round(_parameters(context)),
-        "clients_at_once": slots,
+        "clients_a_round": len(last.clients),
         "together_tokens_per_s": round(sum(record.tokens for record in last.clients) / busy, 1),
         "alone_tokens_per_s": speeds,
         "worker_over_bare": round(speeds["worker"] / speeds["bare"], 3),
@@ -354,7 +338,7 @@ def _rows(figures: dict[str, Any]) -> list[Row]:
     rows = [
         Row(what="parameters", measured=f"{figures['parameters'] / 1e9:.1f} billion"),
         Row(
-            what=f"{figures['clients_at_once']} clients of a round together",
+            what=f"{figures['clients_a_round']} clients of a round together",
             measured=f"{figures['together_tokens_per_s']:.0f} tokens/s",
         ),
         *(Row(what=f"one client alone: {name}", measured=f"{speed:.0f} tokens/s") for name, speed in alone.items()),

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 from small_run import small_experiment
 
-from hfedmoe_ray import plan
+from hfedmoe_ray import estimates
 from hfedmoe_ray.config.schema import Experiment
 from hfedmoe_ray.context import RunContext
 from hfedmoe_ray.moe.prepare import initial_weights
@@ -32,7 +32,7 @@ def context(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunContext]:
 def predicted(experiment: Experiment, context: RunContext) -> float:
     tier, shape = experiment.clients.tiers[0], context.model.shape
     held = HELD * shape.layers
-    return plan.predict_memory(experiment, shape, tier, held, held, gpu=False) / 2**20
+    return estimates.predict_memory(experiment, shape, tier, held, held, gpu=False) / 2**20
 
 
 def measured(context: RunContext) -> float:

@@ -55,6 +55,7 @@ def test_fifty_rounds_leave_nothing_behind(tmp_path: Path, monkeypatch: pytest.M
         return {name: min(sizes[number][name] for number in rounds) for name in sizes[rounds[0]]}
 
     keys = [f"rounds={ROUNDS}", "evaluate.every=100", "evaluate.own=never", "runtime.slots=2", "wire.upload=int8"]
+    keys += ["data.max_length=16", "local.batch_size=4"]  # what is left behind would be as much
     session.run(small_experiment(keys), tmp_path, resume=False, render=render)
     early, late = least(EARLY), least(LATE)
     assert early["ClientActor"] > 100, f"the clients were not found: {early}"

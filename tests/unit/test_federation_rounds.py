@@ -10,8 +10,8 @@ from tiny_federation import HFEDMOE, experiment, final_weights, run
 
 from hfedmoe_ray.config.schema import Experiment
 from hfedmoe_ray.errors import CheckpointError, TrainingError
+from hfedmoe_ray.estimates import predict_upload
 from hfedmoe_ray.moe.prepare import initial_weights
-from hfedmoe_ray.plan import predict_upload
 from hfedmoe_ray.prepare import prepare_run
 from hfedmoe_ray.train import local as client_work
 from hfedmoe_ray.wire import upload

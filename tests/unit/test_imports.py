@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[2] / "hfedmoe_ray"
-LIGHT = ("config", "budget", "plan", "types", "wire", "errors", "seeds", "context", "clusters")
+LIGHT = ("config", "budget", "estimates", "plan", "types", "wire", "errors", "seeds", "context", "clusters")
 """Modules and packages that must not pull in torch, ray or deepspeed, not even through another module."""
 CLUSTER_FREE = (*LIGHT, "federation", "strategies", "trust")
 """Those that must not pull in ray or deepspeed."""

@@ -7,7 +7,7 @@ import pytest
 
 from hfedmoe_ray.config.load import load_experiment
 from hfedmoe_ray.data.lengths import Lengths
-from hfedmoe_ray.plan import estimate_memory
+from hfedmoe_ray.estimates import estimate_memory
 from hfedmoe_ray.types import ModelShape
 
 SHAPE = ModelShape(

@@ -12,8 +12,9 @@ from hfedmoe_ray.calibration import Calibration, Cost
 from hfedmoe_ray.config.load import load_experiment
 from hfedmoe_ray.data.lengths import Lengths
 from hfedmoe_ray.errors import CapacityError
+from hfedmoe_ray.estimates import PROCESS_BYTES, predict_memory
 from hfedmoe_ray.packing import GIB, NodeCapacity
-from hfedmoe_ray.plan import PROCESS_BYTES, Plan, forecast, plan_experiment, predict_memory
+from hfedmoe_ray.plan import Plan, forecast, plan_experiment
 from hfedmoe_ray.types import ModelShape
 
 MIB = 2**20

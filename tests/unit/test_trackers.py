@@ -145,7 +145,7 @@ class Broken:
     def round(self, report: RoundReport) -> None:
         self.rounds.append(report.round)
         if report.round == 1 and self.go_on is None:
-            raise OSError("no space left\non device")
+            raise OSError("no space left\non http://me:password@there:9/disk")
         if report.round == 1 and self.go_on:
             self.go_on.wait()
 
@@ -168,7 +168,7 @@ def test_a_destination_that_hangs_or_fails_is_told_of_once(hangs: bool, monkeypa
     assert time.monotonic() - started < 5
     (warning,) = warnings
     assert threads == [threading.main_thread()]
-    expected = "was not done 0 s after the end" if hangs else "OSError: no space left on device"
+    expected = "was not done 0 s after the end" if hangs else "OSError: no space left on http://***@there:9/disk"
     assert expected in warning
     assert "Elsewhere" in warning
     go_on.set()

@@ -65,7 +65,7 @@ def test_a_write_to_what_is_read_from_a_file_reaches_no_other_process(tmp_path: 
     model = SparseModel(prepared.path, "cpu", lora=lora)
     tensors = [parameter.data for parameter in model.module.parameters() if parameter.device.type == "cpu"]
     if lora:
-        adapted = AdaptedExperts(prepared.path, lora, model.layout, torch.device("cpu"))
+        adapted = AdaptedExperts(prepared.path, lora, model.layout, torch.device("cpu"), {})
         factors = {name: torch.zeros(shape) for name, shape in adapted.factor_shapes.items()}
         tensors += [weight.base for weight in adapted.weights(ExpertKey(0, 0), factors).values()]
     assert len(tensors) > 10
