@@ -25,7 +25,7 @@ from hfedmoe_ray.runtime.cap import capped, marked
 from hfedmoe_ray.runtime.transfer import Directory
 from hfedmoe_ray.runtime.weights import TaskRefs
 from hfedmoe_ray.runtime.worker import Worker, WorkerFactory, last_line, out_of_memory
-from hfedmoe_ray.train.memory import return_freed_memory
+from hfedmoe_ray.train.memory import Spare, return_freed_memory
 from hfedmoe_ray.types import Array, ClientTask
 
 Answer = tuple[Literal["ok", "stopped", "failed", "memory", "rejected"], bytes, str]
@@ -64,6 +64,7 @@ class ClientActor:
         self._gpu_share = gpu_share
         self._worker: Worker | None = None
         self._tiers = tier_of(context.experiment.clients)
+        self._spare = Spare()
 
     def load(self, directories: Mapping[str, Directory], holder: Any = None) -> Loading:
         """Loads the model, unless this node lacks files, or the holder of a GPU that clients share is not known yet.
@@ -105,7 +106,8 @@ class ClientActor:
         Raises:
             ray.exceptions.RayError: the weights could not be fetched.
         """
-        return self._execute(task, refs)
+        with self._spare.working():
+            return self._execute(task, refs)
 
     def _execute(self, task: ClientTask, refs: TaskRefs) -> tuple[Array, Reply]:
         assert self._worker is not None, "execute before load"

@@ -68,7 +68,8 @@ class Follower(ClientActor):
 
         assert self._worker is not None, "follow before load"
         try:
-            self._worker.follow(task, refs.fetch())
+            with self._spare.working():
+                self._worker.follow(task, refs.fetch())
         except Stopped:
             return
         except Exception as error:
@@ -125,8 +126,7 @@ class Leader(ClientActor):
     def _loads(self, directories: Mapping[str, Directory]) -> list[Any]:
         return [one.load.remote(directories) for one in self._followers]
 
-    @ray.method(num_returns=2)
-    def execute(self, task: ClientTask, refs: TaskRefs) -> tuple[Array, Reply]:
+    def _execute(self, task: ClientTask, refs: TaskRefs) -> tuple[Array, Reply]:
         """Runs one task, with the others where its client is a gang. See `ClientActor.execute`.
 
         The answers "failed" and "memory" leave the ranks apart: the gang is of no more use.
@@ -136,7 +136,7 @@ class Leader(ClientActor):
             RuntimeError: A rank is silent.
         """
         if task.client not in self._shared or task.kind not in SHARED_KINDS:
-            return self._execute(task, refs)
+            return super()._execute(task, refs)
         from hfedmoe_ray.train.local import Stopped
 
         assert self._worker is not None, "execute before load"
