@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hfedmoe_ray.config.load import load_experiment
+from hfedmoe_ray.config.section import Precision
 from hfedmoe_ray.errors import ConfigError
 from hfedmoe_ray.federation.checkpoint import load_checkpoint, run_identity
 from hfedmoe_ray.model_card import model_card
@@ -16,7 +17,7 @@ MERGED = "merged"
 """Directory, beside an adapter's files, of the whole model with the factors merged."""
 
 
-def export_run(run_dir: Path, form: Form, directory: Path, *, merge: bool = False) -> None:
+def export_run(run_dir: Path, form: Form, directory: Path, *, merge: bool = False, dtype: Precision = "fp32") -> None:
     """Writes the global model of a run as it stood after its last complete round.
 
     Args:
@@ -26,6 +27,7 @@ def export_run(run_dir: Path, form: Form, directory: Path, *, merge: bool = Fals
         directory: Where to write; must not hold anything yet.
         merge: Insist on a whole model with LoRA factors merged: hf is that by itself, peft has it besides, under
             `merged`.
+        dtype: Of the model's parameters, or of the base's: they are rounded to it once, after merging.
 
     Raises:
         ConfigError: `directory` is not empty, or `form` is peft or `merge` asked for and the run trained whole experts.
@@ -49,12 +51,13 @@ def export_run(run_dir: Path, form: Form, directory: Path, *, merge: bool = Fals
         assert lora is not None
         from hfedmoe_ray.moe.peft_format import save_peft
 
-        save_peft(context.model, weights, lora, directory)
+        save_peft(context.model, weights, lora, directory, dtype)
     if form == "hf" or merge:
         from hfedmoe_ray.moe.prepare import save_full
 
         names = context.data.label_names if experiment.model.task == "classification" else ()
-        save_full(context.model, weights, directory if form == "hf" else directory / MERGED, lora, names)
+        whole = directory if form == "hf" else directory / MERGED
+        save_full(context.model, weights, whole, lora, label_names=names, dtype=dtype)
     card = model_card(experiment, run_dir, adapter=form == "peft")
     (directory / "README.md").write_text(card, encoding="utf-8")
 

@@ -8,6 +8,7 @@ from typing import Literal
 import click
 
 from hfedmoe_ray.cli.app import Interrupted, examples, experiment_arguments
+from hfedmoe_ray.config.section import Precision
 from hfedmoe_ray.errors import ConfigError, TrainingError
 
 RUN_DIR = click.Path(path_type=Path)
@@ -109,6 +110,7 @@ def report(run_dirs: tuple[Path, ...]) -> None:
     epilog=examples(
         "hfedmoe export runs/quickstart",
         "hfedmoe export runs/lora --format peft --merge --output adapter",
+        "hfedmoe export runs/lora --dtype bf16 --output merged",
         "hfedmoe export runs/lora --format peft --push OWNER/NAME",
     ),
 )
@@ -122,13 +124,27 @@ def report(run_dirs: tuple[Path, ...]) -> None:
     help="hf: the whole model, LoRA factors merged. peft: the factors as an adapter, and under base/ its base model.",
 )
 @click.option("--merge", is_flag=True, help="Of a LoRA run: the merged model too. hf is that; peft has it in merged/.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["fp32", "bf16"]),
+    default="fp32",
+    show_default=True,
+    help="What the model, or the base of an adapter, is rounded to; bf16 takes half of the room.",
+)
 @click.option("--output", type=RUN_DIR, help="Where to write. Default: RUN/exported/FORMAT.")
 @click.option(
     "--push", metavar="OWNER/NAME", help="Then upload it to this repository of the hub; a new one is private."
 )
 @click.option("--public", is_flag=True, help="With --push: a new repository can be read by everyone.")
 def export(
-    run_dir: Path, *, form: Literal["hf", "peft"], merge: bool, output: Path | None, push: str | None, public: bool
+    run_dir: Path,
+    *,
+    form: Literal["hf", "peft"],
+    merge: bool,
+    dtype: Precision,
+    output: Path | None,
+    push: str | None,
+    public: bool,
 ) -> None:
     """Write what a run had trained at its last complete round for transformers or peft.
 
@@ -146,7 +162,7 @@ def export(
     if push is not None:
         hub.check_can_push(push)
     directory = output or run_dir / "exported" / form
-    export_run(run_dir, form, directory, merge=merge)
+    export_run(run_dir, form, directory, merge=merge, dtype=dtype)
     click.echo(directory)
     if push is not None:
         click.echo(hub.push(directory, push, public=public))

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from hfedmoe_ray.config.lora import Lora
+from hfedmoe_ray.config.section import Precision
 from hfedmoe_ray.context import PreparedModel
 from hfedmoe_ray.errors import ModelError
 from hfedmoe_ray.moe.factors import attention_shapes, factor_shapes, matrices
@@ -52,7 +53,9 @@ class Adapter:
     """Factors of attention by full parameter name; empty if it is not adapted."""
 
 
-def save_peft(prepared: PreparedModel, weights: Weights, lora: Lora, directory: Path) -> None:
+def save_peft(
+    prepared: PreparedModel, weights: Weights, lora: Lora, directory: Path, dtype: Precision = "fp32"
+) -> None:
     """Writes trained factors as a peft adapter, and under `base` the model it belongs on.
 
     The base holds whatever else has trained (routers, task head, norms), and what quantised experts stand for: with the
@@ -63,6 +66,8 @@ def save_peft(prepared: PreparedModel, weights: Weights, lora: Lora, directory: 
         weights: Trained weights.
         lora: What they were trained with.
         directory: Where to write; made if need be.
+        dtype: What the base is rounded to. A base that was published in bf16 is the same in it, but for what else has
+            trained; factors stay as they were trained.
     """
     model, layout = skeleton(prepared.path)
     config = _config(layout, lora)
@@ -75,7 +80,7 @@ def save_peft(prepared: PreparedModel, weights: Weights, lora: Lora, directory: 
                 factors = [weights.experts[expert][f"{place.name}.{part}"] for expert in place.experts]
                 tensors[place.key(part)] = _fuse(factors, part)
     directory.mkdir(parents=True, exist_ok=True)
-    save_full(prepared, _without_correction(weights), directory / BASE, lora)
+    save_full(prepared, _without_correction(weights), directory / BASE, lora, dtype=dtype)
     save_file({name: np.ascontiguousarray(array) for name, array in tensors.items()}, directory / TENSORS)
     config.inference_mode = True
     config.base_model_name_or_path = BASE

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from hfedmoe_ray.config.lora import Lora
 from hfedmoe_ray.config.model import Model
+from hfedmoe_ray.config.section import Precision
 from hfedmoe_ray.context import PreparedModel
 from hfedmoe_ray.data.tokenize import load_tokenizer, tokenizer_hash
 from hfedmoe_ray.errors import ModelError
@@ -119,7 +120,9 @@ def save_full(
     weights: Weights,
     directory: Path,
     lora: Lora | None = None,
+    *,
     label_names: Sequence[str] = (),
+    dtype: Precision = "fp32",
 ) -> None:
     """Writes the whole model with trained weights through save_pretrained, tokenizer included.
 
@@ -135,6 +138,7 @@ def save_full(
         directory: Where to write; made if need be.
         lora: What `weights` was trained with, if it holds factors.
         label_names: Name of each class, for the model's config; without them it has transformers' LABEL_0 and so on.
+        dtype: What its parameters are rounded to, once, after merging; the directory is half as large in bf16.
     """
     import torch
 
@@ -143,6 +147,8 @@ def save_full(
     from hfedmoe_ray.moe.subset import assign_base, read_base, skeleton
 
     module, layout = skeleton(prepared.path)
+    module.config.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+    module.to(module.config.dtype)  # before it has storage: in bf16 a large model is never in memory in fp32
     for block in layout.blocks:
         getattr(block, layout.experts_name).to_empty(device="cpu")
     shared = {name: torch.tensor(array) for name, array in weights.shared.items()}
@@ -155,6 +161,8 @@ def save_full(
     if label_names:
         module.config.id2label = dict(enumerate(label_names))
         module.config.label2id = {name: number for number, name in enumerate(label_names)}
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(module.config.dtype)
     with quiet_transformers():
         module.save_pretrained(directory)
     load_tokenizer(prepared.path).save_pretrained(directory)

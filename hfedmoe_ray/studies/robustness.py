@@ -96,10 +96,10 @@ def measure(setting: Setting) -> Findings:
         ],
         tables=[
             Table(
-                title="By defence",
+                title="Accuracy by defence",
                 headings=[
                     "Defence",
-                    *(f"*Accuracy, {attack}" for attack in ATTACKS),
+                    *(f"*{attack.capitalize()}" for attack in ATTACKS),
                     "*Backdoor success",
                     "*Price without attack",
                     "*Lost to sign flip",

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from moe_models import FAMILIES, batch, plan, save_family
+from safetensors.torch import load_file
 from torch import Tensor
 
 from hfedmoe_ray.cli import main
@@ -59,6 +60,17 @@ def ours(run_dir: Path, ids: Tensor, mask: Tensor) -> Tensor:
         return model.forward(ids, mask, targets=mask.bool())
 
 
+def check_rounded(exact: Path, rounded: Path) -> None:
+    """Checks that a model says it is in bf16, and that its tensors are those of another, each rounded once."""
+    assert json.loads((rounded / "config.json").read_text())["dtype"] == "bfloat16"
+    tensors, expected = (load_file(directory / "model.safetensors") for directory in (rounded, exact))
+    assert {one.dtype for one in expected.values()} == {torch.float32}
+    assert torch.bfloat16 in {one.dtype for one in tensors.values()}
+    assert tensors.keys() == expected.keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(tensor, expected[name].to(tensor.dtype)), name
+
+
 def test_logits_are_the_same_without_this_package(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [{"asked": f"word{i % 4} word{i % 7}", "said": f"word{10 + i % 4} word9"} for i in range(60)]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -84,8 +96,13 @@ def test_logits_are_the_same_without_this_package(tmp_path: Path, capsys: pytest
             run_dir = tmp_path / "runs" / f"{family}-{name}"
             for form in ("hf",) if lora is None else ("hf", "peft"):
                 directory = tmp_path / "exported" / f"{family}-{name}-{form}"
-                assert main(["export", str(run_dir), "--format", form, "--output", str(directory)]) == 0
-                expected[f"{directory}+{BASE if form == 'peft' else ''}"] = ours(run_dir, ids, mask)
+                export = ["export", str(run_dir), "--format", form]
+                assert main([*export, "--output", str(directory)]) == 0
+                rounded = directory.with_name(f"{directory.name}-bf16")
+                assert main([*export, "--output", str(rounded), "--dtype", "bf16"]) == 0
+                base = BASE if form == "peft" else ""
+                check_rounded(directory / base, rounded / base)
+                expected[f"{directory}+{base}"] = ours(run_dir, ids, mask)
     capsys.readouterr()
     arguments = [json.dumps([ids.tolist(), mask.tolist()]), *expected]
     subprocess.run([sys.executable, "-I", "-c", ELSEWHERE, *arguments], check=True, cwd=tmp_path, timeout=120)
