@@ -7,7 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+_CLIENT = "HFEDMOE_CLIENT_PROCESS"
 ENVIRONMENT = {
+    # This process serves clients and nobody else.
+    _CLIENT: "1",
     # One thread per client: they share the cores, and a result's last bits depend on the number of threads.
     "OMP_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
@@ -71,6 +74,11 @@ UNUSED = ("accelerate", "mlflow", "pandas", "pyarrow", "scipy", "sklearn")
 
 @contextmanager
 def lean_imports() -> Iterator[None]:
-    """Imports in this block are `quick_imports`, and find nothing of `UNUSED` installed; afterwards it is."""
-    with quick_imports(), absent(*UNUSED):
+    """Imports in this block are `quick_imports`, and in a client's process they find nothing of `UNUSED` installed.
+
+    Afterwards it is there again, but transformers, which asks once what is installed, keeps to what it was told: so
+    no other process is treated so, nor one in which somebody, such as a plugin, has imported transformers before.
+    """
+    lean = _CLIENT in os.environ and "transformers" not in sys.modules
+    with quick_imports(), absent(*(UNUSED if lean else ())):
         yield
