@@ -19,7 +19,7 @@ quickstart: install ## Fine-tune with HFedMoE on ten clients (about three minute
 
 # In two halves at once: those on Ray wait for processes much of the time, the others keep one core busy. Their dots mix;
 # each half tells its failures when it has ended. (`.venv/bin/pytest` alone runs all tests, one after another.)
-test: install ## Run the tests, on real Ray, DeepSpeed and transformers (about twelve minutes)
+test: install ## Run the tests, on real Ray, DeepSpeed and transformers (about seventeen minutes on two cores)
 	@$(MAKE) --no-print-directory --jobs=2 test-ray test-rest
 
 test-ray:

@@ -105,13 +105,13 @@ class ForgingWorker(TinyWorker):
         honest = client.answered
 
         def forged(done: tuple[bytes, bytes, bytes]) -> Any:
-            payload, state, (status, body, reason) = honest(done)
+            payload, (state, (status, body, reason)) = honest(done)
             assert self._task is not None
             if self._task.client != 1:
-                return payload, state, (status, body, reason)
+                return payload, (state, (status, body, reason))
             if self._task.round == 0:
-                return Forged(), state, (status, body, reason)
-            return payload, state, (status, body, Forged())
+                return Forged(), (state, (status, body, reason))
+            return payload, (state, (status, body, Forged()))
 
         client.answered = forged
 

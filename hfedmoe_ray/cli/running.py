@@ -8,7 +8,6 @@ from typing import Literal
 import click
 
 from hfedmoe_ray.cli.app import Interrupted, examples, experiment_arguments
-from hfedmoe_ray.config.section import Precision
 from hfedmoe_ray.errors import ConfigError, TrainingError
 
 RUN_DIR = click.Path(path_type=Path)
@@ -141,7 +140,7 @@ def export(
     *,
     form: Literal["hf", "peft"],
     merge: bool,
-    dtype: Precision,
+    dtype: Literal["fp32", "bf16"],
     output: Path | None,
     push: str | None,
     public: bool,

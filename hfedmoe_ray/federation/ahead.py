@@ -1,12 +1,44 @@
-"""Tasks that clients run while the server is busy with what came back before."""
+"""What is done while something else is: clients' tasks while the server works, and the server's work in threads."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from typing import Any
+from itertools import islice
+from typing import Any, TypeVar
 
 from hfedmoe_ray.federation.executor import Executor, Notify
 from hfedmoe_ray.types import ClientTask, TaskResult
+
+AHEAD = 2
+"""So many updates are read and checked beside the one that is folded: what is in memory at once is bounded by it."""
+Item = TypeVar("Item")
+Found = TypeVar("Found")
+
+
+class Ahead:
+    """Works on the next few of a row of items, in threads that are the same for all rows.
+
+    (New ones for each row would each have a heap of its own, and leave it behind.)
+    """
+
+    def __init__(self) -> None:
+        """Starts a thread when there is work for it; without this object they end."""
+        self._threads = ThreadPoolExecutor(AHEAD)
+
+    def in_order(self, work: Callable[[Item], Found], items: Iterable[Item]) -> Iterator[Found]:
+        """Yields what `work` makes of each item, in order, the next `AHEAD` being worked on meanwhile."""
+        coming = iter(items)
+        begun = deque(self._threads.submit(work, item) for item in islice(coming, AHEAD))
+        try:
+            while begun:
+                found = begun.popleft().result()
+                begun.extend(self._threads.submit(work, item) for item in islice(coming, 1))
+                yield found
+        finally:
+            for one in begun:
+                one.cancel()
+            wait(begun)
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from hfedmoe_ray.strategies import AnyStrategy
 from hfedmoe_ray.strategies.aggregation import MeanOutputs, Reducer
 from hfedmoe_ray.strategies.robust import RobustReducer, mean_outputs
 from hfedmoe_ray.strategies.server import ServerOptimizer
+from hfedmoe_ray.train.memory import return_freed_memory
 from hfedmoe_ray.trust.central import CentralPrivacy
 from hfedmoe_ray.types import ClientUpdate, ExpertPlan, PersonalWeights, TaskResult, Weights
 
@@ -97,6 +98,7 @@ class Averaging:
             fold = self._fold_federated if self._strategy.federated else self._fold_apart
             averaged = fold(accepted, plans, records)
         self._follow(averaged.updates, plans)
+        return_freed_memory()  # the sums, and the updates that were read by other threads, from heaps of their own
         return averaged
 
     def _fold_federated(

@@ -8,6 +8,7 @@ from typing import Any
 from hfedmoe_ray.config.schema import Experiment, Tier
 from hfedmoe_ray.errors import TrainingError
 from hfedmoe_ray.federation import reporting
+from hfedmoe_ray.federation.ahead import Ahead
 from hfedmoe_ray.federation.clock import Clock
 from hfedmoe_ray.federation.demotion import Ladder
 from hfedmoe_ray.federation.dropout import with_dropped
@@ -65,6 +66,7 @@ class Collector:
         self._clock = clock
         self._notify = notify
         self._durations = Durations()
+        self._ahead = Ahead()
         self.waited = 0.0
         """Seconds of the last `collect` in which slots had nothing to do but others were still at work."""
 
@@ -132,7 +134,9 @@ class Collector:
         records: list[ClientRecord],
         state: FederationState,
     ) -> Iterator[ClientUpdate]:
-        """Yields the updates that may be used, one payload in memory at a time, and records how each client fared.
+        """Yields the updates that may be used, and records how each client fared.
+
+        The next few are read and checked meanwhile (`ahead.Ahead`), so that memory does not grow with the cohort.
 
         The state a client returned is kept with its update, or discarded with it: what an update that was late, failed
         or rejected says was sent has not arrived.
@@ -147,10 +151,15 @@ class Collector:
         Raises:
             TrainingError: At the end, where updates were not trained as planned and it is not their clients' fault.
         """
+
+        def read(delivered: TaskResult) -> tuple[TaskResult, TaskResult, ClientUpdate | None, Proof | None]:
+            return delivered, *self._accept(delivered, plans[delivered.task.client], state)
+
         proofs: list[Proof] = []
-        for delivered in results:
+        for delivered, result, update, proof in self._ahead.in_order(read, results):
             client = delivered.task.client
-            result, update = self._accept(delivered, plans[client], state, proofs)
+            if proof is not None:
+                proofs.append(proof)
             start = state.version(result.task.version)
             record = reporting.client_record(result, self._tiers[client], update, start)
             if record.samples:
@@ -175,10 +184,11 @@ class Collector:
         return self._clock.seconds(task, **sizes)
 
     def _accept(
-        self, result: TaskResult, plan: ExpertPlan, state: FederationState, proofs: list[Proof]
-    ) -> tuple[TaskResult, ClientUpdate | None]:
+        self, result: TaskResult, plan: ExpertPlan, state: FederationState
+    ) -> tuple[TaskResult, ClientUpdate | None, Proof | None]:
+        """The result, which may be rejected now, the update in it, and what its checksums show; changes nothing."""
         if result.status != "ok":
-            return result, None
+            return result, None, None
         task = result.task
         tier = self._tiers[task.client].name
         proof = Proof(client=task.client, round=task.round, tier=tier, trainable=plan.trainable)
@@ -186,16 +196,13 @@ class Collector:
         try:
             if task.kind == "train" and self._experiment.secure is not None:
                 profiled = self._experiment.secure.profiles == "clear"
-                return result, accept_masked(result, profiled=profiled, limits=limits)
+                return result, accept_masked(result, profiled=profiled, limits=limits), None
             start = state.version(task.version).seen_by(task.personal)
             update = accept(result, plan, start, self._experiment.wire, self._strategy.signals, limits=limits)
         except Rejected as rejection:
-            if isinstance(rejection, NotAsTrained):
-                proofs.append(replace(proof, flaw=rejection))
-            return replace(result, status="rejected", reason=str(rejection)), None
-        if task.kind == "train":
-            proofs.append(proof)
-        return result, update
+            shown = replace(proof, flaw=rejection) if isinstance(rejection, NotAsTrained) else None
+            return replace(result, status="rejected", reason=str(rejection)), None, shown
+        return result, update, proof if task.kind == "train" else None
 
     def quorum(self, arrived: Iterable[bool]) -> bool:
         """Whether enough of those asked have delivered."""

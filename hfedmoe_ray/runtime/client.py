@@ -25,12 +25,14 @@ from hfedmoe_ray.runtime.cap import capped, marked
 from hfedmoe_ray.runtime.transfer import Directory
 from hfedmoe_ray.runtime.weights import TaskRefs
 from hfedmoe_ray.runtime.worker import Worker, WorkerFactory, last_line, out_of_memory
-from hfedmoe_ray.train.memory import return_freed_memory
+from hfedmoe_ray.train.memory import Spare, return_freed_memory
 from hfedmoe_ray.types import Array, ClientTask
 
 Answer = tuple[Literal["ok", "stopped", "failed", "memory", "rejected"], bytes, str]
 """How a task went; metrics as JSON, or the traceback; the traceback's last line. ("rejected" no client says of itself.)
 """
+Reply = tuple[Array, Answer]
+"""A client's new state, as uint8 (empty: as it was), and the answer: one object, as each costs time."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ class ClientActor:
         self._gpu_share = gpu_share
         self._worker: Worker | None = None
         self._tiers = tier_of(context.experiment.clients)
+        self._spare = Spare()
 
     def load(self, directories: Mapping[str, Directory], holder: Any = None) -> Loading:
         """Loads the model, unless this node lacks files, or the holder of a GPU that clients share is not known yet.
@@ -92,21 +95,21 @@ class ClientActor:
         cap_gpu_memory(self._gpu_share, sum(handle.nbytes for handle in handles.values()))
         return alias(handles)
 
-    @ray.method(num_returns=3)
-    def execute(self, task: ClientTask, refs: TaskRefs) -> tuple[Array, Array, Answer]:
+    @ray.method(num_returns=2)
+    def execute(self, task: ClientTask, refs: TaskRefs) -> tuple[Array, Reply]:
         """Runs one task.
 
         Returns:
-            The payload and the client's new state as uint8, which stay in the object store until somebody reads them,
-            and the small answer. An exception of the client's code is an answer: only plain text crosses the boundary,
-            and the actor lives on.
+            The payload as uint8, which stays in the object store until somebody reads it, and the reply. An exception
+            of the client's code is an answer: only plain text crosses the boundary, and the actor lives on.
 
         Raises:
             ray.exceptions.RayError: the weights could not be fetched.
         """
-        return self._execute(task, refs)
+        with self._spare.working():
+            return self._execute(task, refs)
 
-    def _execute(self, task: ClientTask, refs: TaskRefs) -> tuple[Array, Array, Answer]:
+    def _execute(self, task: ClientTask, refs: TaskRefs) -> tuple[Array, Reply]:
         assert self._worker is not None, "execute before load"
         weights = refs.fetch()
         canceled = ray.get_runtime_context().is_canceled
@@ -121,7 +124,7 @@ class ClientActor:
         # Only now that its traceback is gone is what the task held garbage; the next one needs the room.
         gc.collect()
         return_freed_memory()
-        return NOTHING, NOTHING, answer
+        return NOTHING, (NOTHING, answer)
 
     @contextmanager
     def _limits(self, task: ClientTask) -> Iterator[None]:
@@ -149,10 +152,10 @@ class ClientActor:
         return {"pid": os.getpid(), "node": runtime.get_node_id(), "resources": runtime.get_assigned_resources()}
 
 
-def answered(done: tuple[bytes, bytes, bytes]) -> tuple[Array, Array, Answer]:
+def answered(done: tuple[bytes, bytes, bytes]) -> tuple[Array, Reply]:
     """What `execute` returns of a worker's (payload, metrics, state)."""
     payload, metrics, state = done
-    return np.frombuffer(payload, dtype=np.uint8), np.frombuffer(state, dtype=np.uint8), ("ok", metrics, "")
+    return np.frombuffer(payload, dtype=np.uint8), (np.frombuffer(state, dtype=np.uint8), ("ok", metrics, ""))
 
 
 NOTHING = np.empty(0, dtype=np.uint8)

@@ -1,8 +1,8 @@
 """Connecting to Ray: a private cluster on this machine, or one that is already running.
 
-A private cluster has its own directory, no dashboard, and ends with the process that started it. Ray opens its ports
-on every interface of the machine whatever it is told; what keeps others out is its token, which Ray makes and
-requires by default (`RAY_AUTH_MODE`).
+A private cluster has its own directory, no dashboard nor any other process that it can do without (`daemons`), and
+ends with the process that started it. Ray opens its ports on every interface of the machine whatever it is told; what
+keeps others out is its token, which Ray makes and requires by default (`RAY_AUTH_MODE`).
 """
 
 import logging
@@ -22,6 +22,7 @@ from ray.exceptions import AuthenticationError
 from hfedmoe_ray.errors import ClusterError
 from hfedmoe_ray.packing import NodeCapacity
 from hfedmoe_ray.runtime import timeouts
+from hfedmoe_ray.runtime.daemons import SYSTEM_CONFIG, none_to_spare
 from hfedmoe_ray.runtime.machine import object_store_bytes, this_machine
 
 _ROOT, _PREFIX = Path("/tmp"), "hfedmoe-ray-"
@@ -88,16 +89,18 @@ def _start_private() -> Path:
     directory = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=_ROOT))
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
-        ray.init(
-            address="local",
-            num_cpus=int(machine.cpus),
-            object_store_memory=object_store_bytes(),
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            _memory=machine.memory_bytes,
-            _temp_dir=str(directory),
-        )
+        with none_to_spare():
+            ray.init(
+                address="local",
+                num_cpus=int(machine.cpus),
+                object_store_memory=object_store_bytes(),
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                _memory=machine.memory_bytes,
+                _temp_dir=str(directory),
+                _system_config=SYSTEM_CONFIG,
+            )
     except Exception as error:
         shutil.rmtree(directory, ignore_errors=True)
         raise ClusterError(

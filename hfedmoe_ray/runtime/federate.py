@@ -14,6 +14,7 @@ from hfedmoe_ray.tracking.destinations import destinations
 from hfedmoe_ray.tracking.files import FileTracker
 from hfedmoe_ray.tracking.tracker import Tracker, Trackers
 from hfedmoe_ray.train.environment import quick_imports
+from hfedmoe_ray.train.memory import return_freed_memory
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """What writing to a full disk, or beyond a quota or limit, ends with."""
@@ -60,6 +61,7 @@ def federate(
 
     render("preparing", {})
     context = prepare_run(experiment, run_dir)
+    return_freed_memory()  # it has held the whole model and the data
     # The files come first: others read in them what they were not told.
     asked = destinations(experiment, context.run_dir, save_model=save_model, warn=warn)
     trackers = Trackers([FileTracker(context.run_dir), *asked, *further, RenderTracker(render)])

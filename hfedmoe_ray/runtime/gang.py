@@ -20,7 +20,7 @@ from hfedmoe_ray.budget import SlotSpec
 from hfedmoe_ray.context import RunContext
 from hfedmoe_ray.errors import ClusterError
 from hfedmoe_ray.runtime import timeouts
-from hfedmoe_ray.runtime.client import NOTHING, Answer, ClientActor, Loading, RemoteClient, answered
+from hfedmoe_ray.runtime.client import NOTHING, ClientActor, Loading, RemoteClient, Reply, answered
 from hfedmoe_ray.runtime.transfer import Directory
 from hfedmoe_ray.runtime.weights import TaskRefs
 from hfedmoe_ray.runtime.worker import Worker, WorkerFactory, last_line, out_of_memory
@@ -68,7 +68,8 @@ class Follower(ClientActor):
 
         assert self._worker is not None, "follow before load"
         try:
-            self._worker.follow(task, refs.fetch())
+            with self._spare.working():
+                self._worker.follow(task, refs.fetch())
         except Stopped:
             return
         except Exception as error:
@@ -125,8 +126,7 @@ class Leader(ClientActor):
     def _loads(self, directories: Mapping[str, Directory]) -> list[Any]:
         return [one.load.remote(directories) for one in self._followers]
 
-    @ray.method(num_returns=3)
-    def execute(self, task: ClientTask, refs: TaskRefs) -> tuple[Array, Array, Answer]:
+    def _execute(self, task: ClientTask, refs: TaskRefs) -> tuple[Array, Reply]:
         """Runs one task, with the others where its client is a gang. See `ClientActor.execute`.
 
         The answers "failed" and "memory" leave the ranks apart: the gang is of no more use.
@@ -136,7 +136,7 @@ class Leader(ClientActor):
             RuntimeError: A rank is silent.
         """
         if task.client not in self._shared or task.kind not in SHARED_KINDS:
-            return self._execute(task, refs)
+            return super()._execute(task, refs)
         from hfedmoe_ray.train.local import Stopped
 
         assert self._worker is not None, "execute before load"
@@ -147,14 +147,14 @@ class Leader(ClientActor):
             ray.get(following, timeout=timeouts.GANG_STEP)
         except Stopped as error:
             # All ranks have agreed to it, between two steps.
-            return NOTHING, NOTHING, ("stopped", b"", last_line(error))
+            return NOTHING, (NOTHING, ("stopped", b"", last_line(error)))
         except Exception as error:
             if canceled():
                 # Nobody would read the answer of a task that was to stop, nor learn from it that this gang is done.
                 os._exit(1)
             told = _first_cause(error, self._ranks, following)
             status: Literal["failed", "memory"] = "memory" if out_of_memory(error) else "failed"
-            return NOTHING, NOTHING, (status, told.encode(), told.strip().splitlines()[-1])
+            return NOTHING, (NOTHING, (status, told.encode(), told.strip().splitlines()[-1]))
         return answered(done)
 
     @ray.method(concurrency_group="lifeline")

@@ -65,12 +65,15 @@ class Delivered:
 NOT_BYTES = Delivered(answer=("rejected", b"", "it returned something else than bytes and text"))
 
 
-def plain(payload: Any, state: Any, answer: Any) -> bool:
+def plain(payload: Any, reply: Any) -> bool:
     """Whether what an actor returned is what `ClientActor.execute` says: bytes and text, and no object of any class.
 
     Ray has unpickled it by now (who can run a process of their own in the cluster needs no update to do harm); what is
     asked here is that nothing else is ever handed on.
     """
+    if type(reply) is not tuple or len(reply) != 2:
+        return False
+    state, answer = reply
     arrays = all(type(one) is np.ndarray and one.dtype == np.uint8 and one.ndim == 1 for one in (payload, state))
     return arrays and type(answer) is tuple and [type(one) for one in answer] == [str, bytes, str]
 
@@ -113,8 +116,8 @@ class Slot:
         """The one that answers."""
         self.parted = False
         """Whether the ranks of a gang are out of step, so that they can serve no more."""
-        self._answer: tuple[Any, Any] | None = None
-        """References to the client's new state and to the small answer."""
+        self._reply: Any = None
+        """Reference to the client's new state and the small answer."""
         self._lifeline: Any = None
         self._placed = False
 
@@ -175,7 +178,7 @@ class Slot:
     def rest(self) -> None:
         """The actor is ready for a task; all that can happen to it is to die."""
         self.watched = self._lifeline
-        self._answer = self.attempt = None
+        self._reply = self.attempt = None
         self.failed_starts = 0
         self._enter(State.IDLE, None)
 
@@ -184,8 +187,7 @@ class Slot:
         self.attempt = attempt
         # The payload is what is waited for: it is ready only once it has been copied to this node, so that losing
         # the client's node later loses no finished work.
-        self.watched, *rest = self._actor.execute.remote(replace(attempt.task, state=None), refs)
-        self._answer = (rest[0], rest[1])
+        self.watched, self._reply = self._actor.execute.remote(replace(attempt.task, state=None), refs)
         self._enter(State.BUSY, limit + timeouts.FIRST_CALL_GRACE * self.fresh)
         self.fresh = False
 
@@ -208,23 +210,22 @@ class Slot:
 
     def answer(self) -> Delivered:
         """What came of the finished task. Raises what `ray.get` raises."""
-        assert self._answer is not None
-        ref, reply = self._answer
         gang = self.spec.resources.ranks > 1
         try:
             # Reading the payload tells whether it is still there; where it lies in shared memory that copies nothing.
-            payload, state, answer = ray.get([self.watched, ref, reply], timeout=timeouts.FETCH)
+            payload, reply = ray.get([self.watched, self._reply], timeout=timeouts.FETCH)
         except RayTaskError:
             self.parted = gang
             raise
-        if not plain(payload, state, answer):
+        if not plain(payload, reply):
             self.parted = gang
             return NOT_BYTES
+        state, answer = reply
         self.parted = gang and answer[0] in ("failed", "memory")
         return Delivered(
             payload=self.watched,
             payload_bytes=payload.size,
-            state=keep_state(ref, state, put_again=self.spec.node != self._recipe.home),
+            state=keep_state(self._reply, state, put_again=self.spec.node != self._recipe.home),
             state_bytes=state.size,
             answer=answer,
         )
@@ -247,7 +248,7 @@ class Slot:
         """Ends the actor's process, whatever it is doing; does not wait."""
         if self.processes is not None:
             self.processes.kill()
-        self.processes = self._actor = self.watched = self._lifeline = self._answer = self.attempt = None
+        self.processes = self._actor = self.watched = self._lifeline = self._reply = self.attempt = None
         self._enter(State.GONE, None)
 
     def _enter(self, state: State, limit: float | None) -> None:

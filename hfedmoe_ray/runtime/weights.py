@@ -50,7 +50,7 @@ class TaskRefs:
     merged: tuple[Ref, ...] = ()
     """One object a merged expert, in the plan's order."""
     state: Ref | None = None
-    """The client's state (uint8)."""
+    """A tuple that begins with the client's state (uint8)."""
 
     def fetch(self) -> TaskWeights:
         """Reads the objects, where they lie, as arrays that cannot be written.
@@ -71,7 +71,7 @@ class TaskRefs:
             experts={key: protected(part) for key, part in zip(keys, experts, strict=True)},
             means=None if self.means is None else protected(values[-len(optional)])[MEANS],
             merged=tuple(protected(part) for part in merged),
-            state=b"" if self.state is None else values[-1].tobytes(),
+            state=b"" if self.state is None else values[-1][0].tobytes(),
         )
 
 
@@ -163,11 +163,12 @@ class StoredState:
     """A client's state that stays in the object store, to be fetched by whichever actor serves the client next."""
 
     def __init__(self, ref: Ref) -> None:
+        """Takes note of an object, a tuple that begins with the state."""
         self.ref = ref
 
     def __call__(self) -> bytes:
         """Copies it here, for a checkpoint."""
-        state: bytes = ray.get(self.ref, timeout=timeouts.FETCH).tobytes()
+        state: bytes = ray.get(self.ref, timeout=timeouts.FETCH)[0].tobytes()
         return state
 
 
@@ -175,18 +176,18 @@ def keep_state(ref: Ref, state: Array, *, put_again: bool) -> StoredState | None
     """Keeps the state that a task returned; None for an empty one.
 
     Args:
-        ref: The object, which has arrived on this node.
-        state: What it holds.
+        ref: The object, a tuple that begins with the state, which has arrived on this node.
+        state: The state.
         put_again: Whether its first copy is on another node; with that node the client's past would be lost.
     """
     if not state.size:
         return None
-    return StoredState(ray.put(state) if put_again else ref)
+    return StoredState(ray.put((state,)) if put_again else ref)
 
 
 def _state_ref(state: Fetch) -> Ref:
     """The object of a state, made now if it comes from a checkpoint."""
-    return state.ref if isinstance(state, StoredState) else ray.put(np.frombuffer(state(), dtype=np.uint8))
+    return state.ref if isinstance(state, StoredState) else ray.put((np.frombuffer(state(), dtype=np.uint8),))
 
 
 def _derived(version: _Version, experts: Mapping[ExpertKey, _Entry], what: _Derived, owner: int | None) -> Ref:

@@ -7,7 +7,7 @@ from errno import ENOMEM
 from typing import Any, Protocol
 
 from hfedmoe_ray.context import RunContext
-from hfedmoe_ray.train.environment import quick_imports
+from hfedmoe_ray.train.environment import lean_imports
 from hfedmoe_ray.trust.foreign_text import one_line
 from hfedmoe_ray.types import ClientTask, TaskWeights
 
@@ -30,7 +30,7 @@ WorkerFactory = Callable[..., Worker]
 
 def client_worker(context: RunContext, frozen: Mapping[str, Any] | None = None) -> Worker:
     """The real worker. Imports torch, transformers and DeepSpeed on its first call in a process."""
-    with quick_imports():
+    with lean_imports():
         from hfedmoe_ray.train.local import ClientWorker
 
     return ClientWorker(context, frozen)

@@ -30,8 +30,11 @@ class _Mean:
         weights = np.asarray(weight, dtype=np.float64)
         if not (weights > 0.0).any():
             return
-        scaled = value.astype(np.float64) * _along_rows(weights, value)
-        self.total = scaled if self.total is None else self.total + scaled
+        scaled = np.multiply(value, _along_rows(weights, value), dtype=np.float64)
+        if self.total is None:
+            self.total = scaled
+        else:
+            self.total += scaled
         self.weight = self.weight + weights
 
     def result(self, old: Array, divisor: float | None = None) -> Array:

@@ -63,7 +63,7 @@ def measure(context: RunContext, tier: Tier) -> list[Point]:
     """Trains at four points in this process, which should be a fresh one with a client's environment."""
     from hfedmoe_ray.moe.prepare import initial_weights
     from hfedmoe_ray.train.local import ClientWorker
-    from hfedmoe_ray.train.memory import MIB, private_bytes
+    from hfedmoe_ray.train.memory import MIB, private_bytes, return_freed_memory
 
     experiment, shape, client = context.experiment, context.model.shape, _client(context, tier)
     weights = initial_weights(context.model, experiment.model.trainable, experiment.model.lora, experiment.seed)
@@ -72,6 +72,7 @@ def measure(context: RunContext, tier: Tier) -> list[Point]:
         """Peak in bytes, and seconds of the steps."""
         experts = {key: weights.experts[key] for key in task.plan.present}
         needed = TaskWeights(shared=weights.shared, experts=experts, means=weights.means)
+        return_freed_memory()  # of the point before
         _, answer, _ = worker.execute(task, needed, lambda: False)
         metrics = parse_metrics(answer)
         return metrics.peak_mib * MIB, metrics.step_seconds

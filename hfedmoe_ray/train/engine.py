@@ -137,7 +137,8 @@ class Engine:
         self._groups = dict(zip(groups, optimizer.param_groups, strict=True))
         self._active: set[ExpertKey | None] = set()
         mpu = None if ranks.group is None else _Members(ranks)
-        self._engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, mpu=mpu)
+        seen = module if self._partitions else _trained(module, optimizer)
+        self._engine, *_ = deepspeed.initialize(model=seen, optimizer=optimizer, config=config, mpu=mpu)
         if not self._partitions:
             # DeepSpeed's reduction between ranks would fill in gradients of zeros.
             self._engine.enable_backward_allreduce = False
@@ -210,6 +211,16 @@ class Engine:
     def wanted(self, active: Collection[ExpertKey]) -> list[nn.Parameter]:
         """The parameters that a step moves: shared ones, then those of the `active` experts."""
         return [*self._shared, *(p for key in active for p in self._experts[key])]
+
+
+def _trained(module: nn.Module, optimizer: torch.optim.Optimizer) -> nn.ParameterList:
+    """The parameters that an optimizer holds, in the module's order.
+
+    Where nothing is partitioned that is all DeepSpeed has to see. It passes over all parameters of a model in Python a
+    dozen times when an engine is made, and twice in each step.
+    """
+    held = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+    return nn.ParameterList(parameter for parameter in module.parameters() if parameter in held)
 
 
 class RankedEngine(Engine):

@@ -97,6 +97,8 @@ class ClientWorker:
         self._hostile = hostile_clients(context)
         self._telling = Telling(self._experiment, self._strategy, self._tiers, self._model.shape)
         self._specific = self._experiment.strategy.specific if isinstance(self._experiment.strategy, HFedMoE) else "max"
+        self._last: tuple[str, str] | None = None
+        """Kind and tier of the task before."""
         # An engine is freed by the garbage collector; what has been loaded so far it need not search each time.
         gc.collect()
         gc.freeze()
@@ -169,6 +171,11 @@ class ClientWorker:
         # Ranks draw dropout for different examples; that of a single one is the first's.
         rank = self._ranks_of(task).rank
         seed = derive_seed(task.seed, "torch", task.round, task.client, *((rank,) if rank else ()))
+        work = (task.kind, self._tiers[task.client].name)
+        if work != self._last:
+            # The next one of its like needs what the last one has freed; another would be taken to need all of it.
+            return_freed_memory()
+        self._last = work
         # Models with dropout draw from torch's generator: forked, so that neither callers nor tasks share it.
         with one_thread(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -177,7 +184,6 @@ class ClientWorker:
                 yield self._examples(task)
             finally:
                 self._model.release()
-                return_freed_memory()
 
     def _ranks_of(self, task: ClientTask) -> Ranks:
         """Who takes the local steps of a task's client together."""
@@ -364,8 +370,6 @@ class ClientWorker:
             done.protect(private, step_noise(private, task), expected)
         shared = [*model.shared_parameters.values(), *model.scales]
         model.module.train()
-        # Filling the prefix cache took room of its own, once.
-        return_freed_memory()
         frozen = frozen_versions(model)
         config = deepspeed_config(self._local, tier, model.device.type)
         build = RankedEngine if ranks.size > 1 else Engine
@@ -380,8 +384,6 @@ class ClientWorker:
                 peak.look()
             done.finish()
         check_unwritten(frozen)
-        # Gradients and moments are gone; what is packed now must not come on top of the room they took.
-        return_freed_memory()
         return done, peak.mib
 
     def _examples(self, task: ClientTask) -> Examples:

@@ -26,6 +26,7 @@ from hfedmoe_ray.context import cache_dir
 from hfedmoe_ray.data.dataset import Split
 from hfedmoe_ray.errors import ConfigError
 from hfedmoe_ray.moe.subset import SparseModel
+from hfedmoe_ray.train.memory import return_freed_memory
 from hfedmoe_ray.types import Array
 
 _CHUNK = 16
@@ -98,6 +99,7 @@ def prefix_states(model: SparseModel, model_key: str, split: Split, config: Loca
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+    return_freed_memory()  # what follows takes room of another kind
     # Others may have filled entries meanwhile, on the strength of the same room.
     _make_room(root, 0, limit)
     return complete

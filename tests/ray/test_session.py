@@ -1,8 +1,10 @@
 """Whole runs: the same model wherever the clients run, news in order, errors as the classes they were."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import ray
 from small_run import small_experiment
@@ -96,3 +98,14 @@ def test_news_is_delivered_once_in_order_and_ends():
     news.close()
     assert news.after(3, 10.0) == ([("event", 3)], True)
     assert news.after(4, 10.0) == ([], True)
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_private_cluster_starts_what_it_needs_and_no_more():
+    commands = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):  # of earlier tests, and about to be gone
+            commands.append(" ".join(process.cmdline()))
+    needed, spared = ("gcs_server", "raylet/raylet"), ("dashboard/dashboard.py", "log_monitor.py", "autoscaler")
+    assert all(any(name in command for command in commands) for name in needed)
+    assert not [command for command in commands if any(name in command for name in spared)]

@@ -1,5 +1,6 @@
 """What a process occupies: peaks are seen, freed memory goes back, and what is mapped from a file is nobody's own."""
 
+import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -7,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from hfedmoe_ray.train.memory import MIB, PeakMemory, private_bytes, return_freed_memory
+from hfedmoe_ray.train.environment import inherited
+from hfedmoe_ray.train.memory import MIB, PeakMemory, Spare, private_bytes, return_freed_memory
 
 SIZE = 64 * MIB
 
@@ -30,6 +32,34 @@ def test_memory_that_was_written_counts_and_freed_memory_does_not():
         written, freed = fresh.submit(written_and_freed).result()
     assert written > 0.9 * SIZE
     assert freed < 0.2 * SIZE
+
+
+def kept_and_given_back() -> tuple[int, int, int]:
+    """Bytes of `SIZE`, freed in a task, that are there after it, at the end of a longer next one, and when idle."""
+    spare = Spare(idle_s=0.5)
+    return_freed_memory()
+    before = private_bytes()
+    with spare.working():
+        pieces = [np.ones(2**14) for _ in range(SIZE // (8 * 2**14))]
+        last = np.ones(2**14)  # what is free behind the last block the C library gives back by itself
+        del pieces
+    after = private_bytes() - before
+    with spare.working():
+        time.sleep(1.0)
+        still = private_bytes() - before
+    until = time.monotonic() + 30.0
+    while private_bytes() - before > 0.2 * SIZE and time.monotonic() < until:
+        time.sleep(0.05)
+    assert last.all()
+    return after, still, private_bytes() - before
+
+
+def test_freed_memory_is_kept_from_task_to_task_and_given_back_when_none_comes():
+    with inherited(), ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
+        after, still, idle = fresh.submit(kept_and_given_back).result()
+    assert after > 0.9 * SIZE
+    assert still > 0.9 * SIZE
+    assert idle < 0.2 * SIZE
 
 
 def test_a_peak_between_two_readings_of_the_caller_is_seen():
