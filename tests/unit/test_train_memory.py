@@ -4,10 +4,14 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import torch
+from small_run import small_experiment
 
+from hfedmoe_ray.runtime.client import ClientActor
 from hfedmoe_ray.train.environment import inherited
 from hfedmoe_ray.train.memory import MIB, PeakMemory, Spare, private_bytes, return_freed_memory
 
@@ -60,6 +64,35 @@ def test_freed_memory_is_kept_from_task_to_task_and_given_back_when_none_comes()
     assert after > 0.9 * SIZE
     assert still > 0.9 * SIZE
     assert idle < 0.2 * SIZE
+
+
+class Freeing(ClientActor):
+    """Its task leaves `SIZE` bytes of gaps in the heap."""
+
+    def _execute(self, task: Any, refs: Any) -> Any:
+        del task, refs
+        pieces = [np.ones(2**14) for _ in range(SIZE // (8 * 2**14))]
+        last = np.ones(2**14)
+        del pieces
+        return last
+
+
+def left_by_an_idle_actor() -> int:
+    """Bytes of `SIZE` that an actor still has after a task, once it has been idle for long enough."""
+    actor = Freeing(cast("Any", SimpleNamespace(experiment=small_experiment())), cast("Any", None), 0.0)
+    return_freed_memory()
+    before = private_bytes()
+    last = actor.execute(cast("Any", None), cast("Any", None))
+    until = time.monotonic() + 30.0
+    while private_bytes() - before > 0.2 * SIZE and time.monotonic() < until:
+        time.sleep(0.05)
+    assert cast("Any", last).all()
+    return private_bytes() - before
+
+
+def test_a_client_s_actor_gives_back_what_its_tasks_have_freed():
+    with inherited(), ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
+        assert fresh.submit(left_by_an_idle_actor).result() < 0.2 * SIZE
 
 
 def test_a_peak_between_two_readings_of_the_caller_is_seen():
